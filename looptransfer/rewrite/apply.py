@@ -1,0 +1,124 @@
+"""A plan put into a model.
+
+The module that hands over a branch gets a subclass of its own class whose forward multiplies the branch. Bare forward
+hooks would be shorter and wrong: TorchDynamo does not guard on them, so where an unhooked model of the same class was
+compiled before, a hooked one runs unscaled without a word. It does guard on the class.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from looptransfer.errors import InputError
+from looptransfer.rewrite.plan import ScalingPlan, check_silenced, make_plan
+from looptransfer.rewrite.trace import ExampleInputs, randomised_twin, trace
+from looptransfer.rules import Rule, check_rule, residual_multiplier
+
+PLAN = "_looptransfer_plan"  # on the model
+OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε
+
+
+def parametrize(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    rule: Rule = "factored",
+    lam: float = 1.0,
+    base_layers: int = 1,
+) -> ScalingPlan:
+    """Rewrite `model` in place so that every residual branch is multiplied as `rule` says, and return the plan.
+
+    The branches are found by tracing one forward of a copy on `example_inputs`: N and L are counted, not asked for.
+    A model with N = 1 is legitimate: it is the natural proxy. `state_dict` keys stay as they are; deepcopy, pickle and
+    `torch.compile` keep the multipliers. Compile after rewriting.
+
+    Args:
+        model: any module with residual branches; it is not run and its random state, buffers and gradients stay.
+        example_inputs: what its forward takes: a tensor, a tuple of positional or a dict of keyword arguments.
+        rule: "factored" λ/(N√(L/L_ref)), "sqrt" λ/√(N·L/L_ref) or "unscaled" 1 (arXiv 2606.18524, Table 1).
+        lam: λ.
+        base_layers: L_ref; 1 writes the rule absolutely.
+
+    Raises:
+        InputError: not a module, compiled or rewritten already, inputs the model rejects, λ or base_layers out of
+            range, no residual add found, or a branch that no module's output stands for.
+    """
+    _check_model(model)
+    check_rule(rule)
+    residual_multiplier(rule, visits=1, layers=1, lam=lam, base_layers=base_layers)  # bad numbers before a slow trace
+    twin = randomised_twin(model)
+    seen = trace(twin, example_inputs)
+    plan = make_plan(twin, seen, rule, lam, base_layers)
+    _insert(twin, plan, silenced=True)
+    adds = trace(twin, example_inputs).adds
+    check_silenced([add for add in adds if add.kind == "leaf"], sum(add.kind == "leaf" for add in seen.adds))
+    _insert(model, plan)
+    setattr(model, PLAN, plan)
+    return plan
+
+
+def plan_of(model: nn.Module) -> ScalingPlan:
+    """The plan that `parametrize` left on a model, also through a wrapper such as DDP or a compiled model.
+
+    Raises:
+        InputError: the model was not rewritten.
+    """
+    for module in model.modules():
+        plan = module.__dict__.get(PLAN)
+        if isinstance(plan, ScalingPlan):
+            return plan
+    raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+        raise InputError("the model is compiled already; call parametrize first and torch.compile after")
+    if any(PLAN in module.__dict__ or OUTPUTS in module.__dict__ for module in model.modules()):
+        raise InputError("the model is rewritten already, and a second ε would multiply the first; build a fresh model")
+
+
+def _insert(model: nn.Module, plan: ScalingPlan, silenced: bool = False) -> None:
+    for branch in plan.branches:
+        module = model.get_submodule(branch.module)
+        if OUTPUTS not in module.__dict__:
+            setattr(module, OUTPUTS, {})
+            module.__class__ = _scaled_class(type(module))
+        module.__dict__[OUTPUTS][branch.output] = 0.0 if silenced else branch.multiplier
+
+
+@functools.cache
+def _scaled_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with a forward that multiplies the outputs named in the instance. One class per class, shared by all."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = cls.forward(self, *args, **kwargs)
+        for index, multiplier in self.__dict__[OUTPUTS].items():
+            output = _multiply(output, index, multiplier)
+        return output
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        _, _, *state = cls.__reduce_ex__(self, protocol)
+        return _rebuild, (cls,), *state
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": cls.__module__}
+    return type(cls)(f"Scaled{cls.__name__}", (cls,), body)
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    """An empty scaled instance, for pickle and deepcopy: a class made at run time has no name to be found by."""
+    return cls.__new__(_scaled_class(cls))
+
+
+def _multiply(output: Any, index: int | str | None, multiplier: float) -> Any:
+    if index is None:
+        return output * multiplier
+    if isinstance(output, Mapping):
+        output[index] = output[index] * multiplier  # type: ignore[index]
+        return output
+    parts = [part * multiplier if position == index else part for position, part in enumerate(output)]
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)

@@ -1,0 +1,98 @@
+"""A tidy, checked table of losses: one row per training run."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from looptransfer.errors import InputError
+
+COLUMNS = ["rule", "layers", "loops", "width", "lr", "seed", "steps", "loss", "diverged", "seconds"]
+REQUIRED = ("loops", "lr", "loss")
+KEY = ["rule", "loops", "lr", "seed"]
+
+
+def read_results(path: str | Path) -> pd.DataFrame:
+    """Read a CSV of results and check it as `tidy` does; a row number in an error is the line in the file.
+
+    Raises:
+        InputError: the file cannot be read as CSV, or `tidy` refuses what it holds.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; give a CSV file of results") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not a CSV table: {str(error).strip()}") from None
+    return tidy(frame, first_row=2)
+
+
+def tidy(frame: pd.DataFrame, first_row: int = 0) -> pd.DataFrame:
+    """Check a table of runs and return it with typed columns rule, loops, lr, seed, loss, and whatever else it had.
+
+    Needed are loops (whole numbers from 1), lr (absolute, above 0) and loss (nats; a run that diverged has inf or nan,
+    or true in a column `diverged`). Missing columns `rule` and `seed` become "factored" and 0. Losses of diverged runs
+    come back as inf: they are data, since they bound the basin.
+
+    Raises:
+        InputError: a missing column, a cell that is no number or out of range, no finite loss, duplicate runs.
+    """
+    missing = [name for name in REQUIRED if name not in frame.columns]
+    if missing:
+        raise InputError(
+            f"column {', '.join(missing)} is missing; the table has {', '.join(map(str, frame.columns)) or 'no columns'}. "
+            "Needed are loops, lr and loss, optional are seed, rule and diverged"
+        )
+    out = frame.copy().reset_index(drop=True)
+    out["rule"] = out["rule"].astype(str) if "rule" in out else "factored"
+    if "seed" not in out:
+        out["seed"] = "0"
+    out["seed"] = out["seed"].map(str)
+    for name in REQUIRED:
+        out[name] = _numbers(out[name], name, first_row)
+    _in_range(out, "loops", (out["loops"] >= 1) & (out["loops"] % 1 == 0), "a whole number from 1 up", first_row)
+    _in_range(out, "lr", np.isfinite(out["lr"]) & (out["lr"] > 0), "a finite number above 0", first_row)
+    out["loops"] = out["loops"].astype(int)
+    diverged = _flags(out["diverged"], first_row) if "diverged" in out else pd.Series(False, index=out.index)
+    out["loss"] = out["loss"].where(np.isfinite(out["loss"]) & ~diverged, math.inf)
+    out["diverged"] = ~np.isfinite(out["loss"])
+    if out["diverged"].all():
+        raise InputError(f"none of the {len(out)} rows has a finite loss; run lower LRs")
+    _no_duplicates(out, first_row, "seed" in frame)
+    return out
+
+
+def _numbers(column: pd.Series, name: str, first_row: int) -> pd.Series:
+    numbers = pd.to_numeric(column, errors="coerce")
+    text = column.map(lambda cell: str(cell).strip().lower())
+    bad = numbers.isna() & ~text.isin(["nan"])
+    if bad.any():
+        row = int(bad.idxmax())
+        raise InputError(f"row {row + first_row}: {name} is {column[row]!r}, which is not a number")
+    return numbers.astype(float)
+
+
+def _in_range(frame: pd.DataFrame, name: str, good: pd.Series, allowed: str, first_row: int) -> None:
+    if not good.all():
+        row = int((~good).idxmax())
+        raise InputError(f"row {row + first_row}: {name} is {frame[name][row]:g}; it must be {allowed}")
+
+
+def _flags(column: pd.Series, first_row: int) -> pd.Series:
+    flags = column.map(lambda cell: {"true": True, "1": True, "false": False, "0": False}.get(str(cell).strip().lower()))
+    if flags.isna().any():
+        row = int(flags.isna().idxmax())
+        raise InputError(f"row {row + first_row}: diverged is {column[row]!r}; it must be true or false")
+    return flags.astype(bool)
+
+
+def _no_duplicates(frame: pd.DataFrame, first_row: int, has_seed: bool) -> None:
+    twice = frame.duplicated(KEY, keep=False)
+    if twice.any():
+        row = frame[twice].iloc[0]
+        rows = frame.index[(frame[KEY] == row[KEY]).all(axis=1)] + first_row
+        cell = f"rule {row['rule']}, loops {row['loops']}, lr {row['lr']:g}"
+        fix = "drop the repeated rows" if has_seed else "add a column seed that tells them apart"
+        raise InputError(f"rows {', '.join(map(str, rows[:5]))} are the same run ({cell}, seed {row['seed']}); {fix}")
