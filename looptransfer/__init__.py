@@ -1,0 +1,59 @@
+"""μP-style hyperparameter transfer for looped (weight-tied) Transformers: tune at small N, train at large N."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from looptransfer.errors import InputError as InputError
+    from looptransfer.optim import param_groups as param_groups
+    from looptransfer.reference.experiment import ReferenceSize as ReferenceSize
+    from looptransfer.reference.experiment import reference_experiment as reference_experiment
+    from looptransfer.reference.model import LoopedDecoder as LoopedDecoder
+    from looptransfer.report.figures import plot_curves as plot_curves
+    from looptransfer.report.figures import plot_optima as plot_optima
+    from looptransfer.report.page import write_html as write_html
+    from looptransfer.rewrite.apply import parametrize as parametrize
+    from looptransfer.rewrite.plan import Branch as Branch
+    from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
+    from looptransfer.rules import residual_multiplier as residual_multiplier
+    from looptransfer.transfer.results import read_results as read_results
+    from looptransfer.transfer.verdict import Verdict as Verdict
+    from looptransfer.transfer.verdict import check as check
+    from looptransfer.trials.experiment import Experiment as Experiment
+    from looptransfer.trials.sweep import TunedLR as TunedLR
+    from looptransfer.trials.sweep import sweep as sweep
+    from looptransfer.trials.sweep import tune as tune
+
+# Each name is imported when it is first used: `import looptransfer` and judging a table load no torch (PEP 562).
+_HOMES = {
+    "Branch": "rewrite.plan",
+    "Experiment": "trials.experiment",
+    "InputError": "errors",
+    "LoopedDecoder": "reference.model",
+    "ReferenceSize": "reference.experiment",
+    "ScalingPlan": "rewrite.plan",
+    "TunedLR": "trials.sweep",
+    "Verdict": "transfer.verdict",
+    "check": "transfer.verdict",
+    "param_groups": "optim",
+    "parametrize": "rewrite.apply",
+    "plot_curves": "report.figures",
+    "plot_optima": "report.figures",
+    "read_results": "transfer.results",
+    "reference_experiment": "reference.experiment",
+    "residual_multiplier": "rules",
+    "sweep": "trials.sweep",
+    "tune": "trials.sweep",
+    "write_html": "report.page",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'looptransfer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"looptransfer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

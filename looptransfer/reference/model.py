@@ -8,13 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding of `x` with shape (batch, heads, time, head_dim)."""
-    time, half = x.shape[-2], x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(time, device=x.device, dtype=torch.float32)[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
+def rotary_table(time: int, head_dim: int, like: Tensor) -> Tensor:
+    """Cosines and sines of rotary position embedding, shape (2, time, head_dim / 2)."""
+    frequency = 10000.0 ** (torch.arange(0, head_dim, 2, device=like.device) / -head_dim)
+    angle = torch.arange(time, device=like.device)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()]).to(like.dtype)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """`x` with shape (…, time, head_dim), its two halves rotated against each other by position."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = table
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
@@ -27,10 +31,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
         batch, time, width = x.shape
-        q, k, v = self.qkv(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        qkv = self.qkv(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], table)
+        y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
         out: Tensor = self.out(y.transpose(1, 2).reshape(batch, time, width))
         return out
 
@@ -60,8 +65,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = SwiGLU(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table)
         x = x + self.mlp(self.mlp_norm(x))
         return x
 
@@ -92,6 +97,7 @@ class LoopedDecoder(nn.Module):
         if min(layers, loops) < 1 or min(prelude, coda) < 0:
             raise ValueError("layers and loops start at 1, prelude and coda at 0")
         self.loops = loops
+        self.head_dim = width // heads
         self.embedding = nn.Embedding(vocab, width)
         self.prelude = nn.ModuleList(Block(width, heads) for _ in range(prelude))
         self.layers = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -106,12 +112,13 @@ class LoopedDecoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
+        table = rotary_table(tokens.shape[-1], self.head_dim, like=x)
         for block in self.prelude:
-            x = block(x)
+            x = block(x, table)
         for _ in range(self.loops):
             for block in self.layers:
-                x = block(x)
+                x = block(x, table)
         for block in self.coda:
-            x = block(x)
+            x = block(x, table)
         logits: Tensor = self.head(self.norm(x))
         return logits

@@ -6,10 +6,10 @@ compiled before, a hooked one runs unscaled without a word. It does guard on the
 """
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from looptransfer.errors import InputError
@@ -59,8 +59,8 @@ def parametrize(
     return plan
 
 
-def plan_of(model: nn.Module) -> ScalingPlan:
-    """The plan that `parametrize` left on a model, also through a wrapper such as DDP or a compiled model.
+def planned(model: nn.Module) -> tuple[nn.Module, ScalingPlan]:
+    """The module that `parametrize` rewrote and its plan, also inside a wrapper such as DDP or a compiled model.
 
     Raises:
         InputError: the model was not rewritten.
@@ -68,14 +68,15 @@ def plan_of(model: nn.Module) -> ScalingPlan:
     for module in model.modules():
         plan = module.__dict__.get(PLAN)
         if isinstance(plan, ScalingPlan):
-            return plan
+            return module, plan
     raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
 
 
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+    compiler = sys.modules.get("torch._dynamo")  # importing it for the question would cost two seconds
+    if model._compiled_call_impl is not None or (compiler and isinstance(model, compiler.OptimizedModule)):
         raise InputError("the model is compiled already; call parametrize first and torch.compile after")
     if any(PLAN in module.__dict__ or OUTPUTS in module.__dict__ for module in model.modules()):
         raise InputError("the model is rewritten already, and a second ε would multiply the first; build a fresh model")

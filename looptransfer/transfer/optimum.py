@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 Array = npt.NDArray[np.float64]
 Censored = Literal["low edge", "high edge", "diverged", "plateau", "one seed", "too few LRs"]
 
-WINDOW = 1.5  # octaves on either side of the vertex that take part in the fit
+WINDOW = 1.5  # octaves that the fit reaches on either side of the LR nearest to the vertex
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def curve(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def find_optimum(loops: int, table: pd.DataFrame, confidence: float) -> Optimum:
-    """The vertex of a quadratic in log2(LR), fitted within ±1.5 octaves of itself.
+    """The vertex of a quadratic in log2(LR), fitted within ±1.5 octaves of the LR nearest to it.
 
     The window and the design are the same for every seed (paired seeds), so the mean of the seeds' fits is the fit of
     their mean. A seed's own vertex is a ratio with heavy tails; instead each seed takes one Newton step from the pooled
@@ -89,8 +89,6 @@ def find_optimum(loops: int, table: pd.DataFrame, confidence: float) -> Optimum:
     stable = table[np.isfinite(table).all(axis=1)]
     if len(stable) < 3:
         return censored("diverged" if len(table) >= 3 else "too few LRs")
-    if seeds < 2:
-        return censored("one seed")
     best = float(stable.mean(axis=1).idxmin())
     if best == table.index[0]:
         return censored("low edge")
@@ -98,8 +96,10 @@ def find_optimum(loops: int, table: pd.DataFrame, confidence: float) -> Optimum:
         return censored("high edge")
     if best == stable.index[-1] or best == stable.index[0]:
         return censored("diverged")
+    if seeds < 2:
+        return censored("one seed")
     centre = best
-    for _ in range(8):  # the window follows the vertex until it holds the same LRs
+    for _ in range(8):  # until the window is centred on the LR nearest to the vertex
         near = stable[np.abs(stable.index - centre) <= WINDOW + 1e-9]
         if len(near) < 3:
             return censored("too few LRs")
@@ -107,9 +107,10 @@ def find_optimum(loops: int, table: pd.DataFrame, confidence: float) -> Optimum:
         vertex = _vertex(fitted.mean())
         if vertex is None or not near.index[0] < vertex < near.index[-1]:
             return censored("plateau")
-        if vertex == centre:
+        nearest = float(stable.index[int(np.argmin(np.abs(stable.index - vertex)))])
+        if nearest == centre:
             break
-        centre = vertex
+        centre = nearest
     if t_interval(fitted["c"], confidence).low <= 0:
         return censored("plateau")
     mean = fitted.mean()
