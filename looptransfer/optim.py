@@ -27,8 +27,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of a rewritten model for `optimizer`, by the paper's table (arXiv 2606.18524, Table 1).
 
-    Parameters of the residual branches, pre-norm gains included, get LR and Adam eps × m_L^(−1/2); embedding, final norm
-    and head × 1. Norm gains and biases (one dimension or none) are not decayed. Under μP (`mup.set_base_shapes` was
+    Parameters of the residual branches, pre-norm gains included, get LR and Adam eps × m_L^(−1/2); embedding, final
+    norm and head × 1. Norm gains and biases (one dimension or none) are not decayed. With μP (`mup.set_base_shapes` was
     called on the model) LR and decay are also divided and multiplied by the width multiplier, as `mup.MuAdamW`,
     `mup.MuAdam` and `mup.MuSGD` have it.
 
@@ -49,7 +49,11 @@ def param_groups(
     if family is None:
         known = ", ".join(cls.__name__ for cls in FAMILIES)
         raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {known}, given as a class")
-    for name, value, least in (("lr", lr, "above 0"), ("eps", eps, "above 0"), ("weight_decay", weight_decay, "from 0 up")):
+    for name, value, least in (
+        ("lr", lr, "above 0"),
+        ("eps", eps, "above 0"),
+        ("weight_decay", weight_decay, "from 0 up"),
+    ):
         if not math.isfinite(value) or value < 0 or (value == 0 and name != "weight_decay"):
             raise InputError(f"{name} is {value!r}; it must be a finite number {least}")
     inner, plan = planned(model)

@@ -36,9 +36,7 @@ class _Task:
 
     def make_model(self, loops: int) -> nn.Module:
         size = self.size
-        return LoopedDecoder(
-            width=size.width, heads=size.heads, layers=size.layers, loops=loops, tied_head=False
-        )
+        return LoopedDecoder(width=size.width, heads=size.heads, layers=size.layers, loops=loops, tied_head=False)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         corpus, rng = load_corpus(self.text), np.random.default_rng(seed)

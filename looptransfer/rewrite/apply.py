@@ -7,8 +7,9 @@ compiled before, a hooked one runs unscaled without a word. It does guard on the
 
 import functools
 import sys
+import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -91,23 +92,27 @@ def _insert(model: nn.Module, plan: ScalingPlan, silenced: bool = False) -> None
         module.__dict__[OUTPUTS][branch.output] = 0.0 if silenced else branch.multiplier
 
 
-@functools.cache
+_scaled_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _scaled_class(cls: type[nn.Module]) -> type[nn.Module]:
     """`cls` with a forward that multiplies the outputs named in the instance. One class per class, shared by all."""
+    if cls not in _scaled_classes:
 
-    @functools.wraps(cls.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = cls.forward(self, *args, **kwargs)
-        for index, multiplier in self.__dict__[OUTPUTS].items():
-            output = _multiply(output, index, multiplier)
-        return output
+        @functools.wraps(cls.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = cls.forward(self, *args, **kwargs)
+            for index, multiplier in self.__dict__[OUTPUTS].items():
+                output = _multiply(output, index, multiplier)
+            return output
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        _, _, *state = cls.__reduce_ex__(self, protocol)
-        return _rebuild, (cls,), *state
+        def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+            state = cast(tuple[Any, ...], cls.__reduce_ex__(self, protocol))[2:]
+            return _rebuild, (cls,), *state
 
-    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": cls.__module__}
-    return type(cls)(f"Scaled{cls.__name__}", (cls,), body)
+        body = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
+        _scaled_classes[cls] = types.new_class(f"Scaled{cls.__name__}", (cls,), {}, lambda space: space.update(body))
+    return _scaled_classes[cls]
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

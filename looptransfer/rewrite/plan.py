@@ -69,7 +69,9 @@ class ScalingPlan:
         )
         notes = [f"left alone  {_short(left.source)}: {left.reason}" for left in self.left_alone]
         if isinstance(self.loops, frozenset):
-            notes.append("note: layers outside the loop count in L with one visit each (our extension of the paper's rule)")
+            notes.append(
+                "note: layers outside the loop count in L with one visit each (our extension of the paper's rule)"
+            )
         return "\n".join([head, *lines, *notes])
 
 
@@ -116,9 +118,7 @@ def make_plan(model: nn.Module, trace: Trace, rule: Rule, lam: float, base_layer
             output=group.handle.index,
             source=group.adds[0].source,
             visits=group.visits,
-            multiplier=residual_multiplier(
-                rule, visits=group.visits, layers=layers, lam=lam, base_layers=base_layers
-            ),
+            multiplier=residual_multiplier(rule, visits=group.visits, layers=layers, lam=lam, base_layers=base_layers),
             parameters=tuple(sorted(group.parameters)),
         )
         for block, group in zip(blocks, groups, strict=True)

@@ -81,9 +81,11 @@ class _Node:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, example: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: list[_Node] = []
-        self.owner: dict[int, tuple[int, Any]] = {}  # storage -> (node, the storage, kept alive so that its key stays its own)
+        self.owner: dict[
+            int, tuple[int, Any]
+        ] = {}  # storage -> (node, the storage, kept alive so that its key stays its own)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
         self.running: list[str] = []

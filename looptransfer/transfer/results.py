@@ -42,7 +42,7 @@ def tidy(frame: pd.DataFrame, first_row: int = 0) -> pd.DataFrame:
     missing = [name for name in REQUIRED if name not in frame.columns]
     if missing:
         raise InputError(
-            f"column {', '.join(missing)} is missing; the table has {', '.join(map(str, frame.columns)) or 'no columns'}. "
+            f"column {', '.join(missing)} is missing; there are {', '.join(map(str, frame.columns)) or 'no columns'}. "
             "Needed are loops, lr and loss, optional are seed, rule and diverged"
         )
     out = frame.copy().reset_index(drop=True)
@@ -81,7 +81,9 @@ def _in_range(frame: pd.DataFrame, name: str, good: pd.Series, allowed: str, fir
 
 
 def _flags(column: pd.Series, first_row: int) -> pd.Series:
-    flags = column.map(lambda cell: {"true": True, "1": True, "false": False, "0": False}.get(str(cell).strip().lower()))
+    flags = column.map(
+        lambda cell: {"true": True, "1": True, "false": False, "0": False}.get(str(cell).strip().lower())
+    )
     if flags.isna().any():
         row = int(flags.isna().idxmax())
         raise InputError(f"row {row + first_row}: diverged is {column[row]!r}; it must be true or false")

@@ -77,7 +77,14 @@ class Verdict:
             "regret_tolerance_nats": self.regret_tolerance,
             "confidence": self.confidence,
             "rules": {name: _rule_dict(one) for name, one in self.rules.items()},
-            "differences": [asdict(difference) for difference in self.differences],
+            "differences": [
+                {
+                    "control": difference.control,
+                    "drift_octaves_per_doubling": _interval_dict(difference.drift),
+                    "regret_nats": _interval_dict(difference.regret),
+                }
+                for difference in self.differences
+            ],
             "notes": list(self.notes),
         }
 
@@ -97,7 +104,8 @@ class Verdict:
                 lines.append(f"  to settle it: {one.advice}")
         for difference in self.differences:
             lines.append(f"{difference.control} minus {self.rule}, paired by seed:")
-            lines.append(f"  drift {difference.drift or 'unknown'} octaves per doubling, regret {difference.regret or 'unknown'} nats")
+            drift, regret = difference.drift or "unknown", difference.regret or "unknown"
+            lines.append(f"  drift {drift} octaves per doubling, regret {regret} nats")
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"Intervals: {percent}, Student's t over seeds.")
         return "\n".join(lines)
@@ -143,7 +151,9 @@ def check(
     if rule not in present:
         raise InputError(f"rule {rule!r} is not in the table, which has {', '.join(present)}; choose one with --rule")
     terms = _Terms(transferred_lr, tolerance, regret_tolerance, confidence)
-    verdicts = {name: _judge(name, runs[runs["rule"] == name], terms) for name in [rule, *(p for p in present if p != rule)]}
+    verdicts = {
+        name: _judge(name, runs[runs["rule"] == name], terms) for name in [rule, *(p for p in present if p != rule)]
+    }
     differences = tuple(
         _difference(verdicts[rule], control, runs, terms) for name, control in verdicts.items() if name != rule
     )
@@ -183,9 +193,7 @@ def _drift_by_seed(known: list[Optimum]) -> pd.Series | None:
     return pd.Series(frame.to_numpy() @ x / float(x @ x), index=frame.index)
 
 
-def _regret_by_seed(
-    target: Optimum, table: pd.DataFrame, proxy: Optimum, terms: _Terms
-) -> pd.Series | None:
+def _regret_by_seed(target: Optimum, table: pd.DataFrame, proxy: Optimum, terms: _Terms) -> pd.Series | None:
     """Loss at the transferred LR minus loss at the optimum of the same N, per seed, in nats."""
     if target.censored is not None or target.log2_lr is None or target.window is None:
         return None
@@ -223,7 +231,11 @@ def _decide(
         return "INCONCLUSIVE", f"Only N = {optima[0].loops} was run.", "run the same LRs at one larger N or more"
     hidden = next((o for o in optima if o.censored is not None), None)
     if hidden is not None:
-        return "INCONCLUSIVE", _censored_reason(hidden, tables[hidden.loops]), _censored_advice(hidden, tables[hidden.loops])
+        return (
+            "INCONCLUSIVE",
+            _censored_reason(hidden, tables[hidden.loops]),
+            _censored_advice(hidden, tables[hidden.loops]),
+        )
     if drift is None or drifts is None:
         return "INCONCLUSIVE", "Fewer than two seeds are shared by all N.", "run the same seeds at every N"
     tolerance = terms.tolerance
@@ -231,13 +243,29 @@ def _decide(
         way = "down" if drift.estimate < 0 else "up"
         return "DRIFTS", f"The optimum moves {way} by {abs(drift.estimate):.2f} octave per doubling of N.", ""
     if not -tolerance < drift.low <= drift.high < tolerance:
-        return "INCONCLUSIVE", "The interval of the drift reaches across the tolerance.", _more_seeds(drifts, tolerance, terms.confidence)
+        return (
+            "INCONCLUSIVE",
+            "The interval of the drift reaches across the tolerance.",
+            _more_seeds(drifts, tolerance, terms.confidence),
+        )
     if regret is None:
-        return "INCONCLUSIVE", "The transferred LR lies outside the LRs run at the largest N.", "run LRs around the transferred LR"
+        return (
+            "INCONCLUSIVE",
+            "The transferred LR lies outside the LRs run at the largest N.",
+            "run LRs around the transferred LR",
+        )
     if regret.low > terms.regret_tolerance:
-        return "INCONCLUSIVE", "The optimum stays, but the transferred LR costs more than the tolerance.", "tune the proxy again, nearer to its optimum"
+        return (
+            "INCONCLUSIVE",
+            "The optimum stays, but the transferred LR costs more than the tolerance.",
+            "tune the proxy again, nearer to its optimum",
+        )
     if regret.high >= terms.regret_tolerance:
-        return "INCONCLUSIVE", "The regret of the transferred LR may reach the tolerance.", "run more seeds at the largest N"
+        return (
+            "INCONCLUSIVE",
+            "The regret of the transferred LR may reach the tolerance.",
+            "run more seeds at the largest N",
+        )
     return "FLAT", "The optimum stays put and the transferred LR loses nothing that matters.", ""
 
 
@@ -317,15 +345,22 @@ def _rule_dict(one: RuleVerdict) -> dict[str, Any]:
         "answer": one.answer,
         "reason": one.reason,
         "advice": one.advice,
-        "drift_octaves_per_doubling": None if one.drift is None else asdict(one.drift),
-        "regret_nats": None if one.regret is None else asdict(one.regret),
+        "drift_octaves_per_doubling": _interval_dict(one.drift),
+        "regret_nats": _interval_dict(one.regret),
         "optima": [
             {
                 "loops": o.loops,
                 "seeds": o.seeds,
                 "censored": o.censored,
-                "log2_lr": None if o.log2_lr is None else asdict(o.log2_lr),
+                "log2_lr": _interval_dict(o.log2_lr),
             }
             for o in one.optima
         ],
     }
+
+
+def _interval_dict(interval: Interval | None) -> dict[str, float | str] | None:
+    """Plain JSON, which knows no infinity: a regret without bound is the text "inf"."""
+    if interval is None:
+        return None
+    return {name: value if math.isfinite(value) else str(value) for name, value in asdict(interval).items()}

@@ -80,6 +80,6 @@ class Experiment:
             pickle.dumps(self)
         except Exception as error:
             raise InputError(
-                f"the experiment cannot be sent to worker processes ({error}); define its functions at the top level of "
-                "a module, or pass workers=1"
+                f"the experiment cannot be sent to worker processes ({error}); define its functions at the top "
+                "level of a module, or pass workers=1"
             ) from None

@@ -4,8 +4,10 @@ There is no planner process and no queue: every worker asks the search what is w
 running, and takes the next. A worker that dies leaves a trial without heartbeat, whose run is then open again.
 """
 
+import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import sys
@@ -94,7 +96,9 @@ def _url(ledger: str | Path) -> str:
         with path.open("ab"):
             pass
     except OSError as error:
-        raise InputError(f"cannot write the ledger {path}: {error.strerror}; choose a folder you may write to") from None
+        raise InputError(
+            f"cannot write the ledger {path}: {error.strerror}; choose a folder you may write to"
+        ) from None
     return f"sqlite:///{path}"
 
 
@@ -122,7 +126,9 @@ def _open(url: str, name: str, identity: dict[str, Any]) -> optuna.Study:
     if stored != json.loads(text):
         differing = sorted(k for k in stored.keys() | identity.keys() if stored.get(k) != json.loads(text).get(k))
         what = ", ".join(f"{key}: {stored.get(key)!r} there, {identity.get(key)!r} here" for key in differing)
-        raise InputError(f"the ledger {url} holds another experiment ({what}); choose another ledger or remove this one")
+        raise InputError(
+            f"the ledger {url} holds another experiment ({what}); choose another ledger or remove this one"
+        )
     return study
 
 
@@ -147,7 +153,8 @@ class _Claimed(optuna.samplers.BaseSampler):
 
 def _open_runs(study: optuna.Study, search: Search) -> tuple[list[Run], list[Run]]:
     """Runs that nobody makes, and all that are not finished."""
-    done, taken = set(), set()
+    done: set[Run] = set()
+    taken: set[Run] = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
         run = _run_of(trial)
         if run is not None:
@@ -188,7 +195,9 @@ def _work(url: str, name: str, experiment: Experiment, search: Search, progress:
     study = optuna.load_study(storage=storage, study_name=name, sampler=sampler)
 
     def objective(trial: optuna.Trial) -> float:
-        storage.record_heartbeat(trial._trial_id)  # before the claim, or a death right after it would hold the run forever
+        storage.record_heartbeat(
+            trial._trial_id
+        )  # before the claim, or a death right after it would hold the run forever
         sampler.run = run = _claim(study, trial, search)
         trial.suggest_categorical("rule", list(RULES))
         trial.suggest_int("loops", run.loops, run.loops)
@@ -209,10 +218,9 @@ def _work(url: str, name: str, experiment: Experiment, search: Search, progress:
         if not unfinished:
             return
         if todo:
-            try:
+            # A process that slept through its grace period finds its run given to another.
+            with contextlib.suppress(UpdateFinishedTrialError):
                 study.optimize(objective, n_trials=1)
-            except UpdateFinishedTrialError:
-                pass  # this process slept through its grace period, and another has the run
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
@@ -261,8 +269,8 @@ def _supervise(
                     raise RuntimeError(f"a run failed; finished runs are kept in the ledger.\n{errors[-1]}")
                 if restarts == RESTARTS:
                     raise RuntimeError(
-                        f"worker processes were killed {restarts + 1} times (exit {process.exitcode}), out of memory perhaps; "
-                        "finished runs are kept in the ledger: run again with fewer workers"
+                        f"worker processes were killed {restarts + 1} times (exit {process.exitcode}), out of memory "
+                        "perhaps; finished runs are kept in the ledger: run again with fewer workers"
                     )
                 restarts += 1
                 pool[pool.index(process)] = start()
@@ -290,6 +298,7 @@ class _Progress:
         self.bar = tqdm(desc=name, unit="loop", disable=not self.terminal, bar_format=BAR)
         self.started = self.printed = time.monotonic()
         self.at_start: int | None = None
+        self.ended = False
 
     def __enter__(self) -> "_Progress":
         return self
@@ -308,8 +317,8 @@ class _Progress:
         if self.terminal:
             self.bar.total, self.bar.n = total, made
             self.bar.set_postfix_str(f"{len(wanted) - len(unfinished)} of {len(wanted)} runs")
-        elif time.monotonic() - self.printed >= PLAIN_EVERY or (not left and made > self.at_start):
-            self.printed = time.monotonic()
+        elif not self.ended and (time.monotonic() - self.printed >= PLAIN_EVERY or (not left and made > self.at_start)):
+            self.printed, self.ended = time.monotonic(), not left
             spent = self.printed - self.started
             rate = (made - self.at_start) / spent if spent else 0.0
             eta = f", about {left / rate:.0f} s left" if rate and left else ""

@@ -125,7 +125,8 @@ def sweep(
         for octave in octaves
         for seed in _seeds(seeds)
     ]
-    multipliers = {(run.rule, run.loops): _multipliers(experiment, run.loops, run.rule) for run in reported}
+    pairs = dict.fromkeys((run.rule, run.loops) for run in reported)
+    multipliers = {(rule, count): _multipliers(experiment, count, rule) for rule, count in pairs}
     first_rule: dict[tuple[int, object], Rule] = {}
     for (rule, count), value in multipliers.items():
         first_rule.setdefault((count, value), rule)
@@ -152,8 +153,10 @@ def _multipliers(experiment: Experiment, loops: int, rule: Rule) -> object:
     return factor, tuple((branch.module, branch.multiplier) for branch in plan.branches)
 
 
-def _by_rule(loops: Sequence[int] | Mapping[Rule, Sequence[int]], rules: Sequence[Rule]) -> Mapping[Rule, Sequence[int]]:
-    mapping: Mapping[Rule, Sequence[int]] = loops if isinstance(loops, Mapping) else {rule: loops for rule in rules}
+def _by_rule(
+    loops: Sequence[int] | Mapping[Rule, Sequence[int]], rules: Sequence[Rule]
+) -> Mapping[Rule, Sequence[int]]:
+    mapping: Mapping[Rule, Sequence[int]] = loops if isinstance(loops, Mapping) else dict.fromkeys(rules, loops)
     for rule in mapping:
         check_rule(rule)
     return mapping

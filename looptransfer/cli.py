@@ -1,0 +1,113 @@
+"""The command line. Commands import what they need when they run, so that help and `check` load no torch."""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from looptransfer.errors import InputError
+
+USAGE, UNEXPECTED, INTERRUPTED = 2, 70, 130
+STATUS = "exit status: 0 flat, 1 drifts, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
+START = "start here:   looptransfer demo --quick\nyour results: looptransfer check results.csv"
+ABOUT = "Tune the LR of a looped Transformer at small N, carry it to large N, and check that it holds."
+DEMO = """\
+Tunes the LR of a small looped decoder at N = 2, sweeps around it at N = 1…16 under the
+paper's rule and two controls, and writes report.html, results.csv and verdict.json.
+About 15 minutes on two cores. Stopped at any moment, the same command goes on where it was."""
+CHECK = """\
+Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains nothing.
+
+The CSV has one row per training run, with columns
+  loops     N, a whole number from 1
+  lr        absolute learning rate
+  loss      final loss in nats; inf or nan where the run diverged
+  seed      optional; runs of one seed are compared with each other, and one seed settles nothing
+  rule      optional; the other rules serve as controls
+  diverged  optional; true or false"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except InputError as error:
+        print(f"looptransfer: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        print("looptransfer: this is unexpected; please report it with the lines above", file=sys.stderr)
+        return UNEXPECTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="looptransfer", description=ABOUT, epilog=START, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"looptransfer {version('looptransfer')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    story = "the whole story on the embedded model and text"
+    _add_demo(commands.add_parser("demo", help=story, description=DEMO, formatter_class=raw))
+    judge = "judge a table of results; trains nothing"
+    _add_check(commands.add_parser("check", help=judge, description=CHECK, epilog=STATUS, formatter_class=raw))
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="smaller, within three minutes; may end inconclusive")
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to write (default: demo)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="first seed, from 0 up (default: 0)")
+    parser.add_argument("--text", metavar="FILE_OR_DIR", help="your own text (default: Python's standard library)")
+    parser.set_defaults(run=_demo)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, metavar="RESULTS.csv", help="the table")
+    parser.add_argument("--rule", help="the rule to judge (default: factored, or the only one there)")
+    parser.add_argument(
+        "--lr", type=float, help="the transferred LR, absolute (default: the optimum at the smallest N)"
+    )
+    parser.add_argument("--tolerance", type=float, default=0.20, help="octaves per doubling of N (default: 0.20)")
+    parser.add_argument("--regret", type=float, default=0.02, help="tolerated regret in nats (default: 0.02)")
+    parser.add_argument("--confidence", type=float, default=0.90, help="of the intervals (default: 0.90)")
+    parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    parser.set_defaults(run=_check)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from looptransfer.demo import run_demo  # noqa: PLC0415
+
+    if arguments.seed < 0:
+        raise InputError(f"--seed is {arguments.seed}; it must be 0 or more")
+    print("\n".join(run_demo(arguments.out, arguments.quick, arguments.seed, arguments.text)))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from looptransfer.transfer.results import read_results  # noqa: PLC0415
+    from looptransfer.transfer.verdict import check  # noqa: PLC0415
+
+    verdict = check(
+        read_results(arguments.results),
+        rule=arguments.rule,
+        transferred_lr=arguments.lr,
+        tolerance=arguments.tolerance,
+        regret_tolerance=arguments.regret,
+        confidence=arguments.confidence,
+    )
+    if arguments.html:
+        from looptransfer.report.page import write_html  # noqa: PLC0415
+
+        try:
+            write_html(verdict, arguments.html, provenance={"results": arguments.results})
+        except OSError as error:
+            raise InputError(f"cannot write {arguments.html}: {error.strerror}; choose another file") from None
+    print(json.dumps(verdict.to_dict(), indent=2, allow_nan=False) if arguments.json else verdict)
+    return verdict.exit_status

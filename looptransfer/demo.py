@@ -1,0 +1,115 @@
+"""The whole story on the reference experiment: tune at N = 2, carry the LR to N = 16, judge, report."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from looptransfer.errors import InputError
+from looptransfer.reference.experiment import ReferenceSize, reference_experiment
+from looptransfer.report.page import write_html
+from looptransfer.rules import Rule
+from looptransfer.transfer.verdict import Verdict, check
+from looptransfer.trials.sweep import OCTAVES, TunedLR, sweep, tune
+
+PROXY = 2
+CONTROLS: tuple[Rule, ...] = ("sqrt", "unscaled")
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo runs."""
+
+    size: ReferenceSize
+    loops: tuple[int, ...]
+    controls: tuple[int, ...]  # N = 1 is common to all rules and costs nothing more
+    seeds: int
+    octaves: tuple[float, ...]
+
+
+FULL = DemoSize(ReferenceSize(), (1, 2, 4, 8, 16), (1, 4, 16), 4, OCTAVES)
+QUICK = DemoSize(ReferenceSize(steps=100), (1, 4, 16), (1, 4, 16), 2, OCTAVES[1:])
+
+
+def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = None) -> list[str]:
+    """Run the demo into the folder `out` (report.html, results.csv, verdict.json, ledger.db) and return the answer.
+
+    Interrupted, it goes on where it was when run again with the same options.
+
+    Raises:
+        InputError: the folder cannot be written, the text cannot be used, or the ledger there is of another experiment.
+        RuntimeError: a run failed.
+    """
+    started = time.monotonic()
+    scale = QUICK if quick else FULL
+    _check_writable(out)
+    experiment = reference_experiment(scale.size, text)
+    seeds, ledger = range(seed, seed + scale.seeds), out / "ledger.db"
+    best = tune(experiment, PROXY, seeds, ledger)
+    loops: dict[Rule, tuple[int, ...]] = {"factored": scale.loops, **dict.fromkeys(CONTROLS, scale.controls)}
+    results = sweep(experiment, loops, best, seeds=seeds, octaves=scale.octaves, ledger=ledger)
+    verdict = check(results, transferred_lr=best.lr)
+    lines = _answer(best, results, verdict, out)
+    identity = experiment.identity()
+    tuned = {"loops": best.loops, "lr": best.lr, "censored": best.optimum.censored, "seeds": list(seeds)}
+    record = {**verdict.to_dict(), "tuned": tuned, "experiment": identity}
+    trained = results.drop_duplicates(["loops", "lr", "seed", "seconds"])["seconds"].sum()  # shared runs count once
+    provenance = {
+        "command": shlex.join(["looptransfer", *sys.argv[1:]]),
+        "wall time of this run": f"{time.monotonic() - started:.0f} s",
+        "training time of the sweep": f"{trained:.0f} core-s",
+        "seeds": ", ".join(map(str, seeds)),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **identity,
+    }
+    _replace(out / "results.csv", lambda path: results.to_csv(path, index=False))
+    _replace(out / "verdict.json", lambda path: path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
+    _replace(out / "report.html", lambda path: write_html(verdict, path, summary=lines[:-1], provenance=provenance))
+    return lines
+
+
+def _answer(best: TunedLR, results: pd.DataFrame, verdict: Verdict, out: Path) -> list[str]:
+    """The five lines at the end."""
+    largest = int(results["loops"].max())
+    rules = verdict.rules.values()
+    answers = ", ".join(f"{one.rule} {one.answer}" for one in rules)
+    regrets = ", ".join(f"{one.rule} {one.regret or 'not known'}" for one in rules)
+    proxy = float(best.results["seconds"].sum())
+    ours = results[(results["rule"] == verdict.rule) & ~results["diverged"]]
+    at_target = float(ours.loc[ours["loops"] == largest, "seconds"].mean())
+    at_proxy = float(best.results.loc[~best.results["diverged"], "seconds"].mean())
+    target = proxy * at_target / at_proxy
+    return [
+        f"Tuned LR: {best}",
+        f"Verdict over N: {answers}",
+        f"Regret of that LR at N = {largest}, nats: {regrets}",
+        f"Cost of tuning: {proxy:.0f} core-s at N = {best.loops}; the same runs at N = {largest} would take about "
+        f"{target:.0f} core-s, {target / proxy:.1f}× as much",
+        f"Report: {out / 'report.html'}",
+    ]
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside `path`, then rename: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.part")
+    write(beside)
+    os.replace(beside, path)

@@ -1,0 +1,122 @@
+"""Figures of a verdict: loss against LR with N as an ordered colour scale, and what became of the optimum."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from looptransfer.transfer.optimum import Optimum
+from looptransfer.transfer.verdict import RuleVerdict, Verdict
+
+ORDERED = LinearSegmentedColormap.from_list(
+    "ordered", colormaps["viridis_r"](np.linspace(0.12, 1, 256))
+)  # dark: large N
+# Okabe and Ito's colours differ for every common kind of colour vision; the markers differ in print.
+RULE_STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v")]
+
+
+def plot_curves(verdict: Verdict) -> Figure:
+    """Held-out loss (nats) against LR, one panel per rule, one colour per N; seeds' range shaded, optima starred.
+
+    Crosses at the top are LRs at which runs diverged, the dashed line is the transferred LR.
+    """
+    counts = sorted({optimum.loops for one in verdict.rules.values() for optimum in one.optima})
+    rules = list(verdict.rules.values())
+    figure = Figure(figsize=(1.2 + 3.4 * len(rules), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    norm = BoundaryNorm(np.arange(len(counts) + 1) - 0.5, 256)
+    finite = verdict.runs.loc[~verdict.runs["diverged"], "loss"]
+    low = float(finite.min())
+    high = min(float(finite.max()), low + 4 * max(0.02, float(finite.median()) - low))
+    for axis, one in zip(axes, rules, strict=True):
+        for optimum in one.optima:
+            colour = ORDERED(norm(counts.index(optimum.loops)))
+            runs = verdict.runs[(verdict.runs["rule"] == one.rule) & (verdict.runs["loops"] == optimum.loops)]
+            _curve(axis, runs, optimum, colour, high)
+        if verdict.transferred_lr is not None:
+            axis.axvline(verdict.transferred_lr, color="0.35", linestyle="--", linewidth=1, zorder=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"$2^{{{math.log2(lr):.0f}}}$"))
+        axis.set(title=f"{one.rule}: {one.answer}", xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("held-out loss (nats)")
+    handles = [
+        axes[0].plot([], [], color=ORDERED(norm(i)), marker="o", markersize=4, label=f"N = {n}")[0]
+        for i, n in enumerate(counts)
+    ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
+
+
+def plot_optima(verdict: Verdict) -> Figure:
+    """Left, the LR optimum against N with its interval per rule; right, the regret of the transferred LR at large N."""
+    figure = Figure(figsize=(9.4, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for position, one in enumerate(verdict.rules.values()):
+        colour, marker = RULE_STYLES[position % len(RULE_STYLES)]
+        _optima(left, one, colour, marker)
+        if one.regret is not None and math.isfinite(one.regret.estimate):
+            error = [[one.regret.estimate - one.regret.low], [one.regret.high - one.regret.estimate]]
+            right.errorbar(position, one.regret.estimate, yerr=error, color=colour, marker=marker, capsize=4)
+        else:
+            right.text(position, 0, "not\nknown", ha="center", va="bottom", color="0.35")
+    _tolerance_band(left, verdict)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    left.xaxis.set_minor_locator(NullLocator())
+    left.set(xlabel="loop count N", ylabel="optimum, log2(LR)", title="Where the best LR lies")
+    left.grid(alpha=0.25)
+    left.legend(frameon=False, fontsize="small")
+    right.axhline(verdict.regret_tolerance, color="0.35", linestyle="--", linewidth=1, label="tolerance")
+    names = list(verdict.rules)
+    right.set_xticks(range(len(names)), names)
+    right.set(xlim=(-0.6, len(names) - 0.4), ylabel="nats, at the largest N", title="Regret of the transferred LR")
+    right.grid(alpha=0.25, axis="y")
+    right.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _curve(axis: Axes, runs: pd.DataFrame, optimum: Optimum, colour: object, top: float) -> None:
+    by_lr = runs.groupby("lr")["loss"]
+    stable = by_lr.max() < math.inf
+    lrs = stable.index[stable].to_numpy()
+    mean = by_lr.mean()[lrs]
+    axis.plot(lrs, mean, color=colour, marker="o", markersize=3, linewidth=1.3)
+    axis.fill_between(lrs, by_lr.min()[lrs], by_lr.max()[lrs], color=colour, alpha=0.18, linewidth=0)
+    lost = stable.index[~stable]
+    axis.plot(lost, [top] * len(lost), color=colour, marker="x", linestyle="none")
+    if optimum.log2_lr is not None:
+        x = optimum.log2_lr.estimate
+        loss = float(optimum.loss(x).mean())
+        axis.plot(
+            2**x, loss, color=colour, marker="*", markersize=13, markeredgecolor="black", markeredgewidth=0.7, zorder=5
+        )
+
+
+def _optima(axis: Axes, one: RuleVerdict, colour: str, marker: str) -> None:
+    known = [(o.loops, o.log2_lr) for o in one.optima if o.log2_lr is not None]
+    if known:
+        loops = [n for n, _ in known]
+        axis.plot(
+            loops, [log2.estimate for _, log2 in known], color=colour, marker=marker, label=f"{one.rule}: {one.answer}"
+        )
+        axis.fill_between(
+            loops, [i.low for _, i in known], [i.high for _, i in known], color=colour, alpha=0.18, linewidth=0
+        )
+
+
+def _tolerance_band(axis: Axes, verdict: Verdict) -> None:
+    """How far the optimum of the rule asked for could move and still be flat."""
+    known = [(o.loops, o.log2_lr.estimate) for o in verdict.rules[verdict.rule].optima if o.log2_lr is not None]
+    if len(known) >= 2:
+        loops = np.array([n for n, _ in known])
+        spread = verdict.tolerance * np.log2(loops / loops[0])
+        style: dict[str, Any] = {"color": "0.35", "linestyle": ":", "linewidth": 1}
+        axis.plot(loops, known[0][1] + spread, label=f"±{verdict.tolerance:g} octave per doubling", **style)
+        axis.plot(loops, known[0][1] - spread, **style)

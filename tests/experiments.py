@@ -1,0 +1,82 @@
+"""A training run of some twenty milliseconds, at module level so that worker processes can be sent it."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from looptransfer.trials.experiment import Experiment
+
+FEATURES, WIDTH, BATCH = 4, 8, 32
+PAUSE = "LOOPTRANSFER_TEST_PAUSE"  # environment: seconds by which each run is slowed
+
+
+class LoopedMLP(nn.Module):
+    """One tied residual block of width 8, visited `loops` times."""
+
+    def __init__(self, loops: int) -> None:
+        super().__init__()
+        self.loops = loops
+        self.embed = nn.Linear(FEATURES, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.embed(inputs)
+        for _ in range(self.loops):
+            stream = stream + self.block(self.norm(stream))
+        return self.head(stream)
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs, targets)
+
+
+@dataclass(frozen=True)
+class TinyTask:
+    """Regression on a fixed teacher. `failing_seed` is the seed whose second batch raises."""
+
+    failing_seed: int | None = None
+
+    def make_model(self, loops: int) -> nn.Module:
+        return LoopedMLP(loops)
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng(seed)
+        yield samples(rng, BATCH)
+        if seed == self.failing_seed:
+            raise ArithmeticError(f"no second batch for seed {seed}")
+        while True:
+            yield samples(rng, BATCH)
+
+    def held_out(self) -> list[tuple[Tensor, Tensor]]:
+        time.sleep(float(os.environ.get(PAUSE, "0")))
+        rng = np.random.default_rng(10_000)
+        return [samples(rng, 128) for _ in range(2)]
+
+
+def samples(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+    inputs = rng.normal(size=(count, FEATURES)).astype(np.float32)
+    targets = np.sin(2 * inputs[:, :1]) + inputs[:, 1:2] * inputs[:, 2:3] - inputs[:, 3:]
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def tiny_experiment(failing_seed: int | None = None, **overrides: Any) -> Experiment:
+    task = TinyTask(failing_seed)
+    arguments: dict[str, Any] = {
+        "name": "tiny",
+        "make_model": task.make_model,
+        "batches": task.batches,
+        "held_out": task.held_out,
+        "loss": squared_error,
+        "steps": 30,
+        "width": WIDTH,
+    }
+    return Experiment(**(arguments | overrides))

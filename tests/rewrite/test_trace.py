@@ -1,0 +1,174 @@
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import looptransfer as lt
+from looptransfer.rewrite.trace import Returned, Trace, call_arguments, randomised_twin, trace
+from tests import models
+from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
+
+
+def kinds(seen: Trace) -> list[tuple[str, str]]:
+    """Kind of every add, in order, with the line that spelled it."""
+    return [(add.kind, line_of(add.source)) for add in seen.adds]
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (models.ResidualMLP(), "h = h + self.f(h)"),
+        (models.TorchAddMLP(), "h = torch.add(h, self.f(h))"),
+        (models.BranchFirstMLP(), "h = self.f(h) + h"),
+        (models.InPlaceMLP(), "h += self.f(h)"),
+        (models.TheoryModel(layers=1), "h = h + layer(h)"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_each_run_of_a_residual_add_is_a_leaf_at_its_own_line(model: nn.Module, line: str) -> None:
+    assert kinds(trace(noisy(model), inputs(4, WIDTH))) == [("leaf", line)] * 3
+
+
+def test_module_calls_are_counted_also_where_one_object_stands_twice() -> None:
+    a, b = models.MLPBlock(), models.MLPBlock()
+    calls = trace(Looped([a, a, b], 2).double(), inputs(4, WIDTH)).calls
+    expected = Counter({"": 1, "blocks.0": 4, "blocks.2": 2, "blocks.0.mlp": 4, "blocks.2.mlp": 2})
+    assert {name: calls[name] for name in expected} == expected
+    assert "blocks.1" not in calls
+
+
+def test_the_modules_that_hand_the_branch_over_come_innermost_first() -> None:
+    (add,) = trace(models.ResidualMLP(loops=1).double(), inputs(4, WIDTH)).adds
+    assert add.returned == (Returned("f.3", None), Returned("f", None))
+    assert add.container == ("",)
+
+
+def test_the_containers_of_an_add_come_outermost_first() -> None:
+    seen = trace(small_decoder(layers=2, loops=1), tokens())
+    assert [add.container for add in seen.adds] == [("", f"layers.{i}") for i in (0, 0, 1, 1)]
+
+
+def test_the_parameters_of_a_branch_include_its_norm_and_nothing_of_other_branches() -> None:
+    first, second = trace(small_decoder(layers=1, loops=1), tokens()).adds
+    assert first.parameters == {f"layers.0.{n}.weight" for n in ("attention_norm", "attention.qkv", "attention.out")}
+    assert second.parameters == {f"layers.0.{n}.weight" for n in ("mlp_norm", "mlp.up", "mlp.down")}
+
+
+def test_an_input_injection_is_composite_and_the_branch_beside_it_a_leaf() -> None:
+    loop = [("leaf", "h = h + self.f(h)"), ("composite", "h = h + e")]
+    assert kinds(trace(noisy(models.InjectedMLP()), inputs(4, WIDTH))) == loop * 3
+
+
+def test_an_add_inside_a_branch_is_inner() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.up(x)
+            return self.down(torch.relu(hidden + self.down(hidden)))
+
+    model = models.ResidualMLP(loops=1)
+    model.f = Nested()
+    seen = trace(model.double(), inputs(4, WIDTH))
+    assert [add.kind for add in seen.adds] == ["inner", "leaf"]
+
+
+def test_adds_without_learned_matrices_between_their_operands_do_not_count() -> None:
+    seen = trace(noisy(Looped([models.GeluBlock()])), inputs(4, WIDTH))
+    assert kinds(seen) == [("leaf", "return x + self.f(self.rope(x))")] * 3
+
+
+@pytest.mark.parametrize("block", [models.WrittenOutGelu(), models.Rotary(), nn.LayerNorm(WIDTH), nn.GELU()])
+def test_activation_rotation_and_norm_alone_hold_no_residual_add(block: nn.Module) -> None:
+    assert trace(Looped([block]).double(), inputs(4, WIDTH)).adds == []
+
+
+def test_a_bias_added_to_a_projection_is_no_residual_add() -> None:
+    class ManualLinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+            self.position = nn.Parameter(torch.randn(4, WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight + self.position
+
+    assert trace(Looped([ManualLinear()]).double(), inputs(4, WIDTH)).adds == []
+
+
+def test_two_branches_that_see_different_inputs_are_not_stream_and_branch() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(x)
+
+    assert trace(Sum().double(), inputs(4, WIDTH)).adds == []
+
+
+def test_a_stream_behind_dropout_or_a_cast_is_still_the_stream() -> None:
+    class Cast(models.ResidualMLP):
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            for _ in range(self.loops):
+                out = self.f(h)
+                h = torch.dropout(h.float().double(), 0.5, self.training) + out
+            return h
+
+    assert [add.kind for add in trace(Cast().double(), inputs(4, WIDTH)).adds] == ["leaf"] * 3
+
+
+def test_a_branch_that_feeds_something_else_is_marked() -> None:
+    reused = trace(noisy(models.ReusedBranch()), inputs(4, WIDTH)).adds
+    assert [add.used_elsewhere for add in reused] == [True, True]
+    assert not any(add.used_elsewhere for add in trace(models.ResidualMLP().double(), inputs(4, WIDTH)).adds)
+
+
+def test_the_peak_is_the_largest_absolute_branch_value() -> None:
+    model, x = models.ResidualMLP(loops=1).double(), inputs(4, WIDTH)
+    (add,) = trace(model, x).adds
+    assert add.peak == model.f(x).abs().max().item()
+
+
+def test_meta_tensors_are_traced_without_numbers() -> None:
+    seen = trace(models.ResidualMLP().to("meta"), torch.empty(4, WIDTH, device="meta"))
+    assert [add.kind for add in seen.adds] == ["leaf"] * 3
+    assert all(add.peak != add.peak for add in seen.adds)
+
+
+def test_no_hooks_stay_behind() -> None:
+    registered = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
+    before = [len(hooks) for hooks in registered]
+    model = models.ResidualMLP().double()
+    trace(model, inputs(4, WIDTH))
+    with pytest.raises(lt.InputError):
+        trace(model, inputs(4, WIDTH + 1))
+    assert [len(hooks) for hooks in registered] == before
+
+
+def test_example_inputs_are_a_tensor_a_tuple_or_keywords() -> None:
+    x = inputs(2)
+    assert call_arguments(x) == ((x,), {})
+    assert call_arguments((x, 3)) == ((x, 3), {})
+    assert call_arguments({"x": x}) == ((), {"x": x})
+
+
+def test_the_twin_is_full_of_non_zero_numbers_and_always_the_same() -> None:
+    model = small_decoder()
+    nn.init.zeros_(model.layers[0].mlp.down.weight)
+    first, second = randomised_twin(model), randomised_twin(model)
+    assert all((p != 0).all() for p in first.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first.head.weight is first.embedding.weight
+    assert not model.layers[0].mlp.down.weight.any()
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model = models.ResidualMLP()
+    model.handle = (line for line in [""])
+    with pytest.raises(lt.InputError, match=r"cannot be copied for the trace: TypeError: .*generator"):
+        randomised_twin(model)

@@ -1,0 +1,204 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from looptransfer.errors import InputError
+from looptransfer.transfer.results import read_results, tidy
+
+
+def table(**changes: list[Any]) -> pd.DataFrame:
+    columns: dict[str, list[Any]] = {
+        "rule": ["factored", "factored", "sqrt"],
+        "loops": [1, 2, 2],
+        "lr": [0.01, 0.01, 0.01],
+        "seed": [3, 3, 3],
+        "loss": [2.0, 1.5, 1.25],
+    }
+    return pd.DataFrame(columns | changes)
+
+
+def csv_file(folder: Path, text: str) -> Path:
+    path = folder / "results.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["loops", "lr", "loss"])
+def test_a_missing_column_is_named_with_the_columns_there_are(name: str) -> None:
+    with pytest.raises(InputError, match=rf"column {name} is missing; .*rule"):
+        tidy(table().drop(columns=name))
+
+
+def test_all_missing_columns_are_named_at_once() -> None:
+    with pytest.raises(InputError, match=r"column loops, lr, loss is missing; .*no columns"):
+        tidy(pd.DataFrame())
+
+
+def test_a_cell_that_is_no_number_is_named_by_its_line_in_the_file_and_its_value(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "loops,lr,loss\n1,0.01,2.0\n2,0.01,fast\n4,0.01,1.0\n")
+    with pytest.raises(InputError, match=r"^row 3: loss is 'fast', which is not a number$"):
+        read_results(path)
+
+
+def test_a_cell_that_is_no_number_is_named_by_its_row_from_zero_in_a_frame() -> None:
+    with pytest.raises(InputError, match=r"^row 1: lr is 'big', which is not a number$"):
+        tidy(table(lr=[0.01, "big", 0.01]))
+
+
+def test_the_row_in_an_error_is_a_position_whatever_the_index_of_the_frame() -> None:
+    frame = table(lr=[0.01, 0.01, "big"]).set_index(pd.Index([70, 80, 90]))
+    with pytest.raises(InputError, match=r"^row 2: lr"):
+        tidy(frame)
+
+
+@pytest.mark.parametrize(("line", "column"), [("1,,2.0", "lr"), (",0.01,2.0", "loops"), ("1,0.01,", "loss")])
+def test_an_empty_cell_is_refused_and_not_taken_for_a_diverged_run(tmp_path: Path, line: str, column: str) -> None:
+    path = csv_file(tmp_path, f"loops,lr,loss\n2,0.01,2.0\n{line}\n")
+    with pytest.raises(InputError, match=rf"^row 3: {column} is '', which is not a number$"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.01, math.inf, math.nan])
+def test_an_lr_that_is_not_finite_and_above_zero_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match=rf"^row 1: lr is {value:g}; it must be a finite number above 0$"):
+        tidy(table(lr=[0.01, value, 0.01]))
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, math.nan, math.inf])
+def test_a_loop_count_that_is_no_whole_number_from_one_up_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match=rf"^row 2: loops is {value:g}; it must be a whole number from 1 up$"):
+        tidy(table(loops=[1, 2, value]))
+
+
+def test_a_loop_count_written_as_a_float_becomes_an_integer(tmp_path: Path) -> None:
+    runs = read_results(csv_file(tmp_path, "loops,lr,loss\n1.0,0.01,2.0\n2,0.01,2.0\n"))
+    assert runs["loops"].tolist() == [1, 2]
+    assert runs["loops"].dtype.kind == "i"
+
+
+def test_a_table_without_a_finite_loss_is_refused() -> None:
+    with pytest.raises(InputError, match=r"none of the 3 rows has a finite loss; run lower LRs"):
+        tidy(table(loss=[math.inf, math.nan, math.inf]))
+
+
+def test_a_table_without_a_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the 0 rows"):
+        read_results(csv_file(tmp_path, "loops,lr,loss\n"))
+
+
+def test_repeated_runs_are_named_by_row_and_coordinates(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "loops,lr,seed,loss\n1,0.01,5,2.0\n1,0.02,5,2.0\n1,0.010,5,1.9\n")
+    with pytest.raises(InputError) as raised:
+        read_results(path)
+    assert str(raised.value).startswith("rows 2, 4 are the same run (rule factored, loops 1, lr 0.01, seed 5)")
+    assert str(raised.value).endswith("drop the repeated rows")
+
+
+def test_repeated_runs_without_a_seed_column_ask_for_one() -> None:
+    frame = table(loops=[1, 1, 2], rule=["factored"] * 3).drop(columns="seed")
+    with pytest.raises(InputError, match="rows 0, 1 are the same run .*; add a column seed that tells them apart"):
+        tidy(frame)
+
+
+@pytest.mark.parametrize("column", ["rule", "loops", "lr", "seed"])
+def test_runs_that_differ_in_one_coordinate_are_not_repeated(column: str) -> None:
+    base = {"rule": ["a", "a"], "loops": [1, 1], "lr": [0.1, 0.1], "seed": [0, 0], "loss": [1.0, 1.0]}
+    other: dict[str, list[Any]] = {"rule": ["a", "b"], "loops": [1, 2], "lr": [0.1, 0.2], "seed": [0, 1]}
+    with pytest.raises(InputError):
+        tidy(pd.DataFrame(base))
+    assert len(tidy(pd.DataFrame(base | {column: other[column]}))) == 2
+
+
+def test_a_diverged_flag_that_is_neither_true_nor_false_is_named(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "loops,lr,loss,diverged\n1,0.01,2.0,false\n2,0.01,2.0,perhaps\n")
+    with pytest.raises(InputError, match=r"^row 3: diverged is 'perhaps'; it must be true or false$"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("flag", ["true", "True", "TRUE", " true", "1"])
+def test_a_run_flagged_as_diverged_has_infinite_loss_whatever_is_written(tmp_path: Path, flag: str) -> None:
+    runs = read_results(csv_file(tmp_path, f"loops,lr,loss,diverged\n1,0.01,2.0,0\n2,0.01,2.0,{flag}\n"))
+    assert runs["loss"].tolist() == [2.0, math.inf]
+    assert runs["diverged"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("written", ["inf", "Inf", "-inf", "nan", "NaN"])
+def test_a_loss_that_is_not_finite_comes_back_as_infinity_and_diverged(tmp_path: Path, written: str) -> None:
+    runs = read_results(csv_file(tmp_path, f"loops,lr,loss\n1,0.01,2.0\n1,0.02,{written}\n"))
+    assert runs["loss"].tolist() == [2.0, math.inf]
+    assert runs["diverged"].tolist() == [False, True]
+
+
+def test_a_loss_that_is_not_finite_is_diverged_even_where_the_flag_says_false() -> None:
+    runs = tidy(table(loss=[2.0, math.nan, 1.0], diverged=[False, False, True]))
+    assert runs["loss"].tolist() == [2.0, math.inf, math.inf]
+    assert runs["diverged"].tolist() == [False, True, True]
+
+
+def test_a_missing_rule_is_factored_and_a_missing_seed_is_one_seed(tmp_path: Path) -> None:
+    runs = read_results(csv_file(tmp_path, "loops,lr,loss\n1,0.01,2.0\n2,0.01,1.0\n"))
+    assert runs["rule"].tolist() == ["factored", "factored"]
+    assert runs["seed"].tolist() == ["0", "0"]
+
+
+def test_rule_and_seed_are_kept_where_given_and_other_columns_pass_through() -> None:
+    runs = tidy(table(width=[8, 8, 8]))
+    assert runs["rule"].tolist() == ["factored", "factored", "sqrt"]
+    assert runs["seed"].tolist() == ["3", "3", "3"]
+    assert runs["width"].tolist() == [8, 8, 8]
+
+
+def test_the_frame_handed_in_is_not_modified() -> None:
+    frame = table(loss=[2.0, math.nan, 1.0], diverged=["false", "true", "0"]).set_index(pd.Index([5, 6, 7]))
+    before = frame.copy(deep=True)
+    tidy(frame)
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_tidying_a_tidy_table_changes_nothing() -> None:
+    once = tidy(table(loss=[2.0, math.nan, 1.0]))
+    pd.testing.assert_frame_equal(tidy(once), once)
+
+
+def test_a_table_written_as_csv_reads_back_the_same(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    runs = tidy(table(lr=2.0 ** rng.normal(size=3), loss=[math.inf, *rng.normal(size=2)]))
+    runs.to_csv(tmp_path / "out.csv", index=False)
+    pd.testing.assert_frame_equal(read_results(tmp_path / "out.csv"), runs)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot read .*absent\.csv: No such file or directory; give a CSV"):
+        read_results(tmp_path / "absent.csv")
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read .*: Is a directory"):
+        read_results(tmp_path)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a CSV table"):
+        read_results(csv_file(tmp_path, ""))
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00\xff\xfe\x80", b'loops,lr,loss\n1,"0.01,2.0\n'])
+def test_a_file_that_is_no_csv_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "results.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is not a CSV table"):
+        read_results(path)
+
+
+def test_a_row_with_more_cells_than_the_header_among_others_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a CSV table.*line 3"):
+        read_results(csv_file(tmp_path, "loops,lr,loss\n1,0.01,2.0\n2,0.01,2.0,9\n"))
+
+
+def test_spaces_around_cells_do_not_matter(tmp_path: Path) -> None:
+    runs = read_results(csv_file(tmp_path, "loops, lr, loss\n1, 0.01, 2.0\n"))
+    assert runs[["loops", "lr", "loss"]].to_numpy().tolist() == [[1.0, 0.01, 2.0]]

@@ -1,0 +1,461 @@
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from looptransfer.errors import InputError
+from looptransfer.transfer.optimum import Interval
+from looptransfer.transfer.results import tidy
+from looptransfer.transfer.verdict import Verdict, check
+
+OCTAVES = np.arange(-3.0, 3.1, 0.75)
+# Losses of github.com/avifenesh/recipe-lab; LRs ascend along a row. One seed each.
+GRID_LRS = [0.0003, 0.0006, 0.0012, 0.0024, 0.0048]
+GRID_LOSSES = {
+    (12, 1): [5.3998, 5.0222, 4.7608, 4.5825, 4.7723],
+    (6, 2): [5.4109, 5.0836, 4.7681, 4.6151, 4.6328],
+    (3, 4): [5.4397, 5.0623, 4.7972, 4.6826, 4.7744],
+}
+PROOF_LRS = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+PROOF_LOSSES = {
+    (1, 1): [0.0325, 0.0321, 0.0246, 0.0177, 0.0077, 0.0015, 0.0001],
+    (1, 2): [0.0322, 0.0319, 0.0243, 0.0177, 0.0083, 0.0019, 0.0002],
+    (1, 4): [0.0321, 0.0319, 0.0241, 0.0177, 0.0085, 0.0020, 0.0003],
+    (1, 8): [0.0321, 0.0319, 0.0241, 0.0177, 0.0086, 0.0021, 0.0003],
+}
+
+reproducible = settings(derandomize=True, deadline=None, max_examples=25)
+
+
+def made(
+    drift: float = 0.0,
+    rule: str = "factored",
+    loops: Sequence[int] = (1, 2, 4, 8),
+    seeds: int = 4,
+    centre: float = -6.1,
+    curvature: float = 0.1,
+    noise: float = 0.0005,
+    wander: float = 0.05,
+    draw: int = 0,
+    grid: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Bowls in log2(LR) whose optimum moves by `drift` per doubling; each seed's wanders by itself at every N."""
+    rng = np.random.default_rng(draw)
+    x = -6.0 + (OCTAVES if grid is None else grid)
+    parts = []
+    for n in loops:
+        for seed in range(seeds):
+            vertex = centre + drift * math.log2(n) + rng.normal(0, wander)
+            loss = 2.0 + rng.normal(0, 0.1) + curvature * (x - vertex) ** 2 + rng.normal(0, noise, len(x))
+            parts.append(pd.DataFrame({"rule": rule, "loops": n, "lr": 2.0**x, "seed": seed, "loss": loss}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def public(losses: dict[tuple[int, int], list[float]], lrs: list[float], seed: int) -> pd.DataFrame:
+    rows = [
+        ("factored", layers, loops, lr, seed, loss)
+        for (layers, loops), row in losses.items()
+        for lr, loss in zip(lrs, row, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["rule", "layers", "loops", "lr", "seed", "loss"])
+
+
+def drift_of(verdict: Verdict, rule: str = "factored") -> Interval:
+    interval = verdict.rules[rule].drift
+    assert interval is not None
+    return interval
+
+
+def limits(interval: Interval | None) -> list[float]:
+    assert interval is not None
+    return [interval.estimate, interval.low, interval.high]
+
+
+# -- the three answers
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_an_optimum_that_stays_is_flat(draw: int) -> None:
+    verdict = check(made(draw=draw))
+    one = verdict.rules["factored"]
+    assert (verdict.answer, one.answer, one.advice) == ("FLAT", "FLAT", "")
+    assert abs(drift_of(verdict).estimate) < 0.1
+    assert -0.2 < drift_of(verdict).low < drift_of(verdict).high < 0.2
+    assert one.regret is not None
+    assert one.regret.high < 0.02
+
+
+@pytest.mark.parametrize(("drift", "way"), [(0.6, "up"), (-0.6, "down")])
+@pytest.mark.parametrize("draw", range(3))
+def test_an_optimum_that_moves_drifts_in_the_direction_it_moves(drift: float, way: str, draw: int) -> None:
+    verdict = check(made(drift, draw=draw, grid=np.arange(-3.75, 3.8, 0.75)))
+    assert verdict.answer == "DRIFTS"
+    assert drift_of(verdict).estimate == pytest.approx(drift, abs=0.06)
+    reason = verdict.rules["factored"].reason
+    assert reason == f"The optimum moves {way} by {abs(drift_of(verdict).estimate):.2f} octave per doubling of N."
+
+
+def test_a_noiseless_drift_is_measured_exactly_also_over_unevenly_spaced_loop_counts() -> None:
+    runs = made(0.3, loops=(1, 3, 4, 12), noise=0.0, wander=0.0, grid=np.arange(-4.5, 4.6, 0.75))
+    assert limits(check(runs).rules["factored"].drift) == pytest.approx([0.3, 0.3, 0.3], abs=1e-9)
+
+
+def test_a_drift_within_a_wider_tolerance_is_flat() -> None:
+    runs = made(0.3, loops=(1, 2))
+    assert check(runs).answer == "DRIFTS"
+    assert check(runs, tolerance=0.6, regret_tolerance=0.5).answer == "FLAT"
+
+
+def test_exit_statuses_are_0_for_flat_1_for_drifts_and_3_for_inconclusive() -> None:
+    flat, drifts, open_ = check(made()), check(made(0.6, loops=(1, 2, 4))), check(made(seeds=1))
+    assert [v.answer for v in (flat, drifts, open_)] == ["FLAT", "DRIFTS", "INCONCLUSIVE"]
+    assert [v.exit_status for v in (flat, drifts, open_)] == [0, 1, 3]
+
+
+# -- inconclusive
+
+
+def test_one_loop_count_is_inconclusive() -> None:
+    one = check(made(loops=(4,))).rules["factored"]
+    assert one.answer == "INCONCLUSIVE"
+    assert one.reason == "Only N = 4 was run."
+    assert "larger N" in one.advice
+    assert one.drift is None
+
+
+def test_one_seed_is_inconclusive_even_where_the_optimum_clearly_moves() -> None:
+    one = check(made(0.6, seeds=1, loops=(1, 2, 4))).rules["factored"]
+    assert one.answer == "INCONCLUSIVE"
+    assert "one seed" in one.reason
+    assert "seeds" in one.advice
+
+
+@pytest.mark.parametrize(("centre", "why", "side"), [(-10.0, "low edge", "below"), (-2.5, "high edge", "above")])
+@pytest.mark.parametrize("drift", [0.0, 0.2])
+def test_optima_at_the_edge_are_inconclusive(centre: float, why: str, side: str, drift: float) -> None:
+    verdict = check(made(drift, centre=centre))
+    one = verdict.rules["factored"]
+    assert one.answer == "INCONCLUSIVE"
+    assert [optimum.censored for optimum in one.optima] == [why] * 4
+    assert (one.drift, one.regret) == (None, None)
+    assert f"run LRs {side} " in one.advice
+
+
+@pytest.mark.parametrize("way", [1, -1])
+def test_edges_that_move_with_n_are_not_read_as_a_drift(way: int) -> None:
+    parts = []
+    for step, n in enumerate((1, 2, 4, 8)):
+        grid = OCTAVES + way * 0.6 * step
+        parts.append(made(loops=(n,), centre=-6.0 + 10 * way, grid=grid, draw=n))
+    assert check(pd.concat(parts)).answer == "INCONCLUSIVE"
+
+
+def test_edges_that_stand_still_are_not_read_as_flat_when_only_the_largest_n_is_censored() -> None:
+    runs = pd.concat([made(loops=(1, 2, 4)), made(loops=(8,), centre=-2.0, draw=1)])
+    one = check(runs).rules["factored"]
+    assert one.answer == "INCONCLUSIVE"
+    assert one.reason.startswith("At N = 8 the highest LR, 0.125, is the best")
+    assert one.advice.startswith("run LRs above 0.125 (0.25, 0.5) at N = 8")
+    assert one.drift is not None  # of the loop counts that are not censored, for information
+
+
+def test_divergence_that_hides_an_optimum_is_inconclusive() -> None:
+    runs = made(centre=-5.2)
+    runs.loc[(runs["loops"] == 8) & (runs["lr"] > 2**-5.3), "loss"] = math.nan
+    one = check(runs).rules["factored"]
+    assert one.answer == "INCONCLUSIVE"
+    assert one.reason == "At N = 8 divergence hides the optimum."
+    assert one.optima[-1].censored == "diverged"
+
+
+def test_an_interval_across_the_tolerance_is_inconclusive_and_asks_for_more_seeds() -> None:
+    one = check(made(0.1, loops=(1, 2), seeds=2, wander=0.1, draw=3)).rules["factored"]
+    assert one.drift is not None
+    assert one.drift.low < 0.2 < one.drift.high
+    assert one.answer == "INCONCLUSIVE"
+    assert "across the tolerance" in one.reason
+    assert "seeds" in one.advice
+
+
+def test_the_number_of_seeds_advised_settles_it_if_mean_and_scatter_stay() -> None:
+    runs = made(0.1, loops=(1, 2), seeds=3, wander=0.15, draw=1)
+    before = check(runs).rules["factored"]
+    assert before.answer == "INCONCLUSIVE"
+    advised = int(before.advice.removeprefix("run about ").split()[0])
+    assert advised > 3
+    assert before.drift_by_seed is not None
+    scatter, room = before.drift_by_seed.std(ddof=1), 0.2 - abs(before.drift_by_seed.mean())
+    draws = np.random.default_rng(0).standard_t(advised - 1, 200_000)
+    assert np.quantile(np.abs(draws), 0.9) * scatter / math.sqrt(advised) < room * 1.02
+    draws = np.random.default_rng(0).standard_t(advised - 2, 200_000)
+    assert np.quantile(np.abs(draws), 0.9) * scatter / math.sqrt(advised - 1) > room * 0.98
+
+
+def test_a_steep_basin_makes_a_transferred_lr_that_is_off_inconclusive_although_the_optimum_stays() -> None:
+    runs = made(curvature=2.0)
+    assert check(runs).answer == "FLAT"
+    one = check(runs, transferred_lr=2.0**-5.5).rules["factored"]
+    assert one.answer == "INCONCLUSIVE"
+    assert one.reason == "The optimum stays, but the transferred LR costs more than the tolerance."
+    assert "proxy" in one.advice
+    assert one.regret is not None
+    assert one.regret.estimate == pytest.approx(2.0 * 0.6**2, abs=0.25)
+
+
+def test_a_transferred_lr_beyond_the_lrs_run_is_inconclusive() -> None:
+    one = check(made(), transferred_lr=2.0).rules["factored"]
+    assert (one.answer, one.regret) == ("INCONCLUSIVE", None)
+    assert "outside the LRs run" in one.reason
+
+
+def test_a_transferred_lr_that_diverges_at_the_largest_n_has_infinite_regret_and_is_not_flat() -> None:
+    runs = made()
+    runs.loc[(runs["loops"] == 8) & (runs["lr"] > 2**-4), "loss"] = math.inf
+    verdict = check(runs, transferred_lr=2**-3.5)
+    one = verdict.rules["factored"]
+    assert one.answer == "INCONCLUSIVE"
+    assert limits(one.regret) == [math.inf] * 3
+
+
+def test_seeds_that_differ_between_the_loop_counts_are_inconclusive() -> None:
+    runs = made(loops=(1, 2))
+    runs.loc[runs["loops"] == 2, "seed"] += 100
+    one = check(runs).rules["factored"]
+    assert one.answer == "INCONCLUSIVE"
+    assert "shared" in one.reason
+
+
+def test_a_public_grid_of_one_seed_is_inconclusive_because_of_the_one_seed() -> None:
+    verdict = check(public(GRID_LOSSES, GRID_LRS, 7))
+    one = verdict.rules["factored"]
+    assert verdict.answer == "INCONCLUSIVE"
+    assert "there is one seed" in one.reason
+    assert {optimum.censored for optimum in one.optima} == {"one seed"}
+    assert any("layers" in note for note in verdict.notes)
+
+
+def test_a_public_grid_whose_best_lr_is_its_highest_is_inconclusive_because_of_that() -> None:
+    verdict = check(public(PROOF_LOSSES, PROOF_LRS, 42))
+    one = verdict.rules["factored"]
+    assert verdict.answer == "INCONCLUSIVE"
+    assert "the highest LR, 3, is the best: the optimum is censored" in one.reason
+    assert {optimum.censored for optimum in one.optima} == {"high edge"}
+    assert verdict.notes == ()
+
+
+# -- invariances
+
+
+@reproducible
+@given(octaves=st.integers(-8, 8), draw=st.integers(0, 1000))
+def test_scaling_every_lr_changes_nothing(octaves: int, draw: int) -> None:
+    runs = made(0.1, draw=draw)
+    before, after = check(runs), check(runs.assign(lr=runs["lr"] * 2.0**octaves))
+    assert limits(after.rules["factored"].drift) == pytest.approx(limits(before.rules["factored"].drift), abs=1e-8)
+    assert limits(after.rules["factored"].regret) == pytest.approx(limits(before.rules["factored"].regret), abs=1e-8)
+    assert after.answer == before.answer
+
+
+@reproducible
+@given(draw=st.integers(0, 1000), size=st.floats(0, 2))
+def test_a_constant_per_seed_and_loop_count_changes_nothing(draw: int, size: float) -> None:
+    runs = made(0.1, draw=draw)
+    offsets = {key: draw for key, draw in zip(
+        [(n, s) for n in (1, 2, 4, 8) for s in range(4)],
+        np.random.default_rng(draw).uniform(-size, size, 16),
+        strict=True,
+    )}
+    moved = runs.assign(loss=runs["loss"] + [offsets[n, s] for n, s in zip(runs["loops"], runs["seed"], strict=True)])
+    before, after = check(runs), check(moved)
+    assert limits(after.rules["factored"].drift) == pytest.approx(limits(before.rules["factored"].drift), abs=1e-8)
+    assert limits(after.rules["factored"].regret) == pytest.approx(limits(before.rules["factored"].regret), abs=1e-8)
+
+
+@reproducible
+@given(draw=st.integers(0, 1000))
+def test_the_order_of_the_rows_does_not_matter(draw: int) -> None:
+    runs = pd.concat([made(0.1, draw=draw), made(0.5, "sqrt", loops=(1, 2, 4), draw=draw + 1)], ignore_index=True)
+    shuffled = runs.iloc[np.random.default_rng(draw).permutation(len(runs))]
+    before, after = check(runs), check(shuffled)
+    for rule in ("factored", "sqrt"):
+        assert limits(after.rules[rule].drift) == pytest.approx(limits(before.rules[rule].drift), abs=1e-9)
+        assert after.rules[rule].answer == before.rules[rule].answer
+    assert limits(after.differences[0].drift) == pytest.approx(limits(before.differences[0].drift), abs=1e-9)
+
+
+@reproducible
+@given(octaves=st.floats(-0.7, 0.7), draw=st.integers(0, 1000))
+def test_the_regret_of_an_exact_bowl_is_its_curvature_times_the_squared_distance(octaves: float, draw: int) -> None:
+    runs = made(noise=0.0, wander=0.0, curvature=0.4, draw=draw)
+    one = check(runs, transferred_lr=2.0 ** (-6.1 + octaves)).rules["factored"]
+    assert limits(one.regret) == pytest.approx([0.4 * octaves**2] * 3, abs=1e-8)
+
+
+# -- the transferred LR
+
+
+def test_the_transferred_lr_is_by_default_the_optimum_of_the_smallest_n() -> None:
+    runs = made(0.15, loops=(2, 4, 16))
+    default = check(runs)
+    smallest = default.rules["factored"].optima[0]
+    assert smallest.loops == 2
+    assert smallest.log2_lr is not None
+    given_ = check(runs, transferred_lr=2.0**smallest.log2_lr.estimate)
+    assert limits(given_.rules["factored"].regret) == pytest.approx(limits(default.rules["factored"].regret), abs=1e-12)
+    other = check(runs, transferred_lr=2.0 ** (smallest.log2_lr.estimate - 0.5))
+    assert limits(other.rules["factored"].regret) != pytest.approx(limits(default.rules["factored"].regret), abs=1e-3)
+
+
+def test_the_transferred_lr_does_not_depend_on_the_order_of_the_loop_counts() -> None:
+    runs = made(0.15, loops=(2, 4, 16))
+    assert check(runs.iloc[::-1]).rules["factored"].optima[0].loops == 2
+
+
+# -- rules and their differences
+
+
+def shared_shift(shift: float, draw: int = 0) -> pd.DataFrame:
+    """Two rules that drift by 0.0 and 0.3, to whose drift every seed adds the same random amount."""
+    rng = np.random.default_rng(draw)
+    parts = []
+    for seed, common in enumerate(rng.normal(0, shift, 5)):
+        for rule, drift in (("factored", 0.0), ("sqrt", 0.3)):
+            part = made(drift + common, rule, loops=(1, 2, 4), seeds=1, wander=0.01, draw=int(rng.integers(2**32)))
+            parts.append(part.assign(seed=seed))
+    return pd.concat(parts)
+
+
+def test_pairing_takes_out_a_random_shift_that_the_seeds_share() -> None:
+    verdict = check(shared_shift(0.2))
+    difference = verdict.differences[0]
+    assert difference.control == "sqrt"
+    assert difference.drift is not None
+    assert difference.drift.estimate == pytest.approx(0.3, abs=0.05)
+    paired = difference.drift.high - difference.drift.low
+    ours, theirs = drift_of(verdict), drift_of(verdict, "sqrt")
+    assert difference.drift.estimate == pytest.approx(theirs.estimate - ours.estimate, abs=1e-9)
+    assert paired < 0.3 * min(ours.high - ours.low, theirs.high - theirs.low)
+    assert difference.drift.low > 0
+
+
+def test_the_difference_in_regret_is_the_controls_minus_ours() -> None:
+    verdict = check(pd.concat([made(0.0, loops=(1, 2, 4)), made(0.5, "sqrt", loops=(1, 2, 4), draw=1)]))
+    regret = verdict.differences[0].regret
+    ours, theirs = verdict.rules["factored"].regret, verdict.rules["sqrt"].regret
+    assert regret is not None
+    assert ours is not None
+    assert theirs is not None
+    assert regret.estimate == pytest.approx(theirs.estimate - ours.estimate, abs=1e-9)
+    assert theirs.estimate == pytest.approx(0.1 * 1.0**2, abs=0.03)
+    assert regret.low > 0
+
+
+def test_the_difference_is_taken_over_the_loop_counts_that_both_rules_have() -> None:
+    ours = made(0.0, loops=(1, 2, 4, 8), noise=0.0, wander=0.0)
+    control = made(0.4, "sqrt", loops=(2, 4), noise=0.0, wander=0.0)
+    difference = check(pd.concat([ours, control])).differences[0]
+    assert limits(difference.drift) == pytest.approx([0.4] * 3, abs=1e-9)
+    assert difference.regret is None
+
+
+def test_a_censored_control_leaves_the_answer_for_the_rule_asked_for() -> None:
+    verdict = check(pd.concat([made(), made(0.0, "unscaled", centre=-1.0)]))
+    assert verdict.answer == "FLAT"
+    assert verdict.rules["unscaled"].answer == "INCONCLUSIVE"
+    assert (verdict.differences[0].drift, verdict.differences[0].regret) == (None, None)
+    assert "unknown" in str(verdict)
+
+
+def test_the_rule_judged_is_factored_where_there_are_several_and_else_the_only_one() -> None:
+    assert check(pd.concat([made(rule="sqrt"), made(draw=1)])).rule == "factored"
+    assert check(made(rule="sqrt")).rule == "sqrt"
+    assert check(pd.concat([made(rule="sqrt"), made(draw=1)]), rule="sqrt").rule == "sqrt"
+
+
+def test_a_rule_that_is_not_in_the_table_is_refused_with_those_that_are() -> None:
+    with pytest.raises(InputError, match=r"rule 'sqrt' is not in the table, which has factored;"):
+        check(made(), rule="sqrt")
+
+
+def test_several_rules_without_factored_need_one_to_be_named() -> None:
+    with pytest.raises(InputError, match="which has sqrt, unscaled"):
+        check(pd.concat([made(rule="sqrt"), made(rule="unscaled")]))
+
+
+# -- numbers out of range, and what is written
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["tolerance", "regret_tolerance", "transferred_lr", "confidence"])
+def test_a_number_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=rf"^{name} is {value!r}; it must lie between 0 and"):
+        check(made(), **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [1.0, 90.0])
+def test_a_confidence_in_percent_or_of_certainty_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match="confidence is .* between 0 and 1"):
+        check(made(), confidence=value)
+
+
+def test_a_higher_confidence_widens_the_intervals_around_the_same_estimate() -> None:
+    runs = made()
+    low, high = drift_of(check(runs, confidence=0.8)), drift_of(check(runs, confidence=0.99))
+    assert low.estimate == pytest.approx(high.estimate, abs=1e-12)
+    assert high.low < low.low < low.high < high.high
+
+
+@pytest.mark.parametrize("runs", [made(), made(0.6, loops=(1, 2, 4)), made(seeds=1), made(centre=-1.0)])
+def test_the_dictionary_is_strict_json_with_a_schema_version_and_no_times(runs: pd.DataFrame) -> None:
+    verdict = check(pd.concat([runs.assign(seconds=4.5), made(rule="sqrt", draw=1).assign(seconds=4.5)]))
+    text = json.dumps(verdict.to_dict(), allow_nan=False)
+    loaded = json.loads(text)
+    assert loaded["schema_version"] == 1
+    assert loaded["answer"] == verdict.answer
+    assert list(loaded["rules"]) == ["factored", "sqrt"]
+    assert "second" not in text
+
+
+def test_the_dictionary_holds_the_numbers_of_the_verdict() -> None:
+    verdict = check(made(), transferred_lr=0.015, tolerance=0.3, regret_tolerance=0.1, confidence=0.8)
+    stored = verdict.to_dict()
+    one = stored["rules"]["factored"]
+    assert (stored["transferred_lr"], stored["tolerance_octaves_per_doubling"]) == (0.015, 0.3)
+    assert (stored["regret_tolerance_nats"], stored["confidence"]) == (0.1, 0.8)
+    assert list(one["drift_octaves_per_doubling"].values()) == limits(drift_of(verdict))
+    assert [entry["loops"] for entry in one["optima"]] == [1, 2, 4, 8]
+    assert [entry["seeds"] for entry in one["optima"]] == [4] * 4
+
+
+def test_wall_times_do_not_change_the_dictionary() -> None:
+    runs = made()
+    first, second = (check(runs.assign(seconds=seconds)).to_dict() for seconds in (1.0, 99.0))
+    assert first == second
+
+
+def test_layers_that_differ_between_the_rows_are_noted() -> None:
+    runs = made()
+    assert check(runs.assign(layers=2)).notes == ()
+    notes = check(runs.assign(layers=8 // runs["loops"])).notes
+    assert len(notes) == 1
+    assert notes[0].startswith("layers differs between the rows")
+
+
+def test_the_words_name_answer_reason_and_every_loop_count() -> None:
+    words = str(check(made(0.59, loops=(1, 2, 4), noise=0.0, wander=0.0)))
+    assert words.startswith("factored: DRIFTS. The optimum moves up by 0.59 octave per doubling of N.")
+    assert all(f"N = {n} " in words for n in (1, 2, 4))
+    assert "Intervals: 90%, Student's t over seeds." in words
+
+
+def test_the_verdict_keeps_the_runs_as_tidied_and_the_table_as_it_was() -> None:
+    runs = made()
+    before = runs.copy(deep=True)
+    verdict = check(runs)
+    pd.testing.assert_frame_equal(runs, before)
+    pd.testing.assert_frame_equal(verdict.runs, tidy(runs))
