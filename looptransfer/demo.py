@@ -15,6 +15,7 @@ import pandas as pd
 
 from looptransfer.errors import InputError
 from looptransfer.reference.experiment import ReferenceSize, reference_experiment
+from looptransfer.report.figures import plot_curves, plot_optima
 from looptransfer.report.page import write_html
 from looptransfer.rules import Rule
 from looptransfer.transfer.verdict import Verdict, check
@@ -40,7 +41,9 @@ QUICK = DemoSize(ReferenceSize(steps=100), (1, 4, 16), (1, 4, 16), 2, OCTAVES[1:
 
 
 def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = None) -> list[str]:
-    """Run the demo into the folder `out` (report.html, results.csv, verdict.json, ledger.db) and return the answer.
+    """Run the demo into the folder `out` and return the answer in five lines.
+
+    Written are report.html, its two figures as PNG, results.csv, verdict.json and ledger.db.
 
     Interrupted, it goes on where it was when run again with the same options.
 
@@ -74,6 +77,8 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     _replace(out / "results.csv", lambda path: results.to_csv(path, index=False))
     _replace(out / "verdict.json", lambda path: path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
     _replace(out / "report.html", lambda path: write_html(verdict, path, summary=lines[:-1], provenance=provenance))
+    _replace(out / "curves.png", lambda path: plot_curves(verdict).savefig(path, format="png", dpi=150))
+    _replace(out / "optima.png", lambda path: plot_optima(verdict).savefig(path, format="png", dpi=150))
     return lines
 
 

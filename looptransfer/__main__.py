@@ -1,0 +1,8 @@
+"""`python -m looptransfer` is the command `looptransfer`."""
+
+import sys
+
+from looptransfer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

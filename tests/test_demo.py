@@ -1,0 +1,39 @@
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import looptransfer as lt
+from looptransfer import demo
+
+TINY = demo.DemoSize(
+    lt.ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12), (1, 2), (1, 2), 2, (-2, -1, 0, 1)
+)
+
+
+@pytest.mark.slow
+def test_demo_writes_its_three_files_and_ends_with_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "QUICK", TINY)
+    lines = demo.run_demo(tmp_path, quick=True)
+    results = pd.read_csv(tmp_path / "results.csv")
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert len(lines) == 5
+    assert list(results) == ["rule", "layers", "loops", "width", "lr", "seed", "steps", "loss", "diverged", "seconds"]
+    assert len(results) == 3 * 2 * 4 * 2
+    assert verdict["experiment"]["corpus_sha256"]
+    assert not any("seconds" in key for key in verdict)
+    assert "data:image/svg+xml;base64," in (tmp_path / "report.html").read_text()
+    first = (tmp_path / "verdict.json").read_bytes()
+    demo.run_demo(tmp_path, quick=True)
+    assert (tmp_path / "verdict.json").read_bytes() == first
+
+
+@pytest.mark.slow
+def test_demo_refuses_the_ledger_of_another_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "QUICK", TINY)
+    demo.run_demo(tmp_path, quick=True)
+    text = tmp_path / "mine.txt"
+    text.write_text("other words " * 4000)
+    with pytest.raises(lt.InputError, match="corpus_sha256"):
+        demo.run_demo(tmp_path, quick=True, text=str(text))

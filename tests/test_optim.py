@@ -1,0 +1,244 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mup
+import pytest
+import torch
+from torch import Tensor, nn
+
+import looptransfer as lt
+from tests.models import WIDTH, BareMLP, Looped, MLPBlock, ParallelBlock, inputs, small_decoder, tokens
+
+OPTIMIZERS = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD]
+Settings = dict[str, dict[str, Any]]
+
+
+def rewritten(layers: int = 4, **settings: Any) -> nn.Module:
+    model = small_decoder(layers=layers, loops=2)
+    lt.parametrize(model, tokens(), **settings)
+    return model
+
+
+def by_parameter(model: nn.Module, groups: list[dict[str, Any]]) -> Settings:
+    """The settings of each parameter by its name; fails where one stands in two groups."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    listed = [(names[id(parameter)], group) for group in groups for parameter in group["params"]]
+    assert len({name for name, _ in listed}) == len(listed)
+    return dict(listed)
+
+
+def test_adamw_takes_lr_and_eps_by_root_depth_inside_the_branches() -> None:
+    model = rewritten()
+    groups = lt.param_groups(model, torch.optim.AdamW, lr=0.01, weight_decay=0.1, eps=1e-6)
+    settings = by_parameter(model, groups)
+    assert set(settings) == {name for name, _ in model.named_parameters()}
+    for name, setting in settings.items():
+        factor = 0.5 if name.startswith("layers.") else 1.0
+        assert setting["lr"] == pytest.approx(0.01 * factor, rel=1e-15), name
+        assert setting["lr_scale"] == factor, name
+        assert setting["eps"] == pytest.approx(1e-6 * factor, rel=1e-15), name
+        assert setting["weight_decay"] == (0.0 if "norm" in name else 0.1), name
+
+
+def test_adam_takes_its_decay_by_root_depth_too() -> None:
+    model = rewritten()
+    settings = by_parameter(model, lt.param_groups(model, torch.optim.Adam, lr=0.01, weight_decay=0.1))
+    inside, outside = settings["layers.2.mlp.up.weight"], settings["embedding.weight"]
+    assert (inside["lr"], inside["eps"], inside["weight_decay"]) == pytest.approx((0.005, 5e-9, 0.05), rel=1e-15)
+    assert (outside["lr"], outside["eps"], outside["weight_decay"]) == (0.01, 1e-8, 0.1)
+
+
+def test_sgd_keeps_its_lr_and_has_no_eps() -> None:
+    model = rewritten()
+    groups = lt.param_groups(model, torch.optim.SGD, lr=0.01, weight_decay=0.1)
+    settings = by_parameter(model, groups)
+    assert {setting["lr"] for setting in settings.values()} == {0.01}
+    assert settings["layers.2.mlp.up.weight"]["weight_decay"] == pytest.approx(0.05, rel=1e-15)
+    assert settings["embedding.weight"]["weight_decay"] == 0.1
+    assert not any("eps" in group for group in groups)
+
+
+@pytest.mark.parametrize("settings", [{"rule": "unscaled"}, {"base_layers": 4}])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_is_scaled_without_a_rule_or_at_the_base_depth(
+    optimizer: type[torch.optim.Optimizer], settings: dict[str, Any]
+) -> None:
+    for group in lt.param_groups(rewritten(**settings), optimizer, lr=0.01, weight_decay=0.1):
+        assert (group["lr"], group["lr_scale"]) == (0.01, 1.0)
+        assert group["weight_decay"] in (0.0, 0.1)
+
+
+def test_base_layers_enter_the_factor() -> None:
+    model = rewritten(base_layers=2)
+    settings = by_parameter(model, lt.param_groups(model, torch.optim.AdamW, lr=1.0))
+    assert settings["layers.0.mlp.up.weight"]["lr"] == pytest.approx(math.sqrt(0.5), rel=1e-15)
+
+
+def test_groups_have_names_of_their_own_and_decay_nothing_by_default() -> None:
+    groups = lt.param_groups(rewritten(), torch.optim.AdamW, lr=0.01)
+    assert [group["name"] for group in groups] == ["outside", "branches, no decay", "branches", "outside, no decay"]
+    assert {group["weight_decay"] for group in groups} == {0.0}
+
+
+def test_biases_and_gains_are_not_decayed() -> None:
+    model = Looped([ParallelBlock()])
+    lt.parametrize(model.double(), inputs(2, 4, WIDTH))
+    settings = by_parameter(model, lt.param_groups(model, torch.optim.AdamW, lr=0.01, weight_decay=0.1))
+    undecayed = {name for name, setting in settings.items() if setting["weight_decay"] == 0}
+    assert undecayed == {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+    assert undecayed
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = rewritten()
+    model.embedding.weight.requires_grad_(False)
+    model.layers[0].mlp.requires_grad_(False)
+    settings = by_parameter(model, lt.param_groups(model, torch.optim.AdamW, lr=0.01))
+    assert set(settings) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "layers.0.mlp.up.weight" not in settings
+    assert "layers.1.mlp.up.weight" in settings
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_optimizer_takes_the_groups_and_moves_every_parameter(optimizer: Callable[..., Any]) -> None:
+    model = rewritten()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = optimizer(lt.param_groups(model, optimizer, lr=0.01, weight_decay=0.1), lr=123.0)
+    assert {group["lr"] for group in optimizer.param_groups} <= {0.01, 0.005}
+    nn.functional.cross_entropy(model(tokens()).flatten(0, 1), tokens(seed=1).flatten()).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_adams_first_step_is_as_long_as_its_group_says() -> None:
+    model = rewritten()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(lt.param_groups(model, torch.optim.AdamW, lr=0.01, eps=1e-16))
+    model(tokens()).pow(2).mean().backward()
+    optimizer.step()
+    for name, factor in (("layers.3.mlp.down.weight", 0.5), ("norm.weight", 1.0)):
+        step = (dict(model.named_parameters())[name] - before[name]).abs()
+        assert step.max().item() == pytest.approx(0.01 * factor, rel=1e-3), name
+
+
+def test_a_compiled_model_gives_the_groups_of_the_model_inside() -> None:
+    model = rewritten()
+    plain = by_parameter(model, lt.param_groups(model, torch.optim.AdamW, lr=0.01))
+    through = by_parameter(model, lt.param_groups(torch.compile(model, backend="eager"), torch.optim.AdamW, lr=0.01))
+    assert {n: s["lr"] for n, s in through.items()} == {n: s["lr"] for n, s in plain.items()}
+
+
+def test_a_model_inside_another_module_gives_its_own_groups() -> None:
+    model = rewritten()
+    groups = lt.param_groups(nn.Sequential(model), torch.optim.AdamW, lr=0.01)
+    assert set(by_parameter(model, groups)) == {name for name, _ in model.named_parameters()}
+
+
+# -- widths
+
+
+class WideMLP(nn.Module):
+    """A looped MLP between two layers of fixed width."""
+
+    def __init__(self, width: int, hidden: int, loops: int = 2) -> None:
+        super().__init__()
+        self.loops = loops
+        self.read_in = nn.Linear(3, width)
+        self.f = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.read_out = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.read_in(x)
+        for _ in range(self.loops):
+            h = h + self.f(h)
+        return self.read_out(h)
+
+
+def wide(base: tuple[int, int], target: tuple[int, int]) -> WideMLP:
+    model = WideMLP(*target)
+    mup.set_base_shapes(model, WideMLP(*base), delta=WideMLP(base[0] + 1, base[1] + 1))
+    lt.parametrize(model, torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reference"),
+    [(torch.optim.AdamW, mup.MuAdamW), (torch.optim.Adam, mup.MuAdam), (torch.optim.SGD, mup.MuSGD)],
+)
+@pytest.mark.parametrize("target", [(8, 16), (32, 64), (24, 96), (4, 4)])
+def test_widths_scale_as_mups_own_optimizers_do(
+    optimizer: type[torch.optim.Optimizer], reference: Callable[..., torch.optim.Optimizer], target: tuple[int, int]
+) -> None:
+    model = wide((8, 16), target)  # one layer at base depth one: no depth factor
+    ours = by_parameter(model, lt.param_groups(model, optimizer, lr=0.01, weight_decay=0.1))
+    theirs = by_parameter(model, reference(model.parameters(), lr=0.01, weight_decay=0.1).param_groups)
+    assert set(ours) == set(theirs)
+    for name, parameter in model.named_parameters():
+        assert ours[name]["lr"] == pytest.approx(theirs[name]["lr"], rel=1e-12), name
+        assert ours[name]["lr_scale"] == pytest.approx(theirs[name]["lr"] / 0.01, rel=1e-12), name
+        decay = theirs[name]["weight_decay"] if parameter.ndim >= 2 else 0.0
+        assert ours[name]["weight_decay"] == pytest.approx(decay, rel=1e-12), name
+
+
+def test_groups_of_different_widths_have_different_names() -> None:
+    groups = lt.param_groups(wide((8, 16), (24, 96)), torch.optim.AdamW, lr=0.01)
+    assert {"branches, width × 3", "branches, width × 6"} <= {group["name"] for group in groups}
+
+
+def test_depth_and_width_factors_multiply() -> None:
+    class Deep(WideMLP):
+        def __init__(self, width: int) -> None:
+            super().__init__(width, width)
+            self.g = nn.Linear(width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.read_in(x)
+            for _ in range(self.loops):
+                h = h + self.f(h)
+                h = h + self.g(h)
+            return self.read_out(h)
+
+    model = Deep(32)
+    mup.set_base_shapes(model, Deep(8), delta=Deep(9))
+    plan = lt.parametrize(model, torch.ones(4, 3))
+    assert plan.layers == 2
+    settings = by_parameter(model, lt.param_groups(model, torch.optim.AdamW, lr=1.0, weight_decay=0.1))
+    assert settings["g.weight"]["lr"] == pytest.approx(1 / 4 / math.sqrt(2), rel=1e-15)
+    assert settings["g.weight"]["weight_decay"] == pytest.approx(0.4, rel=1e-15)
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize("model", [small_decoder(), nn.Sequential(), Looped([MLPBlock()])])
+def test_a_model_that_was_not_rewritten_is_refused(model: nn.Module) -> None:
+    with pytest.raises(lt.InputError, match=r"the model was not rewritten; call looptransfer\.parametrize\("):
+        lt.param_groups(model, torch.optim.AdamW, lr=0.01)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.Optimizer, "AdamW"])
+def test_another_optimizer_is_answered_with_the_known_ones(optimizer: Any) -> None:
+    with pytest.raises(lt.InputError, match=r"factors are known for torch\.optim's AdamW, Adam, SGD, given as a class"):
+        lt.param_groups(rewritten(), optimizer, lr=0.01)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lr", "eps"])
+def test_lr_and_eps_must_be_finite_and_positive(name: str, value: float) -> None:
+    with pytest.raises(lt.InputError, match=rf"^{name} is .*must be a finite number above 0"):
+        lt.param_groups(rewritten(), torch.optim.AdamW, **{"lr": 0.01, name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_weight_decay_must_be_finite_and_not_negative(value: float) -> None:
+    with pytest.raises(lt.InputError, match=r"^weight_decay is .*must be a finite number from 0 up"):
+        lt.param_groups(rewritten(), torch.optim.AdamW, lr=0.01, weight_decay=value)
+
+
+def test_a_bare_branch_has_groups_too() -> None:
+    model = BareMLP()
+    lt.parametrize(model, torch.ones(4, WIDTH))
+    (group,) = lt.param_groups(model, torch.optim.SGD, lr=0.01)
+    assert group["params"] == [model.f[0].weight]
