@@ -231,11 +231,7 @@ def _decide(
         return "INCONCLUSIVE", f"Only N = {optima[0].loops} was run.", "run the same LRs at one larger N or more"
     hidden = next((o for o in optima if o.censored is not None), None)
     if hidden is not None:
-        return (
-            "INCONCLUSIVE",
-            _censored_reason(hidden, tables[hidden.loops]),
-            _censored_advice(hidden, tables[hidden.loops]),
-        )
+        return "INCONCLUSIVE", *_censored(hidden, tables[hidden.loops])
     if drift is None or drifts is None:
         return "INCONCLUSIVE", "Fewer than two seeds are shared by all N.", "run the same seeds at every N"
     tolerance = terms.tolerance
@@ -269,28 +265,34 @@ def _decide(
     return "FLAT", "The optimum stays put and the transferred LR loses nothing that matters.", ""
 
 
-def _censored_reason(optimum: Optimum, table: pd.DataFrame) -> str:
+def _censored(optimum: Optimum, table: pd.DataFrame) -> tuple[str, str]:
+    """Why the optimum of one N cannot be told, and what to run."""
     low, high = (2 ** float(table.index[i]) if len(table) else math.nan for i in (0, -1))
-    return {
-        "low edge": f"At N = {optimum.loops} the lowest LR, {low:.3g}, is the best: the optimum is censored.",
-        "high edge": f"At N = {optimum.loops} the highest LR, {high:.3g}, is the best: the optimum is censored.",
-        "diverged": f"At N = {optimum.loops} divergence hides the optimum.",
-        "plateau": f"At N = {optimum.loops} the loss has no curvature that stands out of the noise.",
-        "one seed": f"At N = {optimum.loops} there is one seed, so nothing tells noise from a shift.",
-        "too few LRs": f"At N = {optimum.loops} fewer than three LRs near the optimum were run by every seed.",
+    at = f"at N = {optimum.loops}"
+    reason, advice = {
+        "low edge": (
+            f"the lowest LR, {low:.3g}, is the best: the optimum is censored",
+            f"run LRs below {low:.3g} ({low / 2:.3g}, {low / 4:.3g}) {at}",
+        ),
+        "high edge": (
+            f"the highest LR, {high:.3g}, is the best: the optimum is censored",
+            f"run LRs above {high:.3g} ({high * 2:.3g}, {high * 4:.3g}) {at}",
+        ),
+        "diverged": ("divergence hides the optimum", f"run lower and closer LRs {at}"),
+        "plateau": (
+            "the loss has no curvature that stands out of the noise",
+            f"run more seeds and a wider span of LRs {at}",
+        ),
+        "one seed": (
+            "there is one seed, so nothing tells noise from a shift",
+            "run the same LRs with three more seeds or more",
+        ),
+        "too few LRs": (
+            "fewer than three LRs near the optimum were run by every seed",
+            f"run the same five LRs or more for every seed {at}",
+        ),
     }[str(optimum.censored)]
-
-
-def _censored_advice(optimum: Optimum, table: pd.DataFrame) -> str:
-    low, high = (2 ** float(table.index[i]) if len(table) else math.nan for i in (0, -1))
-    return {
-        "low edge": f"run LRs below {low:.3g} ({low / 2:.3g}, {low / 4:.3g}) at N = {optimum.loops}",
-        "high edge": f"run LRs above {high:.3g} ({high * 2:.3g}, {high * 4:.3g}) at N = {optimum.loops}",
-        "diverged": f"run lower and closer LRs at N = {optimum.loops}",
-        "plateau": f"run more seeds and a wider span of LRs at N = {optimum.loops}",
-        "one seed": "run the same LRs with three more seeds or more",
-        "too few LRs": f"run the same five LRs or more for every seed at N = {optimum.loops}",
-    }[str(optimum.censored)]
+    return f"At N = {optimum.loops} {reason}.", advice
 
 
 def _more_seeds(drifts: pd.Series, tolerance: float, confidence: float) -> str:
