@@ -135,6 +135,10 @@ def _open(url: str, name: str, identity: dict[str, Any]) -> optuna.Study:
 # -- choosing and making runs
 
 
+class _RunError(RuntimeError):
+    """A run raised; its traceback stands in the ledger."""
+
+
 class _Claimed(optuna.samplers.BaseSampler):
     """Hands Optuna the coordinates of the run that this worker has claimed, so that dashboards can plot them."""
 
@@ -205,9 +209,9 @@ def _work(url: str, name: str, experiment: Experiment, search: Search, progress:
         trial.suggest_int("seed", run.seed, run.seed)
         try:
             outcome = asdict(train(experiment, run))
-        except Exception:
+        except Exception as error:
             trial.set_user_attr("error", traceback.format_exc())
-            raise
+            raise _RunError(traceback.format_exc()) from error
         trial.set_user_attr("outcome", outcome)
         return float(outcome["loss"])
 
@@ -238,8 +242,8 @@ def _worker(url: str, name: str, experiment: Experiment, search: Search) -> None
         _work(url, name, experiment, search)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:
-        sys.exit(1)  # the traceback is in the ledger
+    except _RunError:
+        sys.exit(1)
 
 
 def _end_with(sentinel: int) -> None:
@@ -261,7 +265,7 @@ def _supervise(
     pool = [start() for _ in range(workers)]
     restarts = 0
     try:
-        while any(process.is_alive() for process in pool):
+        while True:
             progress.show(study, search)
             for process in [process for process in pool if process.exitcode]:
                 errors = _errors(study)
@@ -274,7 +278,10 @@ def _supervise(
                     )
                 restarts += 1
                 pool[pool.index(process)] = start()
-            time.sleep(0.25)
+            alive = [process.sentinel for process in pool if process.is_alive()]
+            if not alive and not any(process.exitcode for process in pool):
+                return
+            multiprocessing.connection.wait(alive, timeout=1.0)
     finally:
         for process in pool:
             process.terminate()
