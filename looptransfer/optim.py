@@ -54,7 +54,12 @@ def param_groups(
         ("eps", eps, "above 0"),
         ("weight_decay", weight_decay, "from 0 up"),
     ):
-        if not math.isfinite(value) or value < 0 or (value == 0 and name != "weight_decay"):
+        if (
+            not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value < 0
+            or (value == 0 and name != "weight_decay")
+        ):
             raise InputError(f"{name} is {value!r}; it must be a finite number {least}")
     inner, plan = planned(model)
     factors = depth_factors(plan.rule, family, plan.layers, plan.base_layers)

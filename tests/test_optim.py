@@ -147,13 +147,13 @@ class WideMLP(nn.Module):
         self.loops = loops
         self.read_in = nn.Linear(3, width)
         self.f = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.read_out = nn.Linear(width, 5)
+        self.read_out = nn.Parameter(torch.randn(5, width) / width)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.read_in(x)
         for _ in range(self.loops):
             h = h + self.f(h)
-        return self.read_out(h)
+        return h @ self.read_out.T
 
 
 def wide(base: tuple[int, int], target: tuple[int, int]) -> WideMLP:
@@ -198,7 +198,7 @@ def test_depth_and_width_factors_multiply() -> None:
             for _ in range(self.loops):
                 h = h + self.f(h)
                 h = h + self.g(h)
-            return self.read_out(h)
+            return h @ self.read_out.T
 
     model = Deep(32)
     mup.set_base_shapes(model, Deep(8), delta=Deep(9))
@@ -242,3 +242,27 @@ def test_a_bare_branch_has_groups_too() -> None:
     lt.parametrize(model, torch.ones(4, WIDTH))
     (group,) = lt.param_groups(model, torch.optim.SGD, lr=0.01)
     assert group["params"] == [model.f[0].weight]
+
+
+def test_a_mup_read_out_does_not_stop_the_trace() -> None:
+    class Wide(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.f, self.out = torch.nn.Linear(width, width), mup.MuReadout(width, 5)
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                h = h + self.f(h)
+            return self.out(h)
+
+    model = Wide(32)
+    mup.set_base_shapes(model, Wide(8), delta=Wide(9))
+    assert lt.parametrize(model, torch.ones(4, 32)).loops == 2
+
+
+@pytest.mark.parametrize("lr", ["0.1", None])
+def test_an_lr_that_is_no_number_is_refused(lr: object) -> None:
+    model = lt.LoopedDecoder(width=16, heads=2)
+    lt.parametrize(model, torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(lt.InputError, match="lr is"):
+        lt.param_groups(model, torch.optim.AdamW, lr=lr)  # type: ignore[arg-type]

@@ -1,31 +1,35 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import looptransfer as lt
 from looptransfer import rules
 from looptransfer.rules import DepthFactors, Family, Rule, depth_factors
 
+reproducible = settings(derandomize=True, deadline=None)
 counts = st.integers(min_value=1, max_value=10_000)
 lams = st.floats(min_value=1e-3, max_value=1e3)
 scaling_rules = st.sampled_from(["factored", "sqrt"])
 every_rule = st.sampled_from(list(rules.RULES))
 
 
+@reproducible
 @given(counts, counts, lams, counts)
 def test_factored_is_lambda_over_visits_and_root_depth(visits: int, layers: int, lam: float, base: int) -> None:
     epsilon = lt.residual_multiplier("factored", visits=visits, layers=layers, lam=lam, base_layers=base)
     assert epsilon == pytest.approx(lam * math.sqrt(base) / (visits * math.sqrt(layers)), rel=1e-12)
 
 
+@reproducible
 @given(counts, counts, lams, counts)
 def test_sqrt_is_lambda_over_root_of_visits_and_depth(visits: int, layers: int, lam: float, base: int) -> None:
     epsilon = lt.residual_multiplier("sqrt", visits=visits, layers=layers, lam=lam, base_layers=base)
     assert epsilon**2 == pytest.approx(lam**2 * base / (visits * layers), rel=1e-12)
 
 
+@reproducible
 @given(counts, counts, counts, lams)
 def test_factored_times_visits_is_the_same_for_every_visit_count(n: int, m: int, layers: int, lam: float) -> None:
     once = n * lt.residual_multiplier("factored", visits=n, layers=layers, lam=lam)
@@ -33,6 +37,7 @@ def test_factored_times_visits_is_the_same_for_every_visit_count(n: int, m: int,
     assert once == pytest.approx(again, rel=1e-12)
 
 
+@reproducible
 @given(scaling_rules, counts, counts, lams)
 def test_doubling_the_layers_divides_by_root_two(rule: Rule, visits: int, layers: int, lam: float) -> None:
     single = lt.residual_multiplier(rule, visits=visits, layers=layers, lam=lam)
@@ -40,6 +45,7 @@ def test_doubling_the_layers_divides_by_root_two(rule: Rule, visits: int, layers
     assert single / double == pytest.approx(math.sqrt(2), rel=1e-12)
 
 
+@reproducible
 @given(scaling_rules, counts, counts, counts)
 def test_base_layers_multiply_by_their_root(rule: Rule, visits: int, layers: int, base: int) -> None:
     absolute = lt.residual_multiplier(rule, visits=visits, layers=layers)
@@ -47,23 +53,27 @@ def test_base_layers_multiply_by_their_root(rule: Rule, visits: int, layers: int
     assert relative == pytest.approx(absolute * math.sqrt(base), rel=1e-12)
 
 
+@reproducible
 @given(scaling_rules, counts, lams)
 def test_a_model_at_its_base_depth_with_one_visit_is_multiplied_by_lambda(rule: Rule, layers: int, lam: float) -> None:
     assert lt.residual_multiplier(rule, visits=1, layers=layers, lam=lam, base_layers=layers) == pytest.approx(lam)
 
 
+@reproducible
 @given(counts, lams, counts)
 def test_factored_and_sqrt_agree_exactly_at_one_visit(layers: int, lam: float, base: int) -> None:
     arms = [lt.residual_multiplier(r, visits=1, layers=layers, lam=lam, base_layers=base) for r in ("factored", "sqrt")]
     assert arms[0] == arms[1]
 
 
+@reproducible
 @given(st.integers(min_value=2, max_value=10_000), counts)
 def test_factored_is_smaller_than_sqrt_by_the_root_of_the_visits(visits: int, layers: int) -> None:
     factored, sqrt = (lt.residual_multiplier(r, visits=visits, layers=layers) for r in ("factored", "sqrt"))
     assert sqrt / factored == pytest.approx(math.sqrt(visits), rel=1e-12)
 
 
+@reproducible
 @given(counts, counts, lams, counts)
 def test_unscaled_is_one_whatever_the_model(visits: int, layers: int, lam: float, base: int) -> None:
     assert lt.residual_multiplier("unscaled", visits=visits, layers=layers, lam=lam, base_layers=base) == 1.0
@@ -115,11 +125,13 @@ def test_depth_factors_at_four_times_the_base_depth(rule: Rule, family: Family, 
     assert depth_factors(rule, family, 12, 3) == expected
 
 
+@reproducible
 @given(st.sampled_from(["adamw", "adam", "sgd"]), counts, counts)
 def test_unscaled_leaves_the_optimizer_alone(family: Family, layers: int, base: int) -> None:
     assert depth_factors("unscaled", family, layers, base) == DepthFactors(1.0, 1.0, 1.0)
 
 
+@reproducible
 @given(every_rule, st.sampled_from(["adamw", "adam", "sgd"]), counts)
 def test_depth_factors_are_one_at_the_base_depth(rule: Rule, family: Family, layers: int) -> None:
     assert depth_factors(rule, family, layers, layers) == DepthFactors(1.0, 1.0, 1.0)

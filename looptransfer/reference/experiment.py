@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from looptransfer.reference.corpus import load_corpus
+from looptransfer.reference.corpus import Corpus, load_corpus
 from looptransfer.reference.model import LoopedDecoder
 from looptransfer.trials.experiment import Experiment
 
@@ -34,18 +34,21 @@ class _Task:
     size: ReferenceSize
     text: str | None
 
+    def corpus(self) -> Corpus:
+        return load_corpus(self.text, shortest=max(1024, 2 * self.size.sequence))
+
     def make_model(self, loops: int) -> nn.Module:
         size = self.size
         return LoopedDecoder(width=size.width, heads=size.heads, layers=size.layers, loops=loops, tied_head=False)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        corpus, rng = load_corpus(self.text), np.random.default_rng(seed)
+        corpus, rng = self.corpus(), np.random.default_rng(seed)
         while True:
             yield _split(corpus.windows(rng, self.size.batch, self.size.sequence))
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         sequence = self.size.sequence
-        windows = load_corpus(self.text).held_out_windows(HELD_OUT_TOKENS // sequence, sequence)
+        windows = self.corpus().held_out_windows(HELD_OUT_TOKENS // sequence, sequence)
         for start in range(0, len(windows), HELD_OUT_BATCH // sequence):
             yield _split(windows[start : start + HELD_OUT_BATCH // sequence])
 
@@ -57,7 +60,6 @@ def reference_experiment(size: ReferenceSize | None = None, text: str | None = N
     """
     size = size or ReferenceSize()
     task = _Task(size, text)
-    corpus = load_corpus(text)
     return Experiment(
         name="reference",
         make_model=task.make_model,
@@ -67,7 +69,7 @@ def reference_experiment(size: ReferenceSize | None = None, text: str | None = N
         warmup=0.5,
         base_layers=size.layers,
         width=size.width,
-        settings={**vars(size), "held_out_tokens": HELD_OUT_TOKENS, "corpus_sha256": corpus.digest},
+        settings={**vars(size), "held_out_tokens": HELD_OUT_TOKENS, "corpus_sha256": task.corpus().digest},
     )
 
 

@@ -77,8 +77,10 @@ def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     compiler = sys.modules.get("torch._dynamo")  # importing it for the question would cost two seconds
-    if model._compiled_call_impl is not None or (compiler and isinstance(model, compiler.OptimizedModule)):
-        raise InputError("the model is compiled already; call parametrize first and torch.compile after")
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or (compiler and isinstance(module, compiler.OptimizedModule)):
+            where = f"its module {name}" if name else "the model"
+            raise InputError(f"{where} is compiled already; call parametrize first and torch.compile after")
     if any(PLAN in module.__dict__ or OUTPUTS in module.__dict__ for module in model.modules()):
         raise InputError("the model is rewritten already, and a second ε would multiply the first; build a fresh model")
 

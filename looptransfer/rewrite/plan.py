@@ -101,8 +101,8 @@ def make_plan(model: nn.Module, trace: Trace, rule: Rule, lam: float, base_layer
             "no residual add was found: nothing of the form x + f(x), with learned matrices in f, ran in the forward. "
             "Check that the example inputs reach the looped layers and that the model was not compiled"
         )
-    groups = _group(leaves, trace.calls)
     matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
+    groups = _group(leaves, trace.calls, matrices)
     seen = Counter(name for add in leaves for name in add.parameters & matrices)
     for group in groups:
         group.visits = max(seen[name] for add in group.adds for name in add.parameters & matrices)
@@ -135,12 +135,24 @@ def _left_alone(source: str, kind: str) -> LeftAlone:
     return LeftAlone(source, reason)
 
 
-def _group(leaves: list[ResidualAdd], calls: Counter[str]) -> list[_Group]:
-    """One group per handle: the outermost module output that is the branch at every one of the module's calls."""
-    offered = Counter(handed for add in leaves for handed in set(add.returned))
+def _group(leaves: list[ResidualAdd], calls: Counter[str], matrices: set[str]) -> list[_Group]:
+    """One group per handle: the outermost module output that is a branch at every call, and the same branch each time.
+
+    A dropout object that serves several branches is no handle: no matrix acts in all of them.
+    """
+    offered: Counter[Returned] = Counter()
+    common: dict[Returned, frozenset[str]] = {}
+    for add in leaves:
+        for one in set(add.returned):
+            offered[one] += 1
+            common[one] = common.get(one, add.parameters) & add.parameters & matrices
+
+    def is_handle(one: Returned) -> bool:
+        return bool(one.module and common[one]) and offered[one] == calls[one.module]
+
     groups: dict[Returned, _Group] = {}
     for add in leaves:
-        handles = [one for one in add.returned if one.module and offered[one] == calls[one.module]]
+        handles = [one for one in add.returned if is_handle(one)]
         if not handles or add.used_elsewhere:
             problem = "also feeds something else" if handles else "is not the output of a module of its own"
             raise InputError(

@@ -123,9 +123,10 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = str(func).removeprefix("aten.")
         sources = [] if name.split(".")[0] in SHAPED_LIKE else [number for number in before if number is not None]
-        written = _written(func, args, kwargs)
-        for tensor in [*_tensors(out), *written]:
-            if self._node_of(tensor) is None or any(tensor is one for one in written):
+        written = {_key(tensor): tensor for tensor in _written(func, args, kwargs)}
+        results = written | {_key(tensor): tensor for tensor in _tensors(out)}
+        for key, tensor in results.items():  # a view shares its base's key, and so its node
+            if key not in self.owner or key in written:
                 self._own(tensor, self._derive(name, sources))
         if name in ADDS and len(before) == 2 and shapes[0] == shapes[1]:
             self._judge_add(before, inputs, self._node_of(out), kwargs.get("alpha", 1))
@@ -257,6 +258,8 @@ def randomised_twin(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model)
     except Exception as error:
         raise InputError(f"the model cannot be copied for the trace: {type(error).__name__}: {error}") from error
+    for ours, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        vars(copied).update(vars(ours))  # mup keeps its width shapes there, and deepcopy drops them
     with torch.no_grad():
         for position, parameter in enumerate(twin.parameters()):
             if parameter.is_floating_point() and not parameter.is_meta:

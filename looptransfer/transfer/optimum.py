@@ -89,6 +89,8 @@ def find_optimum(loops: int, table: pd.DataFrame, confidence: float) -> Optimum:
     stable = table[np.isfinite(table).all(axis=1)]
     if len(stable) < 3:
         return censored("diverged" if len(table) >= 3 else "too few LRs")
+    if np.ptp(stable.mean(axis=1)) == 0:
+        return censored("plateau")
     best = float(stable.mean(axis=1).idxmin())
     if best == table.index[0]:
         return censored("low edge")

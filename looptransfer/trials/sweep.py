@@ -118,6 +118,10 @@ def sweep(
     centre = around.lr if isinstance(around, TunedLR) else around
     if not (math.isfinite(centre) and centre > 0):
         raise InputError(f"around is {around!r}; the LR must be a finite number above 0")
+    if not plan_of_loops:
+        raise InputError("rules is empty; name one rule or more")
+    if not octaves or len(set(octaves)) < len(octaves) or not all(map(math.isfinite, octaves)):
+        raise InputError(f"octaves is {octaves!r}; give log2 distances from the centre, each once, such as -1, 0, 1")
     reported = [
         Run(rule, count, centre * 2.0**octave, seed)
         for rule, counts in plan_of_loops.items()
@@ -164,8 +168,10 @@ def _by_rule(
 
 def _loop_counts(loops: Sequence[int]) -> list[int]:
     wrong = [count for count in loops if not isinstance(count, int) or count < 1]
-    if wrong or not loops:
-        raise InputError(f"loops is {wrong[0] if wrong else loops!r}; loop counts are whole numbers from 1 up")
+    if wrong or not loops or len(set(loops)) < len(loops):
+        raise InputError(
+            f"loops is {wrong[0] if wrong else loops!r}; loop counts are whole numbers from 1 up, each once"
+        )
     return list(loops)
 
 

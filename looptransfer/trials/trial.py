@@ -81,7 +81,7 @@ def train(experiment: Experiment, run: Run) -> Outcome:
 
 def lr_share(step: int, experiment: Experiment) -> float:
     """The share of the LR at a step: linear up over the warm-up, then linear down to zero at the end."""
-    rise = max(1, round(experiment.warmup * experiment.steps))
+    rise = min(experiment.steps - 1, max(1, round(experiment.warmup * experiment.steps)))
     return min((step + 1) / rise, (experiment.steps - step) / (experiment.steps - rise))
 
 

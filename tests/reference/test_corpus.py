@@ -168,3 +168,10 @@ def test_the_shortest_allowed_split_is_accepted(tmp_path: Path) -> None:
     assert len(read(path, 100).held_out) == 100
     with pytest.raises(lt.InputError, match="too short: 900 bytes to train on and 100 held out, at least 101"):
         read(path, 101)
+
+
+def test_a_text_too_short_for_the_sequences_is_refused_before_any_run(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"a few words " * 2000)
+    with pytest.raises(lt.InputError, match="too short"):
+        lt.reference_experiment(lt.ReferenceSize(sequence=4096), str(text))

@@ -239,3 +239,8 @@ def test_the_curve_keeps_only_lrs_that_every_seed_ran_and_keeps_the_diverged() -
     table = curve(pd.DataFrame(rows, columns=["lr", "seed", "loss"]))
     assert table.index.tolist() == [-1.0, 0.0]
     assert table.to_dict("list") == {"a": [1.0, math.inf], "b": [3.0, 4.0]}
+
+
+def test_losses_that_are_all_alike_are_a_plateau_and_no_edge() -> None:
+    flat = pd.DataFrame(2.0, index=[-8.0, -7.0, -6.0, -5.0], columns=["0", "1"])
+    assert find_optimum(1, flat, 0.9).censored == "plateau"

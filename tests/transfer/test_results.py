@@ -49,9 +49,9 @@ def test_a_cell_that_is_no_number_is_named_by_its_row_from_zero_in_a_frame() -> 
         tidy(table(lr=[0.01, "big", 0.01]))
 
 
-def test_the_row_in_an_error_is_a_position_whatever_the_index_of_the_frame() -> None:
+def test_the_row_in_an_error_is_called_by_its_label() -> None:
     frame = table(lr=[0.01, 0.01, "big"]).set_index(pd.Index([70, 80, 90]))
-    with pytest.raises(InputError, match=r"^row 2: lr"):
+    with pytest.raises(InputError, match=r"^row 90: lr"):
         tidy(frame)
 
 
@@ -70,7 +70,7 @@ def test_an_lr_that_is_not_finite_and_above_zero_is_refused(value: float) -> Non
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, math.nan, math.inf])
 def test_a_loop_count_that_is_no_whole_number_from_one_up_is_refused(value: float) -> None:
-    with pytest.raises(InputError, match=rf"^row 2: loops is {value:g}; it must be a whole number from 1 up$"):
+    with pytest.raises(InputError, match=rf"^row 2: loops is {value:g}; it must be a whole number from 1 to 1000000$"):
         tidy(table(loops=[1, 2, value]))
 
 
@@ -100,7 +100,7 @@ def test_repeated_runs_are_named_by_row_and_coordinates(tmp_path: Path) -> None:
 
 def test_repeated_runs_without_a_seed_column_ask_for_one() -> None:
     frame = table(loops=[1, 1, 2], rule=["factored"] * 3).drop(columns="seed")
-    with pytest.raises(InputError, match="rows 0, 1 are the same run .*; add a column seed that tells them apart"):
+    with pytest.raises(InputError, match=r"rows 0, 1 are the same run .*; add a column seed that tells them apart"):
         tidy(frame)
 
 
@@ -177,7 +177,7 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read .*: Is a directory"):
+    with pytest.raises(InputError, match=r"cannot read .*: Is a directory"):
         read_results(tmp_path)
 
 
@@ -195,10 +195,31 @@ def test_a_file_that_is_no_csv_is_refused(tmp_path: Path, content: bytes) -> Non
 
 
 def test_a_row_with_more_cells_than_the_header_among_others_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a CSV table.*line 3"):
+    with pytest.raises(InputError, match=r"is not a CSV table.*line 3"):
         read_results(csv_file(tmp_path, "loops,lr,loss\n1,0.01,2.0\n2,0.01,2.0,9\n"))
 
 
 def test_spaces_around_cells_do_not_matter(tmp_path: Path) -> None:
     runs = read_results(csv_file(tmp_path, "loops, lr, loss\n1, 0.01, 2.0\n"))
     assert runs[["loops", "lr", "loss"]].to_numpy().tolist() == [[1.0, 0.01, 2.0]]
+
+
+def test_a_row_longer_than_the_header_is_refused_and_shifts_no_column(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a CSV table"):
+        read_results(csv_file(tmp_path, "loops,lr,loss\n1,2,0.01,2\n1,4,0.01,3\n"))
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^row 4: loss is 'fast'"):
+        read_results(csv_file(tmp_path, "loops,lr,loss\n1,0.01,2\n\n2,0.01,fast\n"))
+
+
+def test_a_loop_count_beyond_reason_is_refused() -> None:
+    with pytest.raises(InputError, match=r"loops is 1e\+300"):
+        tidy(table(loops=[1e300, 1, 2]))
+
+
+def test_a_file_named_like_an_archive_is_read_as_the_text_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv.zip"
+    path.write_text("loops,lr,loss\n1,0.01,2\n")
+    assert len(read_results(path)) == 1

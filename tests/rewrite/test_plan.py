@@ -1,0 +1,236 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import looptransfer as lt
+from tests import models
+from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
+
+
+def rows(plan: lt.ScalingPlan) -> list[tuple[str, str, int]]:
+    return [(branch.layer, branch.module, branch.visits) for branch in plan.branches]
+
+
+def plan_of(model: nn.Module, example: Tensor | None = None) -> lt.ScalingPlan:
+    return lt.parametrize(noisy(model, std=0.1), inputs(2, 4, WIDTH) if example is None else example)
+
+
+# -- the reference decoder
+
+
+def test_the_plan_of_a_decoder_names_every_branch_in_order() -> None:
+    plan = lt.parametrize(small_decoder(layers=2, loops=3), tokens())
+    assert rows(plan) == [
+        ("layers.0", "layers.0.attention", 3),
+        ("layers.0", "layers.0.mlp", 3),
+        ("layers.1", "layers.1.attention", 3),
+        ("layers.1", "layers.1.mlp", 3),
+    ]
+    assert [branch.output for branch in plan.branches] == [None] * 4
+    assert [branch.multiplier for branch in plan.branches] == pytest.approx([1 / (3 * math.sqrt(2))] * 4, rel=1e-15)
+    assert (plan.rule, plan.lam, plan.base_layers, plan.layers, plan.loops) == ("factored", 1.0, 1, 2, 3)
+    assert plan.depth_multiplier == 2
+    assert plan.left_alone == ()
+
+
+def test_a_source_names_the_line_of_its_add() -> None:
+    plan = lt.parametrize(small_decoder(layers=1), tokens())
+    attention, mlp = plan.branches
+    assert Path(attention.source.rsplit(":", 1)[0]).parts[-3:] == ("looptransfer", "reference", "model.py")
+    assert line_of(attention.source) == "x = x + self.attention(self.attention_norm(x), table)"
+    assert line_of(mlp.source) == "x = x + self.mlp(self.mlp_norm(x))"
+
+
+def test_prelude_and_coda_are_visited_once_and_count_as_layers() -> None:
+    plan = lt.parametrize(small_decoder(layers=1, loops=4, prelude=1, coda=1), tokens(), lam=2.0, base_layers=2)
+    assert plan.layers == 3
+    assert plan.loops == frozenset({1, 4})
+    expected = {"prelude.0": 2 / math.sqrt(1.5), "layers.0": 2 / (4 * math.sqrt(1.5)), "coda.0": 2 / math.sqrt(1.5)}
+    for branch in plan.branches:
+        assert branch.multiplier == pytest.approx(expected[branch.layer], rel=1e-14)
+    assert len(plan.branches) == 6
+
+
+def test_one_visit_is_a_legitimate_proxy() -> None:
+    plan = lt.parametrize(small_decoder(layers=2, loops=1), tokens(), base_layers=2)
+    assert plan.loops == 1
+    assert [branch.multiplier for branch in plan.branches] == [1.0] * 4
+
+
+def test_a_branch_holds_its_norm_and_matrices_and_nothing_else() -> None:
+    plan = lt.parametrize(small_decoder(layers=1), tokens())
+    held = {name for branch in plan.branches for name in branch.parameters}
+    assert held == {name for name, _ in small_decoder(layers=1).named_parameters() if name.startswith("layers.")}
+    assert plan.branches[1].parameters == tuple(f"layers.0.{n}.weight" for n in ("mlp.down", "mlp.up", "mlp_norm"))
+
+
+def test_the_printed_plan_shows_layers_visits_multipliers_lines_and_the_lr_factor() -> None:
+    plan = lt.parametrize(small_decoder(layers=4, loops=2), tokens())
+    head, factors, header, *table = str(plan).splitlines()
+    assert head == "rule factored: N = 2, L = 4, base layers 1, λ = 1"
+    assert factors == "AdamW: LR and eps of the branches' parameters × 0.5, everything else × 1"
+    assert header.split() == ["layer", "branch", "visits", "multiplier", "added", "at"]
+    assert len(table) == 8
+    for line, branch in zip(table, plan.branches, strict=True):
+        layer, module, visits, multiplier, source = line.split()
+        assert (layer, module, visits, multiplier) == (branch.layer, branch.module, "2", "0.25")
+        assert branch.source.endswith(source)
+        assert Path(source.rsplit(":", 1)[0]).name == "model.py"
+
+
+def test_the_printed_plan_lists_visit_counts_that_differ_and_says_whose_rule_that_is() -> None:
+    text = str(lt.parametrize(small_decoder(layers=1, loops=4, prelude=1), tokens()))
+    assert text.startswith("rule factored: N = {1, 4}, L = 2,")
+    assert text.endswith("layers outside the loop count in L with one visit each (our extension of the paper's rule)")
+
+
+def test_the_printed_plan_names_what_was_left_alone() -> None:
+    plan = plan_of(models.InjectedMLP())
+    (left,) = plan.left_alone
+    assert line_of(left.source) == "h = h + e"
+    assert left.reason.startswith("the added branch holds residual adds of its own (an input injection")
+    last = str(plan).splitlines()[-1]
+    assert last.startswith("left alone  ")
+    assert left.source.rsplit("/", 1)[1] in last
+
+
+# -- other people's models
+
+
+@pytest.mark.parametrize(
+    "kind", [models.ResidualMLP, models.BareMLP, models.TorchAddMLP, models.BranchFirstMLP, models.InjectedMLP]
+)
+def test_a_single_module_in_a_loop_is_one_layer(kind: type[models.ResidualMLP]) -> None:
+    plan = plan_of(kind(loops=5))
+    assert rows(plan) == [("f", "f", 5)]
+    assert (plan.layers, plan.loops) == (1, 5)
+    assert plan.branches[0].multiplier == pytest.approx(0.2, rel=1e-15)
+
+
+def test_each_matrix_of_the_theory_model_is_a_layer() -> None:
+    plan = plan_of(models.TheoryModel(layers=3, loops=2))
+    assert rows(plan) == [(f"layers.{i}", f"layers.{i}", 2) for i in range(3)]
+    assert (plan.layers, plan.loops) == (3, 2)
+
+
+def test_parallel_branches_are_two_branches_of_one_layer() -> None:
+    plan = plan_of(Looped([models.ParallelBlock(), models.ParallelBlock()]))
+    assert rows(plan) == [(f"blocks.{i}", f"blocks.{i}.{b}", 3) for i in range(2) for b in ("attn", "mlp")]
+    assert plan.layers == 2
+    assert plan.branches[0].source == plan.branches[1].source
+    assert "blocks.0.n.weight" in plan.branches[0].parameters
+    assert "blocks.0.n.weight" in plan.branches[1].parameters
+
+
+def test_dropout_of_its_own_hands_the_branch_over() -> None:
+    plan = plan_of(Looped([models.DropoutBlock(), models.DropoutBlock()]))
+    names = ("attn_dropout", "mlp_dropout")
+    assert rows(plan) == [(f"blocks.{i}", f"blocks.{i}.{name}", 3) for i in range(2) for name in names]
+    assert plan.layers == 2
+
+
+@pytest.mark.parametrize("order", ["ABCABC", "AABBCC"])
+def test_the_same_object_several_times_is_one_layer_visited_several_times(order: str) -> None:
+    blocks = {letter: models.MLPBlock() for letter in "ABC"}
+    plan = plan_of(Looped([blocks[letter] for letter in order], loops=1))
+    first = [order.index(letter) for letter in "ABC"]
+    assert rows(plan) == [(f"blocks.{i}", f"blocks.{i}.mlp", 2) for i in first]
+    assert (plan.layers, plan.loops) == (3, 2)
+
+
+@pytest.mark.parametrize("model", [Looped(models.tied_blocks()), models.HalfTiedBlocks()], ids=["all", "one matrix"])
+def test_tied_parameters_are_counted_together_across_distinct_modules(model: nn.Module) -> None:
+    plan = plan_of(model)
+    assert len(plan.branches) == 2
+    assert (plan.layers, plan.loops) == (1, 6)
+    assert [branch.multiplier for branch in plan.branches] == pytest.approx([1 / 6] * 2, rel=1e-15)
+
+
+def test_a_part_of_a_tuple_or_mapping_is_named_by_its_place() -> None:
+    (part,) = plan_of(Looped([models.TupleBlock()])).branches
+    assert (part.module, part.output) == ("blocks.0.attn", 1)
+    plan = plan_of(Looped([models.DictBlock()]))
+    assert (plan.branches[0].module, plan.branches[0].output) == ("blocks.0.attn", "hidden")
+    assert "blocks.0.attn[hidden]" in str(plan)
+
+
+def test_a_written_out_activation_and_a_rotation_are_no_branches() -> None:
+    plan = plan_of(Looped([models.GeluBlock()]))
+    assert rows(plan) == [("blocks.0", "blocks.0.f", 3)]
+    assert plan.left_alone == ()
+
+
+def test_an_attention_module_with_its_own_add_belongs_to_the_layer_around_it() -> None:
+    plan = plan_of(Looped([models.AlbertBlock(), models.AlbertBlock()]))
+    assert rows(plan) == [
+        (f"blocks.{i}", f"blocks.{i}.{branch}", 3) for i in range(2) for branch in ("attention.mix", "ffn_output")
+    ]
+    assert plan.layers == 2
+    assert line_of(plan.branches[0].source) == "normed: Tensor = self.norm(x + self.mix(x))"
+
+
+@pytest.mark.parametrize("kind", [models.MLPBlock, models.ParallelBlock, models.DropoutBlock, models.AlbertBlock])
+def test_doubling_the_blocks_doubles_the_layers(kind: type[nn.Module]) -> None:
+    few, many = (plan_of(Looped([kind() for _ in range(count)])) for count in (2, 4))
+    assert (few.layers, many.layers) == (2, 4)
+    assert len(many.branches) == 2 * len(few.branches)
+    for branch in many.branches:
+        assert branch.multiplier == pytest.approx(few.branches[0].multiplier / math.sqrt(2), rel=1e-14)
+
+
+def test_blocks_inside_a_wrapper_keep_their_count() -> None:
+    plan = plan_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), Looped([models.MLPBlock(), models.MLPBlock()], loops=2)))
+    assert rows(plan) == [(f"1.blocks.{i}", f"1.blocks.{i}.mlp", 2) for i in range(2)]
+    assert plan.layers == 2
+
+
+# -- models without a plan
+
+
+def refused(model: nn.Module, match: str) -> None:
+    with pytest.raises(lt.InputError, match=match) as caught:
+        lt.parametrize(model.double(), inputs(2, 4, WIDTH))
+    source = str(caught.value).split("added at ")[1].split(" ")[0] if "added at " in str(caught.value) else ""
+    if source:
+        assert "+" in line_of(source)
+        assert Path(source.rsplit(":", 1)[0]).name == "models.py"
+
+
+def test_a_purely_functional_branch_is_refused_at_its_line() -> None:
+    refused(
+        models.FunctionalBranch(),
+        r"branch added at .*models\.py:\d+ is not the output of a module of its own, .*Compute the branch in an nn",
+    )
+
+
+def test_a_branch_that_is_used_elsewhere_is_refused_at_its_line() -> None:
+    refused(models.ReusedBranch(), r"branch added at .*models\.py:\d+ also feeds something else")
+
+
+def test_a_model_without_residual_adds_is_refused() -> None:
+    with pytest.raises(lt.InputError, match=r"no residual add was found: .*the example inputs reach the looped layers"):
+        lt.parametrize(models.mlp().double(), inputs(4, WIDTH))
+
+
+def test_a_module_that_is_a_branch_only_now_and_then_is_refused() -> None:
+    class Sometimes(models.ResidualMLP):
+        def forward(self, h: Tensor) -> Tensor:
+            h = self.f(h)
+            return h + self.f(h)
+
+    with pytest.raises(lt.InputError, match="is not the output of a module of its own"):
+        lt.parametrize(Sometimes().double(), inputs(4, WIDTH))
+
+
+def test_a_branch_that_is_scaled_after_its_module_is_refused() -> None:
+    class Gated(models.ResidualMLP):
+        def forward(self, h: Tensor) -> Tensor:
+            for _ in range(self.loops):
+                h = h + torch.sigmoid(self.f(h))
+            return h
+
+    with pytest.raises(lt.InputError, match="is not the output of a module of its own"):
+        lt.parametrize(Gated().double(), inputs(4, WIDTH))

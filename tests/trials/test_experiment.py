@@ -1,0 +1,88 @@
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from looptransfer.errors import InputError
+from looptransfer.trials.experiment import token_loss
+from looptransfer.trials.trial import lr_share
+from tests.experiments import LoopedMLP, tiny_experiment
+
+
+@pytest.mark.parametrize("steps", [1, 0, -3])
+def test_fewer_than_two_steps_are_refused(steps: int) -> None:
+    with pytest.raises(InputError, match=rf"steps is {steps}; a run needs 2 or more"):
+        tiny_experiment(steps=steps)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0, -0.5, 30.0, float("nan")])
+def test_a_warmup_that_is_no_share_of_the_steps_is_refused(warmup: float) -> None:
+    with pytest.raises(InputError, match=r"warmup is .* between 0 and 1"):
+        tiny_experiment(warmup=warmup)
+
+
+@settings(derandomize=True, deadline=None)
+@given(steps=st.integers(4, 500), warmup=st.floats(0.01, 0.8))
+def test_the_lr_rises_linearly_to_its_peak_falls_linearly_and_ends_above_zero(steps: int, warmup: float) -> None:
+    shares = [lr_share(step, tiny_experiment(steps=steps, warmup=warmup)) for step in range(steps)]
+    rise = max(1, round(warmup * steps))
+    assert max(shares) == 1.0
+    assert shares.index(1.0) == rise - 1
+    assert min(shares) > 0
+    assert shares[:rise] == pytest.approx([(k + 1) / rise for k in range(rise)])
+    fall = steps - rise
+    assert shares[rise:] == pytest.approx([1 - k / fall for k in range(fall)])
+    assert shares[-1] == pytest.approx(1 / fall)
+
+
+def test_the_identity_is_json_and_holds_what_makes_runs_comparable() -> None:
+    identity = tiny_experiment(settings={"corpus": "abc"}).identity()
+    assert json.loads(json.dumps(identity)) == identity
+    assert identity["corpus"] == "abc"
+    assert identity["steps"] == 30
+    assert {"torch", "looptransfer", "machine"} <= identity.keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"steps": 31},
+        {"warmup": 0.4},
+        {"weight_decay": 0.2},
+        {"betas": (0.9, 0.99)},
+        {"clip": 2.0},
+        {"lam": 0.5},
+        {"base_layers": 2},
+        {"settings": {"width": 16}},
+    ],
+)
+def test_the_identity_tells_experiments_apart(change: dict[str, Any]) -> None:
+    assert tiny_experiment(**change).identity() != tiny_experiment().identity()
+
+
+def test_an_experiment_of_module_level_functions_is_portable() -> None:
+    experiment = tiny_experiment()
+    experiment.check_portable()
+    assert pickle.loads(pickle.dumps(experiment)).identity() == experiment.identity()
+
+
+def test_an_experiment_with_a_local_function_is_refused_and_told_how_to_mend_it() -> None:
+    def make_model(loops: int) -> nn.Module:
+        return LoopedMLP(loops)
+
+    with pytest.raises(InputError, match="define its functions at the top level of a module, or pass workers=1"):
+        tiny_experiment(make_model=make_model).check_portable()
+
+
+def test_the_token_loss_is_the_mean_cross_entropy_over_all_positions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator)
+    targets = torch.randint(7, (3, 5), generator=generator)
+    by_hand = -torch.log_softmax(logits, -1).gather(-1, targets[..., None]).mean()
+    torch.testing.assert_close(token_loss(logits, targets), by_hand)

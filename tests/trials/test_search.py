@@ -1,0 +1,146 @@
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from looptransfer.transfer.results import COLUMNS
+from looptransfer.trials.search import LIMITS, Grid, ProxySearch, Search
+from looptransfer.trials.trial import Run
+
+SEEDS = (0, 1, 2)
+NOTHING = pd.DataFrame(columns=[*COLUMNS, "last_loss"])
+Loss = Callable[[Run], float]
+
+reproducible = settings(derandomize=True, deadline=None, max_examples=20)
+
+
+def finished(runs: list[Run], loss: Loss) -> pd.DataFrame:
+    rows = [{"rule": r.rule, "loops": r.loops, "lr": r.lr, "seed": r.seed, "loss": loss(r)} for r in runs]
+    return pd.DataFrame(rows, columns=NOTHING.columns)
+
+
+def make_all(search: Search, loss: Loss, made: list[Run] | None = None, order: int | None = None) -> list[Run]:
+    """Make what is wanted until nothing is left, one run at a time, or a batch in a random order."""
+    made = list(made or [])
+    rng = None if order is None else np.random.default_rng(order)
+    for _ in range(500):
+        left = [run for run in search.wanted(finished(made, loss)) if run not in made]
+        if not left:
+            return made
+        made.append(left[0] if rng is None else left[int(rng.integers(len(left)))])
+    raise AssertionError("the search does not end")
+
+
+def bowl(optimum: float, curvature: float = 0.05, wander: float = 0.02, cliff: float = 2.6) -> Loss:
+    """Losses that saturate far below the optimum and diverge `cliff` octaves above it, each seed a little off."""
+
+    def loss(run: Run) -> float:
+        distance = math.log2(run.lr) - optimum - wander * (run.seed - 1)
+        if distance > cliff:
+            return math.inf
+        return 2.0 + 0.1 * run.seed + (curvature * distance**2 if distance > -4 else curvature * (8 * -distance - 16))
+
+    return loss
+
+
+@reproducible
+@given(optimum=st.floats(-16, -1))
+def test_the_optimum_is_found_to_a_tenth_of_an_octave_wherever_it_lies(optimum: float) -> None:
+    search = ProxySearch(2, SEEDS)
+    done = finished(make_all(search, bowl(optimum)), bowl(optimum))
+    found = search.optimum(done, 0.9)
+    assert found.censored is None
+    assert found.log2_lr is not None
+    assert found.log2_lr.estimate == pytest.approx(optimum, abs=0.1)
+    assert found.seeds == len(SEEDS)
+
+
+@reproducible
+@given(optimum=st.floats(-16, -1), order=st.integers(0, 2**32))
+def test_the_order_in_which_runs_finish_does_not_matter(optimum: float, order: int) -> None:
+    search, loss = ProxySearch(2, SEEDS), bowl(optimum)
+    assert set(make_all(search, loss, order=order)) == set(make_all(search, loss))
+
+
+@settings(derandomize=True, deadline=None, max_examples=10)
+@given(optimum=st.floats(-16, -1), order=st.integers(0, 2**32), share=st.floats(0, 1))
+def test_a_search_resumed_from_any_prefix_makes_the_same_runs(optimum: float, order: int, share: float) -> None:
+    loss = bowl(optimum)
+    whole = make_all(ProxySearch(2, SEEDS), loss, order=order)
+    resumed = make_all(ProxySearch(2, SEEDS), loss, whole[: int(share * len(whole))], order=order + 1)
+    assert set(resumed) == set(whole)
+    assert len(resumed) == len(whole)  # none was made twice
+
+
+@pytest.mark.parametrize("cut", range(0, 42, 3))
+def test_what_is_finished_is_wanted_still_so_that_nothing_is_forgotten(cut: int) -> None:
+    search, loss = ProxySearch(2, SEEDS), bowl(-9.3)
+    whole = make_all(search, loss)
+    done = finished(whole[:cut], loss)
+    wanted = search.wanted(done)
+    assert set(whole[:cut]) <= set(wanted)
+    assert search.wanted(done.sample(frac=1, random_state=cut)) == wanted
+
+
+def test_the_first_look_is_coarse_and_takes_one_seed() -> None:
+    wanted = ProxySearch(4, (7, 8), "sqrt").wanted(NOTHING)
+    assert wanted == [Run("sqrt", 4, 2.0**x, 7) for x in (-12, -10, -8, -6, -4)]
+
+
+def test_the_close_look_takes_every_seed_in_half_octaves_around_the_best() -> None:
+    search, loss = ProxySearch(2, SEEDS), bowl(-8.2)
+    coarse = search.wanted(NOTHING)
+    close = [run for run in search.wanted(finished(coarse, loss)) if run not in coarse]
+    assert {math.log2(run.lr) for run in close} == set(np.arange(-10.0, -5.9, 0.5))
+    pairs = {(math.log2(run.lr), run.seed) for run in [*coarse, *close]}
+    assert {(x, seed) for x in np.arange(-10.0, -5.9, 0.5) for seed in SEEDS} <= pairs
+
+
+@pytest.mark.parametrize(("slope", "limit"), [(0.1, LIMITS[0]), (-0.1, LIMITS[1])])
+def test_an_edge_optimum_is_followed_outwards_to_the_limit_and_then_reported(slope: float, limit: int) -> None:
+    def loss(run: Run) -> float:
+        return 5.0 + slope * math.log2(run.lr)
+
+    search = ProxySearch(2, SEEDS)
+    made = make_all(search, loss)
+    reached = [math.log2(run.lr) for run in made]
+    outermost = min(reached) if slope > 0 else max(reached)
+    assert 0 <= (limit - outermost) * math.copysign(1, slope) <= 6
+    assert search.optimum(finished(made, loss), 0.9).censored == ("low edge" if slope > 0 else "high edge")
+
+
+def test_a_search_in_which_everything_diverges_ends() -> None:
+    assert len(make_all(ProxySearch(2, SEEDS), lambda run: math.inf)) < 100
+
+
+def test_runs_of_other_loop_counts_and_rules_do_not_enter_the_search() -> None:
+    search, loss = ProxySearch(2, SEEDS), bowl(-9.3)
+    made = make_all(search, loss)
+    others = [Run(rule, loops, run.lr, run.seed) for rule, loops in (("sqrt", 2), ("factored", 8)) for run in made]
+    noise = finished(others, lambda run: math.log2(run.lr))
+    done = finished(made, loss)
+    assert search.wanted(pd.concat([noise, done])) == search.wanted(done)
+    assert search.optimum(pd.concat([noise, done]), 0.9).log2_lr == search.optimum(done, 0.9).log2_lr
+
+
+def test_a_grid_wants_its_longest_runs_first() -> None:
+    runs = [
+        Run(rule, n, lr, seed)
+        for n in (1, 8, 2)
+        for rule in ("sqrt", "factored")
+        for lr in (2.0, 1.0)
+        for seed in (1, 0)
+    ]
+    wanted = Grid(tuple(runs)).wanted(NOTHING)
+    assert [run.loops for run in wanted] == [8] * 8 + [2] * 8 + [1] * 8
+    assert sorted(wanted) == sorted(runs)
+
+
+def test_a_grid_wants_the_same_whatever_is_finished_and_however_it_was_listed() -> None:
+    runs = [Run("factored", n, 2.0**-k, seed) for n in (1, 4) for k in (3, 5) for seed in (0, 1)]
+    wanted = Grid(tuple(runs)).wanted(NOTHING)
+    assert Grid(tuple(reversed(runs))).wanted(finished(runs[:3], lambda run: 1.0)) == wanted

@@ -1,0 +1,162 @@
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from looptransfer.errors import InputError
+from looptransfer.trials.trial import HOPELESS, Run, held_out_loss, lr_share, train
+from tests.experiments import BATCH, TinyTask, squared_error, tiny_experiment
+
+LR = 2.0**-5
+Rules = Literal["factored", "sqrt", "unscaled"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def outcome(run: Run, **changes: Any) -> dict[str, Any]:
+    found = asdict(train(tiny_experiment(**changes), run))
+    del found["seconds"]
+    return found
+
+
+def training_losses(run: Run, **changes: Any) -> list[float]:
+    """What the loss was at every step, the held-out batches left out."""
+    seen: list[float] = []
+
+    def recorded(outputs: Tensor, targets: Tensor) -> Tensor:
+        value = squared_error(outputs, targets)
+        if len(targets) == BATCH:
+            seen.append(float(value.detach()))
+        return value
+
+    train(tiny_experiment(loss=recorded, **changes), run)
+    return seen
+
+
+def test_training_twice_gives_the_same_outcome_whatever_the_random_state_before() -> None:
+    run = Run("factored", 2, LR, 3)
+    first = outcome(run)
+    torch.rand(17)
+    assert outcome(run) == first
+    assert first["diverged"] is False
+    assert math.isfinite(first["loss"])
+    assert (first["steps"], first["layers"], first["width"]) == (30, 1, 8)
+
+
+def test_training_at_a_good_lr_lowers_the_loss() -> None:
+    losses = training_losses(Run("factored", 2, LR, 0))
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("other", [Run("factored", 1, 4 * LR, 0), Run("unscaled", 1, LR, 0), Run("sqrt", 1, LR, 0)])
+def test_runs_of_one_seed_start_alike_whatever_their_lr_and_rule(other: Run) -> None:
+    ours, theirs = training_losses(Run("factored", 1, LR, 0)), training_losses(other)
+    assert theirs[0] == ours[0]
+    assert (theirs == ours) == (other.lr == LR)  # at N = 1 and base depth the rules are one
+
+
+def test_runs_of_one_seed_share_initialisation_over_the_loop_counts() -> None:
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    class Watched(TinyTask):
+        def make_model(self, loops: int) -> nn.Module:
+            model = super().make_model(loops)
+            seen[loops] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            return model
+
+    for loops in (1, 4):
+        train(tiny_experiment(make_model=Watched().make_model, steps=2), Run("factored", loops, LR, 5))
+    assert seen[1].keys() == seen[4].keys()
+    assert all(torch.equal(seen[1][name], seen[4][name]) for name in seen[1])
+
+
+def test_runs_of_other_seeds_start_otherwise() -> None:
+    first = [training_losses(Run("factored", 1, LR, seed), steps=2)[0] for seed in (0, 1)]
+    assert first[0] != first[1]
+
+
+def test_the_rule_changes_a_run_at_more_than_one_loop() -> None:
+    rules: list[Rules] = ["factored", "sqrt", "unscaled"]
+    assert len({training_losses(Run(rule, 4, LR, 0), steps=2)[0] for rule in rules}) == 3
+
+
+@pytest.mark.parametrize("lr", [1e4, 1e8])
+def test_an_absurd_lr_diverges_early(lr: float) -> None:
+    found = train(tiny_experiment(), Run("factored", 2, lr, 0))
+    assert found.diverged
+    assert found.loss == math.inf
+    assert 0 < found.steps < 30
+    assert math.isfinite(found.last_loss)
+
+
+def test_a_run_that_stays_worse_than_at_initialisation_is_given_up_after_twenty_steps() -> None:
+    losses = training_losses(Run("factored", 2, 1.0, 0), clip=1e-3, weight_decay=0.0)
+    assert sum(losses[:HOPELESS]) / HOPELESS > losses[0]
+    assert all(map(math.isfinite, losses))
+    assert len(losses) == HOPELESS
+    found = train(tiny_experiment(clip=1e-3, weight_decay=0.0), Run("factored", 2, 1.0, 0))
+    assert (found.loss, found.diverged, found.steps) == (math.inf, True, HOPELESS - 1)
+    assert found.last_loss == losses[-2]
+
+
+def test_a_model_whose_held_out_loss_is_no_number_has_diverged_at_the_full_steps() -> None:
+    def held_out() -> list[tuple[Tensor, Tensor]]:
+        inputs, targets = TinyTask().held_out()[0]
+        return [(inputs, targets * math.nan)]
+
+    found = train(tiny_experiment(held_out=held_out), Run("factored", 1, LR, 0))
+    assert (found.loss, found.diverged, found.steps) == (math.inf, True, 30)
+    assert math.isfinite(found.last_loss)
+
+
+def test_batches_that_run_out_repeat_the_last_one() -> None:
+    def two(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        endless = TinyTask().batches(seed)
+        return iter([next(endless), next(endless)])
+
+    def two_and_repeats(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        first, second = two(seed)
+        yield first
+        while True:
+            yield second
+
+    run = Run("factored", 1, LR, 0)
+    assert training_losses(run, batches=two) == training_losses(run, batches=two_and_repeats)
+
+
+def test_the_held_out_loss_counts_each_batch_alike_and_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.5))
+    batches = TinyTask().held_out()
+    small = (batches[1][0][:3], batches[1][1][:3])
+    with torch.no_grad():
+        by_hand = [float(squared_error(model[0](inputs), targets)) for inputs, targets in (batches[0], small)]
+    found = held_out_loss(tiny_experiment(held_out=lambda: [batches[0], small]), model)
+    assert found == pytest.approx(sum(by_hand) / 2)
+
+
+def test_no_held_out_batch_is_refused() -> None:
+    with pytest.raises(InputError, match=r"held_out\(\) gave no batch; it must give one or more"):
+        train(tiny_experiment(held_out=list, steps=2), Run("factored", 1, LR, 0))
+
+
+def test_the_samples_of_the_tiny_task_depend_on_nothing_but_the_seed() -> None:
+    ours, theirs = next(TinyTask().batches(3)), next(TinyTask().batches(3))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], next(TinyTask().batches(4))[0])
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 0.9), (10, 0.96)])
+def test_a_warm_up_of_nearly_all_steps_leaves_one_to_come_down(steps: int, warmup: float) -> None:
+    experiment = tiny_experiment(steps=steps, warmup=warmup)
+    assert [lr_share(step, experiment) for step in (steps - 2, steps - 1)] == [1.0, 1.0]
