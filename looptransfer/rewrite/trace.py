@@ -35,6 +35,7 @@ IDENTITIES = {"_to_copy.default", "clone.default", "native_dropout.default", "_u
 # Made like another tensor, but holding nothing of it. A random mask is one of these, drawn in place.
 SHAPED_LIKE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 SHAPED_LIKE |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
+DRAWS = ("bernoulli", "rand", "uniform")
 # Frames between an operator and the line that spelled it.
 HIDDEN_FRAMES = ("torch/_tensor.py", "torch/_ops.py", "torch/_dynamo/", "torch/_compile.py", "rewrite/trace.py")
 
@@ -75,6 +76,7 @@ class _Node:
     parameters: frozenset[str] = frozenset()  # learned tensors that enter here
     same_as: int | None = None  # the node this one repeats, by an identity operation
     stream: bool = False  # the sum of a residual add
+    noise: bool = False  # random numbers and what is made of them alone: a dropout mask
     returned: list[Returned] = field(default_factory=list)
     consumers: list[int] = field(default_factory=list)
 
@@ -152,6 +154,8 @@ class _Recorder(TorchDispatchMode):
                 node.ancestors |= source.ancestors | (1 << number)
             else:
                 node.parameters |= source.parameters
+        drawn = any(word in name for word in DRAWS) or any(self.nodes[number].noise for number in sources)
+        node.noise = drawn and not node.data and not node.parameters
         if sources and (name in IDENTITIES or self._is_dropout(name, sources)):
             node.same_as = sources[0]
         elif name == "copy_.default" and len(sources) == 2:
@@ -159,11 +163,8 @@ class _Recorder(TorchDispatchMode):
         return node
 
     def _is_dropout(self, name: str, sources: list[int]) -> bool:
-        """`x * mask` where the mask holds neither data nor anything learned: how dropout is spelled on a CPU."""
-        if name != "mul.Tensor" or len(sources) != 2:
-            return False
-        mask = self.nodes[sources[1]]
-        return not mask.data and not mask.parameters
+        """`x * mask` with a random mask: how dropout is spelled on a CPU. A constant factor is no identity."""
+        return name == "mul.Tensor" and len(sources) == 2 and self.nodes[sources[1]].noise
 
     def _same(self, number: int) -> Iterator[int]:
         """A node and those that it repeats, the nearest first."""

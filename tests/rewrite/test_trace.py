@@ -172,3 +172,19 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model.handle = (line for line in [""])
     with pytest.raises(lt.InputError, match=r"cannot be copied for the trace: TypeError: .*generator"):
         randomised_twin(model)
+
+
+def test_a_skip_scaled_by_a_constant_tensor_is_no_residual_add() -> None:
+    class Decayed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = torch.nn.Linear(8, 8)
+            self.register_buffer("decay", torch.full((8,), 0.9))
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            for _ in range(3):
+                h = h * self.decay + self.f(h)
+            return h
+
+    with pytest.raises(lt.InputError, match="no residual add was found"):
+        lt.parametrize(Decayed(), torch.ones(2, 8))
