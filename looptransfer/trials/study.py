@@ -333,7 +333,7 @@ class _Progress:
             print(f"{self.name}: {done}, {spent:.0f} s{eta}", file=sys.stderr, flush=True)
 
 
-BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left, {postfix}"
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
 def _weight(runs: Iterable[Run]) -> int:
