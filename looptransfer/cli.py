@@ -94,6 +94,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from looptransfer.transfer.results import read_results  # noqa: PLC0415
     from looptransfer.transfer.verdict import check  # noqa: PLC0415
 
+    if arguments.html and arguments.html.resolve() == arguments.results.resolve():
+        raise InputError(f"--html {arguments.html} would overwrite the table; choose another file")
     verdict = check(
         read_results(arguments.results),
         rule=arguments.rule,

@@ -63,12 +63,12 @@ def param_groups(
             raise InputError(f"{name} is {value!r}; it must be a finite number {least}")
     inner, plan = planned(model)
     factors = depth_factors(plan.rule, family, plan.layers, plan.base_layers)
-    in_branches = {name for branch in plan.branches for name in branch.parameters}
+    in_branches = {id(inner.get_parameter(name)) for branch in plan.branches for name in branch.parameters}
     groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in inner.named_parameters():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        branch, decayed, width = name in in_branches, parameter.ndim >= 2, _width_multiplier(parameter, family)
+        branch, decayed, width = id(parameter) in in_branches, parameter.ndim >= 2, _width_multiplier(parameter, family)
         lr_scale = (factors.lr if branch else 1.0) / width
         label = ("branches" if branch else "outside") + ("" if decayed else ", no decay")
         label += "" if width == 1 else f", width × {width:g}"

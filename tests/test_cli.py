@@ -38,7 +38,9 @@ def test_exit_status_says_flat_drifts_or_inconclusive(tmp_path: Path, drift: flo
 
 def test_check_prints_json_with_a_schema_version(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["check", str(csv), "--json"])
-    assert json.loads(capsys.readouterr().out)["schema_version"] == 1
+    verdict = json.loads(capsys.readouterr().out)
+    assert verdict["schema_version"] == 1
+    assert np.log2(verdict["transferred_lr"]) == pytest.approx(-6.5, abs=0.05)
 
 
 def test_check_writes_a_page_that_loads_nothing_and_escapes_names(tmp_path: Path) -> None:
@@ -64,6 +66,7 @@ def test_check_loads_no_torch(csv: Path) -> None:
         (["no-such.csv"], "cannot read no-such.csv"),
         (["{csv}", "--rule", "sqrt"], "rule 'sqrt' is not in the table"),
         (["{csv}", "--confidence", "1.5"], "confidence is 1.5"),
+        (["{csv}", "--html", "{csv}"], "would overwrite the table"),
         (["{csv}", "--lr", "0"], "transferred_lr is 0.0"),
         (["{csv}", "--html", "/no/such/folder/page.html"], "cannot write /no/such/folder/page.html"),
     ],

@@ -266,3 +266,19 @@ def test_an_lr_that_is_no_number_is_refused(lr: object) -> None:
     lt.parametrize(model, torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(lt.InputError, match="lr is"):
         lt.param_groups(model, torch.optim.AdamW, lr=lr)  # type: ignore[arg-type]
+
+
+def test_groups_of_a_model_whose_part_was_rewritten_hold_all_its_parameters() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), Looped([MLPBlock()]).float(), nn.Linear(8, 9))
+    model = model.float()
+    lt.parametrize(model[1], torch.ones(2, 3, WIDTH))
+    groups = lt.param_groups(model, torch.optim.AdamW, lr=0.1)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_model_whose_parts_were_rewritten_apart_is_refused() -> None:
+    model = nn.Sequential(Looped([MLPBlock()]), Looped([MLPBlock()])).float()
+    for part in model:
+        lt.parametrize(part, torch.ones(2, 3, WIDTH))
+    with pytest.raises(lt.InputError, match="2 parts of the model were rewritten apart"):
+        lt.param_groups(model, torch.optim.AdamW, lr=0.1)

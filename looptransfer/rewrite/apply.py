@@ -8,7 +8,9 @@ compiled before, a hooked one runs unscaled without a word. It does guard on the
 import functools
 import sys
 import types
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -53,23 +55,39 @@ def parametrize(
     seen = trace(twin, example_inputs)
     plan = make_plan(twin, seen, rule, lam, base_layers)
     _insert(twin, plan, silenced=True)
-    adds = trace(twin, example_inputs).adds
-    check_silenced([add for add in adds if add.kind == "leaf"], sum(add.kind == "leaf" for add in seen.adds))
+    silent = trace(twin, example_inputs)
+    check_silenced([add for add in silent.adds if add.kind == "leaf"], sum(add.kind == "leaf" for add in seen.adds))
+    plan = replace(plan, on_stream=tuple(sorted(name for name in silent.reaching if seen.uses[name] > 1)))
+    _warn_of_matrices(twin, plan)
     _insert(model, plan)
     setattr(model, PLAN, plan)
     return plan
+
+
+def _warn_of_matrices(twin: nn.Module, plan: ScalingPlan) -> None:
+    matrices = [name for name in plan.on_stream if twin.get_parameter(name).ndim >= 2]
+    if matrices:
+        warnings.warn(
+            f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
+            "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
+            "that is not recognised must be computed in an nn.Module and added with +",
+            stacklevel=3,
+        )
 
 
 def planned(model: nn.Module) -> tuple[nn.Module, ScalingPlan]:
     """The module that `parametrize` rewrote and its plan, also inside a wrapper such as DDP or a compiled model.
 
     Raises:
-        InputError: the model was not rewritten.
+        InputError: the model was not rewritten, or its parts were.
     """
-    for module in model.modules():
-        plan = module.__dict__.get(PLAN)
-        if isinstance(plan, ScalingPlan):
-            return module, plan
+    found = [module for module in model.modules() if PLAN in module.__dict__]
+    if len(found) > 1:
+        raise InputError(
+            f"{len(found)} parts of the model were rewritten apart; call parametrize once on the whole model"
+        )
+    if found:
+        return found[0], found[0].__dict__[PLAN]
     raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
 
 
@@ -91,7 +109,16 @@ def _insert(model: nn.Module, plan: ScalingPlan, silenced: bool = False) -> None
         if OUTPUTS not in module.__dict__:
             setattr(module, OUTPUTS, {})
             module.__class__ = _scaled_class(type(module))
+        for name in _parents(branch.module):
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                layer.activation_relu_or_gelu = 0  # its fused path in eval mode would pass the branch's module by
         module.__dict__[OUTPUTS][branch.output] = 0.0 if silenced else branch.multiplier
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts))]
 
 
 _scaled_classes: dict[type[nn.Module], type[nn.Module]] = {}

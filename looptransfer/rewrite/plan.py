@@ -44,6 +44,7 @@ class ScalingPlan:
     layers: int
     branches: tuple[Branch, ...]
     left_alone: tuple[LeftAlone, ...] = ()
+    on_stream: tuple[str, ...] = ()  # parameters used again and again outside every scaled branch
 
     @property
     def loops(self) -> int | frozenset[int]:
@@ -68,6 +69,8 @@ class ScalingPlan:
             f"AdamW: LR and eps of the branches' parameters × {factors.lr:.4g}, everything else × 1"
         )
         notes = [f"left alone  {_short(left.source)}: {left.reason}" for left in self.left_alone]
+        if self.on_stream:
+            notes.append(f"not scaled   used again and again outside the branches: {', '.join(self.on_stream)}")
         if isinstance(self.loops, frozenset):
             notes.append(
                 "note: layers outside the loop count in L with one visit each (our extension of the paper's rule)"

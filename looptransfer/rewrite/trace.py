@@ -30,7 +30,7 @@ from looptransfer.errors import InputError
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Kind = Literal["leaf", "composite", "inner"]
 
-ADDS = {"add.Tensor", "add_.Tensor"}
+ADDS = {"add.Tensor", "add_.Tensor", "sub.Tensor", "sub_.Tensor"}
 IDENTITIES = {"_to_copy.default", "clone.default", "native_dropout.default", "_unsafe_view.default"}
 # Made like another tensor, but holding nothing of it. A random mask is one of these, drawn in place.
 SHAPED_LIKE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
@@ -67,6 +67,8 @@ class Trace:
 
     adds: list[ResidualAdd]
     calls: Counter[str]  # forward calls per module
+    reaching: frozenset[str]  # parameters that the output depends on, other than through a branch multiplied by 0
+    uses: Counter[str]  # how often one operator took a parameter up; an embedding tied to a head counts once
 
 
 @dataclass
@@ -74,6 +76,7 @@ class _Node:
     ancestors: int = 0  # bitmask of node numbers
     data: bool = False  # depends on the example inputs
     parameters: frozenset[str] = frozenset()  # learned tensors that enter here
+    reaching: int = 0  # bitmask of all parameters it depends on, other than through a product with 0.0
     same_as: int | None = None  # the node this one repeats, by an identity operation
     stream: bool = False  # the sum of a residual add
     noise: bool = False  # random numbers and what is made of them alone: a dropout mask
@@ -92,11 +95,15 @@ class _Recorder(TorchDispatchMode):
         self.matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
         self.running: list[str] = []
         self.calls: Counter[str] = Counter()
+        self.uses: Counter[tuple[str, str]] = Counter()
         self.adds: list[ResidualAdd] = []
         self.operands: list[tuple[int, int]] = []  # per add: the branch's node, the sum's node
-        for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
-            learned = frozenset([name]) if isinstance(tensor, nn.Parameter) else frozenset[str]()
-            self._own(tensor, _Node(parameters=learned))
+        self.output = 0  # `reaching` of the model's output
+        self.parameters = [name for name, _ in model.named_parameters()]
+        for _, tensor in model.named_buffers():
+            self._own(tensor, _Node())
+        for position, (name, parameter) in enumerate(model.named_parameters()):
+            self._own(parameter, _Node(parameters=frozenset([name]), reaching=1 << position))
         for tensor in _tensors(example):
             self._own(tensor, _Node(data=True))
 
@@ -116,6 +123,9 @@ class _Recorder(TorchDispatchMode):
                 number = self._node_of(tensor)
                 if number is not None:
                     self.nodes[number].returned.append(Returned(name, index))
+        if name == "":
+            for number in filter(None, map(self._node_of, _tensors(output))):
+                self.output |= self.nodes[number].reaching
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -127,11 +137,13 @@ class _Recorder(TorchDispatchMode):
         sources = [] if name.split(".")[0] in SHAPED_LIKE else [number for number in before if number is not None]
         written = {_key(tensor): tensor for tensor in _written(func, args, kwargs)}
         results = written | {_key(tensor): tensor for tensor in _tensors(out)}
+        with_zero = any(isinstance(arg, (int, float)) and arg == 0 for arg in args)
         for key, tensor in results.items():  # a view shares its base's key, and so its node
             if key not in self.owner or key in written:
-                self._own(tensor, self._derive(name, sources))
+                self._own(tensor, self._derive(name, sources, with_zero))
         if name in ADDS and len(before) == 2 and shapes[0] == shapes[1]:
-            self._judge_add(before, inputs, self._node_of(out), kwargs.get("alpha", 1))
+            sign = -1 if name.startswith("sub") else 1
+            self._judge_add(before, inputs, self._node_of(out), sign * kwargs.get("alpha", 1))
         return out
 
     # -- lineage
@@ -144,23 +156,34 @@ class _Recorder(TorchDispatchMode):
         self.nodes.append(node)
         self.owner[_key(tensor)] = (len(self.nodes) - 1, tensor.untyped_storage())
 
-    def _derive(self, name: str, sources: list[int]) -> _Node:
+    def _derive(self, name: str, sources: list[int], with_zero: bool) -> _Node:
         node = _Node()
         for number in sources:
             source = self.nodes[number]
             source.consumers.append(len(self.nodes))
+            node.reaching |= source.reaching
             if source.data:
                 node.data = True
                 node.ancestors |= source.ancestors | (1 << number)
             else:
                 node.parameters |= source.parameters
+        if node.data:
+            self.uses.update((parameter, name) for parameter in node.parameters)
+        if name == "mul.Tensor" and with_zero:
+            node.reaching = 0
         drawn = any(word in name for word in DRAWS) or any(self.nodes[number].noise for number in sources)
         node.noise = drawn and not node.data and not node.parameters
-        if sources and (name in IDENTITIES or self._is_dropout(name, sources)):
-            node.same_as = sources[0]
-        elif name == "copy_.default" and len(sources) == 2:
-            node.same_as = sources[1]
+        node.same_as = self._repeated(name, sources, with_zero)
         return node
+
+    def _repeated(self, name: str, sources: list[int], with_zero: bool) -> int | None:
+        """The source that an identity operation repeats. Python's sum() begins with 0 + x."""
+        if name == "copy_.default" and len(sources) == 2:
+            return sources[1]
+        plus_nothing = name in ADDS and len(sources) == 1 and with_zero
+        if sources and (name in IDENTITIES or plus_nothing or self._is_dropout(name, sources)):
+            return sources[0]
+        return None
 
     def _is_dropout(self, name: str, sources: list[int]) -> bool:
         """`x * mask` with a random mask: how dropout is spelled on a CPU. A constant factor is no identity."""
@@ -175,12 +198,12 @@ class _Recorder(TorchDispatchMode):
 
     # -- residual adds
 
-    def _judge_add(self, operands: list[int | None], tensors: list[Tensor], total: int | None, alpha: float) -> None:
+    def _judge_add(self, operands: list[int | None], tensors: list[Tensor], total: int | None, factor: float) -> None:
         left, right = operands
         if left is None or right is None or total is None or not (self.nodes[left].data and self.nodes[right].data):
             return
         for stream, branch, tensor in ((left, right, tensors[1]), (right, left, tensors[0])):
-            scaled_skip = branch == left and alpha != 1
+            scaled_skip = branch == left and factor != 1
             root = next((x for x in self._same(stream) if self._is_ancestor(x, branch)), None)
             if root is None or scaled_skip:
                 continue
@@ -217,7 +240,11 @@ class _Recorder(TorchDispatchMode):
             same = list(self._same(branch))
             users = {user for n in same for user in self.nodes[n].consumers} - {total, *same}
             add.used_elsewhere = any(self.nodes[user].data for user in users)
-        return Trace(self.adds, self.calls)
+        uses: Counter[str] = Counter()
+        for (parameter, _), times in self.uses.items():
+            uses[parameter] = max(uses[parameter], times)
+        reaching = frozenset(name for place, name in enumerate(self.parameters) if self.output >> place & 1)
+        return Trace(self.adds, self.calls, reaching, uses)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
@@ -230,6 +257,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     """
     args, kwargs = call_arguments(example_inputs)
     recorder = _Recorder(model, (args, kwargs))
+    torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
     with _random_state_kept(model), _module_hooks(recorder.enter, recorder.leave):
         try:
             with recorder:
@@ -263,6 +291,7 @@ def randomised_twin(model: nn.Module) -> nn.Module:
         vars(copied).update(vars(ours))  # mup keeps its width shapes there, and deepcopy drops them
     with torch.no_grad():
         for position, parameter in enumerate(twin.parameters()):
+            parameter.grad = None
             if parameter.is_floating_point() and not parameter.is_meta:
                 generator = torch.Generator().manual_seed(position)
                 noise = torch.randn(parameter.shape, generator=generator)

@@ -36,6 +36,9 @@ def read_results(path: str | Path) -> pd.DataFrame:
         raise InputError(f"cannot read {path}: {error.strerror}; give a CSV file of results") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a CSV table: {str(error).strip()}") from None
+    frame.columns = [str(name).strip() for name in frame.columns]
+    if len(frame.columns) == 1 and any(mark in frame.columns[0] for mark in ";\t"):
+        raise InputError(f"{path} is separated by {';' if ';' in frame.columns[0] else 'tabs'}; save it with commas")
     frame.index += 2  # the line in the file
     return tidy(frame[(frame != "").any(axis=1)])
 
@@ -59,10 +62,12 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
             "Needed are loops, lr and loss, optional are seed, rule and diverged"
         )
     out = frame.copy() if frame.index.is_unique else frame.reset_index(drop=True)
-    out["rule"] = out["rule"].astype(str) if "rule" in out else "factored"
+    out["rule"] = out["rule"].map(str).str.strip() if "rule" in out else "factored"
     if "seed" not in out:
         out["seed"] = "0"
     out["seed"] = out["seed"].map(str)
+    diverged = _flags(out["diverged"]) if "diverged" in out else pd.Series(False, index=out.index)
+    out["loss"] = out["loss"].mask(diverged, math.inf)  # its cell may be empty, as pandas writes nan
     for name in REQUIRED:
         out[name] = _numbers(out[name], name)
     _in_range(
@@ -70,9 +75,10 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
     )
     _in_range(out, "lr", np.isfinite(out["lr"]) & (out["lr"] > 0), "a finite number above 0")
     out["loops"] = out["loops"].astype(int)
-    diverged = _flags(out["diverged"]) if "diverged" in out else pd.Series(False, index=out.index)
-    out["loss"] = out["loss"].where(np.isfinite(out["loss"]) & ~diverged, math.inf)
+    out["loss"] = out["loss"].where(np.isfinite(out["loss"]), math.inf)
     out["diverged"] = ~np.isfinite(out["loss"])
+    if out.empty:
+        raise InputError("the table has no rows; give one row per training run")
     if out["diverged"].all():
         raise InputError(f"none of the {len(out)} rows has a finite loss; run lower LRs")
     _no_duplicates(out, "seed" in frame)

@@ -39,7 +39,7 @@ class Difference:
 
     control: str
     drift: Interval | None  # octaves per doubling of N, over the loop counts that both have
-    regret: Interval | None  # nats, at the largest loop count that both have
+    regret: Interval | None  # nats, at the largest loop count, where both have the same
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def check(
     differences = tuple(
         _difference(verdicts[rule], control, runs, terms) for name, control in verdicts.items() if name != rule
     )
-    return Verdict(
-        rule, transferred_lr, tolerance, regret_tolerance, confidence, verdicts, differences, _notes(runs), runs
-    )
+    proxy = verdicts[rule].optima[0].log2_lr
+    carried = 2.0**proxy.estimate if transferred_lr is None and proxy is not None else transferred_lr
+    return Verdict(rule, carried, tolerance, regret_tolerance, confidence, verdicts, differences, _notes(runs), runs)
 
 
 @dataclass(frozen=True)

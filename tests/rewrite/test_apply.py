@@ -423,3 +423,67 @@ def test_a_dropout_that_serves_branches_of_different_visits_is_no_handle() -> No
     assert [(b.module, b.visits) for b in plan.branches] == [("before", 1), ("looped", 4)]
     assert plan.layers == 2
     assert plan.loops == frozenset({1, 4})
+
+
+class OddlyAdded(torch.nn.Module):
+    """A plain branch, and one that is added as `kind` says."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.gain = torch.nn.Parameter(torch.full((8,), 0.9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = x + self.first(x)
+            f = self.second(x)
+            x = {
+                "minus": lambda x=x, f=f: x - f,
+                "sum": lambda x=x, f=f: sum((x, f)),
+                "stack": lambda x=x, f=f: torch.stack([x, f]).sum(0),
+                "addmm": lambda x=x: torch.addmm(x, x, self.second.weight),
+                "decay": lambda x=x, f=f: 0.9 * x + f,
+                "gain": lambda x=x, f=f: self.gain * x + f,
+            }[self.kind]()
+        return x
+
+
+@pytest.mark.parametrize("kind", ["minus", "sum"])
+def test_a_difference_and_pythons_sum_are_residual_adds(kind: str) -> None:
+    plan = lt.parametrize(OddlyAdded(kind), torch.ones(2, 8))
+    assert [(b.module, b.visits) for b in plan.branches] == [("first", 4), ("second", 4)]
+    assert plan.on_stream == ()
+
+
+@pytest.mark.parametrize("kind", ["stack", "addmm", "decay", "gain"])
+def test_what_escapes_every_multiplier_is_listed_and_warned_of(kind: str) -> None:
+    with pytest.warns(UserWarning, match=r"not scaled: second\.weight"):
+        plan = lt.parametrize(OddlyAdded(kind), torch.ones(2, 8))
+    assert "second.weight" in plan.on_stream
+    assert "second.weight" in str(plan).split("not scaled")[1]
+
+
+def test_the_fused_path_of_a_transformer_layer_in_eval_mode_keeps_the_multipliers() -> None:
+    class Loop(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(4):
+                x = self.layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Loop(), torch.randn(2, 3, 8)
+    lt.parametrize(model, x)
+    model.eval()
+    scaled = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), scaled)
+
+
+def test_a_model_is_rewritten_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lt.parametrize(models.ResidualMLP(), inputs(2, 4, WIDTH).float()).loops == 3

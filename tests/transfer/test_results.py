@@ -86,7 +86,7 @@ def test_a_table_without_a_finite_loss_is_refused() -> None:
 
 
 def test_a_table_without_a_row_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none of the 0 rows"):
+    with pytest.raises(InputError, match="the table has no rows"):
         read_results(csv_file(tmp_path, "loops,lr,loss\n"))
 
 
@@ -223,3 +223,13 @@ def test_a_file_named_like_an_archive_is_read_as_the_text_it_is(tmp_path: Path) 
     path = tmp_path / "results.csv.zip"
     path.write_text("loops,lr,loss\n1,0.01,2\n")
     assert len(read_results(path)) == 1
+
+
+def test_a_diverged_run_may_have_an_empty_loss(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "loops,lr,loss,diverged\n1,0.01,2,False\n1,0.1,,True\n")
+    assert read_results(path)["loss"].tolist() == [2.0, math.inf]
+
+
+def test_another_separator_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="separated by ;"):
+        read_results(csv_file(tmp_path, "loops;lr;loss\n1;0.01;2\n"))
