@@ -37,7 +37,7 @@ class DemoSize:
 
 
 FULL = DemoSize(ReferenceSize(), (1, 2, 4, 8, 16), (1, 4, 16), 4, OCTAVES)
-QUICK = DemoSize(ReferenceSize(steps=100), (1, 4, 16), (1, 4, 16), 2, OCTAVES[1:])
+QUICK = DemoSize(ReferenceSize(layers=1, steps=100), (1, 4, 16), (1, 4, 16), 3, (-2.25, -1.5, -0.75, 0.0, 0.75))
 
 
 def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = None) -> list[str]:
