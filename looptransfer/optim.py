@@ -49,18 +49,7 @@ def param_groups(
     if family is None:
         known = ", ".join(cls.__name__ for cls in FAMILIES)
         raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {known}, given as a class")
-    for name, value, least in (
-        ("lr", lr, "above 0"),
-        ("eps", eps, "above 0"),
-        ("weight_decay", weight_decay, "from 0 up"),
-    ):
-        if (
-            not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value < 0
-            or (value == 0 and name != "weight_decay")
-        ):
-            raise InputError(f"{name} is {value!r}; it must be a finite number {least}")
+    _check_settings(lr, eps, weight_decay)
     inner, plan = planned(model)
     factors = depth_factors(plan.rule, family, plan.layers, plan.base_layers)
     in_branches = {id(inner.get_parameter(name)) for branch in plan.branches for name in branch.parameters}
@@ -79,6 +68,21 @@ def param_groups(
             settings["eps"] = eps * (factors.eps if branch else 1.0)
         groups.setdefault(label, settings)["params"].append(parameter)
     return list(groups.values())
+
+
+def _check_settings(lr: float, eps: float, weight_decay: float) -> None:
+    for name, value, least in (
+        ("lr", lr, "above 0"),
+        ("eps", eps, "above 0"),
+        ("weight_decay", weight_decay, "from 0 up"),
+    ):
+        if (
+            not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value < 0
+            or (value == 0 and name != "weight_decay")
+        ):
+            raise InputError(f"{name} is {value!r}; it must be a finite number {least}")
 
 
 def _width_multiplier(parameter: nn.Parameter, family: Family) -> float:
