@@ -107,10 +107,10 @@ def make_plan(model: nn.Module, trace: Trace, rule: Rule, lam: float, base_layer
     matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
     groups = _group(leaves, trace.calls, matrices)
     seen = Counter(name for add in leaves for name in add.parameters & matrices)
+    canonical = {name for name, _ in model.named_parameters()}
     for group in groups:
         group.visits = max(seen[name] for add in group.adds for name in add.parameters & matrices)
         owned = {name for name, _ in model.get_submodule(group.handle.module).named_parameters(group.handle.module)}
-        canonical = {name for name, _ in model.named_parameters()}
         group.parameters = frozenset().union(*(add.parameters for add in group.adds)) | (owned & canonical)
     blocks = _blocks(model, groups)
     layers = _count_unlinked(blocks, [group.parameters & matrices for group in groups])

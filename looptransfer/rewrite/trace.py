@@ -88,9 +88,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, example: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: list[_Node] = []
-        self.owner: dict[
-            int, tuple[int, Any]
-        ] = {}  # storage -> (node, the storage, kept alive so that its key stays its own)
+        # Storage -> its node, and the storage itself: kept alive so that its key stays its own.
+        self.owner: dict[int, tuple[int, Any]] = {}
         self.names = {id(module): name for name, module in model.named_modules()}
         self.matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
         self.running: list[str] = []
@@ -124,8 +123,9 @@ class _Recorder(TorchDispatchMode):
                 if number is not None:
                     self.nodes[number].returned.append(Returned(name, index))
         if name == "":
-            for number in filter(None, map(self._node_of, _tensors(output))):
-                self.output |= self.nodes[number].reaching
+            for tensor in _tensors(output):
+                number = self._node_of(tensor)
+                self.output |= 0 if number is None else self.nodes[number].reaching
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

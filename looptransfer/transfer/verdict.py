@@ -155,7 +155,7 @@ def check(
         name: _judge(name, runs[runs["rule"] == name], terms) for name in [rule, *(p for p in present if p != rule)]
     }
     differences = tuple(
-        _difference(verdicts[rule], control, runs, terms) for name, control in verdicts.items() if name != rule
+        _difference(verdicts[rule], control, terms) for name, control in verdicts.items() if name != rule
     )
     proxy = verdicts[rule].optima[0].log2_lr
     carried = 2.0**proxy.estimate if transferred_lr is None and proxy is not None else transferred_lr
@@ -177,7 +177,7 @@ def _judge(rule: str, runs: pd.DataFrame, terms: _Terms) -> RuleVerdict:
     drifts = _drift_by_seed(known)
     drift = None if drifts is None else t_interval(drifts, terms.confidence)
     regrets = _regret_by_seed(optima[-1], tables[optima[-1].loops], optima[0], terms)
-    regret = None if regrets is None else _regret_interval(regrets, terms.confidence)
+    regret = None if regrets is None else _bounded_interval(regrets, terms.confidence)
     answer, reason, advice = _decide(optima, drift, drifts, regret, tables, terms)
     return RuleVerdict(rule, answer, reason, advice, optima, drift, regret, drifts, regrets)
 
@@ -212,9 +212,9 @@ def _regret_by_seed(target: Optimum, table: pd.DataFrame, proxy: Optimum, terms:
     return None
 
 
-def _regret_interval(regrets: pd.Series, confidence: float) -> Interval:
-    if np.isfinite(regrets).all():
-        return t_interval(regrets, confidence)
+def _bounded_interval(values: pd.Series, confidence: float) -> Interval:
+    if np.isfinite(values).all():
+        return t_interval(values, confidence)
     return Interval(math.inf, math.inf, math.inf)  # the transferred LR diverges
 
 
@@ -305,7 +305,7 @@ def _more_seeds(drifts: pd.Series, tolerance: float, confidence: float) -> str:
     return "run a wider span of LRs and N: more seeds alone would take over 64"
 
 
-def _difference(ours: RuleVerdict, control: RuleVerdict, runs: pd.DataFrame, terms: _Terms) -> Difference:
+def _difference(ours: RuleVerdict, control: RuleVerdict, terms: _Terms) -> Difference:
     known = {o.loops: o for o in ours.optima if o.censored is None}
     theirs = {o.loops: o for o in control.optima if o.censored is None}
     shared = sorted(known.keys() & theirs.keys())
@@ -324,7 +324,7 @@ def _paired(theirs: pd.Series | None, ours: pd.Series | None, confidence: float)
     gaps = (theirs - ours).dropna()
     if len(gaps) < 2:
         return None
-    return t_interval(gaps, confidence) if np.isfinite(gaps).all() else Interval(math.inf, math.inf, math.inf)
+    return _bounded_interval(gaps, confidence)
 
 
 def _notes(runs: pd.DataFrame) -> tuple[str, ...]:

@@ -97,11 +97,13 @@ class ProxySearch:
         return [math.log2(best.lr) + STEP * k for k in range(low, high + 1)]
 
 
+def runs_of(done: pd.DataFrame) -> list[Run]:
+    """The run of every row."""
+    return [Run(row.rule, int(row.loops), float(row.lr), int(row.seed)) for row in done.itertuples(index=False)]
+
+
 def _losses(done: pd.DataFrame) -> dict[Run, float]:
-    return {
-        Run(row.rule, int(row.loops), float(row.lr), int(row.seed)): float(row.loss)
-        for row in done.itertuples(index=False)
-    }
+    return dict(zip(runs_of(done), done["loss"], strict=True))
 
 
 def _all_done(runs: Iterable[Run], done: pd.DataFrame) -> bool:

@@ -155,17 +155,17 @@ class _Claimed(optuna.samplers.BaseSampler):
         return getattr(self.run, param_name)
 
 
-def _open_runs(study: optuna.Study, search: Search) -> tuple[list[Run], list[Run]]:
-    """Runs that nobody makes, and all that are not finished."""
+def _open_runs(study: optuna.Study, search: Search) -> tuple[list[Run], list[Run], list[Run]]:
+    """Runs that nobody makes, all that are not finished, and all that are wanted."""
     done: set[Run] = set()
     taken: set[Run] = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
         run = _run_of(trial)
         if run is not None:
             (done if trial.state == TrialState.COMPLETE else taken).add(run)
-    wanted = dict.fromkeys(search.wanted(finished_runs(study)))
+    wanted = list(dict.fromkeys(search.wanted(finished_runs(study))))
     unfinished = [run for run in wanted if run not in done]
-    return [run for run in unfinished if run not in taken], unfinished
+    return [run for run in unfinished if run not in taken], unfinished, wanted
 
 
 def _run_of(trial: FrozenTrial) -> Run | None:
@@ -179,7 +179,7 @@ def _claim(study: optuna.Study, trial: optuna.Trial, search: Search) -> Run:
     Both of two rivals write before they look, so at least one sees the other: they may both withdraw, never both stay.
     """
     while True:
-        todo, _ = _open_runs(study, search)
+        todo, _, _ = _open_runs(study, search)
         if not todo:
             raise TrialPruned("every run is finished or being made")
         trial.set_user_attr("run", asdict(todo[0]))
@@ -216,7 +216,7 @@ def _work(url: str, name: str, experiment: Experiment, search: Search, progress:
         return float(outcome["loss"])
 
     while True:
-        todo, unfinished = _open_runs(study, search)
+        todo, unfinished, _ = _open_runs(study, search)
         if progress is not None:
             progress.show(study, search)
         if not unfinished:
@@ -314,9 +314,7 @@ class _Progress:
         self.bar.close()
 
     def show(self, study: optuna.Study, search: Search) -> None:
-        runs = finished_runs(study)
-        wanted = set(search.wanted(runs))
-        _, unfinished = _open_runs(study, search)
+        _, unfinished, wanted = _open_runs(study, search)
         total, left = _weight(wanted), _weight(unfinished)
         made = total - left
         if self.at_start is None:

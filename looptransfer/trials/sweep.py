@@ -15,7 +15,7 @@ from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.optimum import Optimum
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials.experiment import Experiment
-from looptransfer.trials.search import Grid, ProxySearch
+from looptransfer.trials.search import Grid, ProxySearch, runs_of
 from looptransfer.trials.study import run_search
 from looptransfer.trials.trial import Run
 
@@ -72,7 +72,7 @@ def tune(
     search = ProxySearch(loops, chosen, rule)
     results = run_search(experiment, search, ledger, f"tune N={loops} {rule}", workers)
     wanted = set(search.wanted(results))
-    results = results[[run in wanted for run in _runs(results)]]
+    results = results[[run in wanted for run in runs_of(results)]]
     optimum = search.optimum(results, search.confidence)
     if optimum.log2_lr is not None:
         return TunedLR(2.0**optimum.log2_lr.estimate, loops, optimum, results)
@@ -136,7 +136,7 @@ def sweep(
         first_rule.setdefault((count, value), rule)
     made = {run: replace(run, rule=first_rule[run.loops, multipliers[run.rule, run.loops]]) for run in reported}
     done = run_search(experiment, Grid(tuple(dict.fromkeys(made.values()))), ledger, "sweep", workers)
-    by_run = dict(zip(_runs(done), done.to_dict("records"), strict=True))
+    by_run = dict(zip(runs_of(done), done.to_dict("records"), strict=True))
     rows = [{**by_run[made[run]], "rule": run.rule} for run in sorted(reported)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -180,7 +180,3 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     if not chosen or len(set(chosen)) < len(chosen):
         raise InputError(f"seeds is {seeds!r}; give a count from 1 up, or seeds that all differ")
     return chosen
-
-
-def _runs(frame: pd.DataFrame) -> list[Run]:
-    return [Run(r.rule, int(r.loops), float(r.lr), int(r.seed)) for r in frame.itertuples(index=False)]
