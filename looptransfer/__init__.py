@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from looptransfer.errors import InputError as InputError
+    from looptransfer.errors import ScalingWarning as ScalingWarning
+    from looptransfer.errors import VerificationError as VerificationError
     from looptransfer.optim import param_groups as param_groups
     from looptransfer.reference.experiment import ReferenceSize as ReferenceSize
     from looptransfer.reference.experiment import reference_experiment as reference_experiment
@@ -12,9 +14,16 @@ if TYPE_CHECKING:
     from looptransfer.report.figures import plot_curves as plot_curves
     from looptransfer.report.figures import plot_optima as plot_optima
     from looptransfer.report.page import write_html as write_html
+    from looptransfer.rewrite.apply import apply_plan as apply_plan
+    from looptransfer.rewrite.apply import fold as fold
     from looptransfer.rewrite.apply import parametrize as parametrize
+    from looptransfer.rewrite.apply import remove as remove
+    from looptransfer.rewrite.apply import rescale as rescale
+    from looptransfer.rewrite.apply import unfold as unfold
+    from looptransfer.rewrite.marker import residual as residual
     from looptransfer.rewrite.plan import Branch as Branch
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
+    from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
     from looptransfer.transfer.results import read_results as read_results
     from looptransfer.transfer.verdict import Verdict as Verdict
@@ -32,18 +41,27 @@ _HOMES = {
     "LoopedDecoder": "reference.model",
     "ReferenceSize": "reference.experiment",
     "ScalingPlan": "rewrite.plan",
+    "ScalingWarning": "errors",
     "TunedLR": "trials.sweep",
     "Verdict": "transfer.verdict",
+    "VerificationError": "errors",
+    "apply_plan": "rewrite.apply",
     "check": "transfer.verdict",
+    "fold": "rewrite.apply",
     "param_groups": "optim",
     "parametrize": "rewrite.apply",
     "plot_curves": "report.figures",
     "plot_optima": "report.figures",
     "read_results": "transfer.results",
     "reference_experiment": "reference.experiment",
+    "remove": "rewrite.apply",
+    "rescale": "rewrite.apply",
+    "residual": "rewrite.marker",
     "residual_multiplier": "rules",
     "sweep": "trials.sweep",
     "tune": "trials.sweep",
+    "unfold": "rewrite.apply",
+    "verify": "rewrite.verify",
     "write_html": "report.page",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -1,5 +1,13 @@
-"""The one error that means: what you handed in cannot be used, and this is how to mend it."""
+"""What goes wrong, and what deserves a second look."""
 
 
 class InputError(ValueError):
-    """Bad usage or input. The message names the value, the allowed range and the fix; the CLI ends with 2."""
+    """Something the user gave cannot be used; the message names the value, the allowed range and the fix."""
+
+
+class VerificationError(InputError):
+    """A rewritten model does not do what its plan says."""
+
+
+class ScalingWarning(UserWarning):
+    """A model can be rewritten, but the rule was not derived for all that it does."""

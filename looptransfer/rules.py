@@ -15,22 +15,22 @@ Rule = Literal["factored", "sqrt", "unscaled"]
 Family = Literal["adamw", "adam", "sgd"]
 
 
-def factored(visits: int, depth_multiplier: float, lam: float) -> float:
+def factored(visits: float, depth_multiplier: float, lam: float) -> float:
     """λ/(N·√m_L): tied visits add coherently, layers add as a random walk (arXiv 2606.18524, Theorem 3 and Table 1)."""
     return lam / (visits * math.sqrt(depth_multiplier))
 
 
-def sqrt(visits: int, depth_multiplier: float, lam: float) -> float:
+def sqrt(visits: float, depth_multiplier: float, lam: float) -> float:
     """λ/√(N·m_L): the usual 1/√depth rule for untied layers (the paper's second arm; Depth-μP's branch multiplier)."""
     return lam / math.sqrt(visits * depth_multiplier)
 
 
-def unscaled(visits: int, depth_multiplier: float, lam: float) -> float:
+def unscaled(visits: float, depth_multiplier: float, lam: float) -> float:
     """1, whatever N, L and λ: the standard parameterization, as a control (the paper's first arm)."""
     return 1.0
 
 
-RULES: dict[Rule, Callable[[int, float, float], float]] = {"factored": factored, "sqrt": sqrt, "unscaled": unscaled}
+RULES: dict[Rule, Callable[[float, float, float], float]] = {"factored": factored, "sqrt": sqrt, "unscaled": unscaled}
 
 
 def depth_multiplier(layers: int, base_layers: int) -> float:
@@ -45,9 +45,10 @@ def depth_multiplier(layers: int, base_layers: int) -> float:
     return layers / base_layers
 
 
-def residual_multiplier(rule: Rule, *, visits: int, layers: int, lam: float = 1.0, base_layers: int = 1) -> float:
+def residual_multiplier(rule: Rule, *, visits: float, layers: int, lam: float = 1.0, base_layers: int = 1) -> float:
     """The factor ε on a residual branch that is visited `visits` times in a model of `layers` unique layers.
 
+    `visits` may be a mean, where the loop count is random (our extension).
     `base_layers=1` writes the rule absolutely, λ/(N√L); `base_layers=12` relative to a model tuned with 12 layers.
 
     Raises:
@@ -56,8 +57,8 @@ def residual_multiplier(rule: Rule, *, visits: int, layers: int, lam: float = 1.
     check_rule(rule)
     if not (isinstance(lam, (int, float)) and math.isfinite(lam) and lam > 0):
         raise InputError(f"lam is {lam!r}; λ must be a finite number above 0 (the paper's value is 1)")
-    if not isinstance(visits, int) or visits < 1:
-        raise InputError(f"visits is {visits!r}; it must be a whole number from 1 up")
+    if not isinstance(visits, (int, float)) or isinstance(visits, bool) or not 1 <= visits < math.inf:
+        raise InputError(f"visits is {visits!r}; it must be a number from 1 up")
     return RULES[rule](visits, depth_multiplier(layers, base_layers), float(lam))
 
 

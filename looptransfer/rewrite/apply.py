@@ -1,27 +1,23 @@
-"""A plan put into a model.
+"""A plan put into a model, changed, moved into the weights, and taken out again."""
 
-The module that hands over a branch gets a subclass of its own class whose forward multiplies the branch. Bare forward
-hooks would be shorter and wrong: TorchDynamo does not guard on them, so where an unhooked model of the same class was
-compiled before, a hooked one runs unscaled without a word. It does guard on the class.
-"""
-
-import functools
 import sys
-import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from looptransfer.errors import InputError
-from looptransfer.rewrite.plan import ScalingPlan, check_silenced, make_plan
-from looptransfer.rewrite.trace import ExampleInputs, randomised_twin, trace
-from looptransfer.rules import Rule, check_rule, residual_multiplier
+from looptransfer.errors import InputError, ScalingWarning
+from looptransfer.rewrite.graph import ExampleInputs, randomised_twin
+from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
+from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan, looped_visits, make_plan
+from looptransfer.rewrite.proof import prove
+from looptransfer.rewrite.trace import trace
+from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
 PLAN = "_looptransfer_plan"  # on the model
-OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε
 
 
 def parametrize(
@@ -30,10 +26,17 @@ def parametrize(
     rule: Rule = "factored",
     lam: float = 1.0,
     base_layers: int = 1,
+    *,
+    realisation: Realisation = "multiplier",
+    branches: Sequence[str] | None = None,
+    layers: int | None = None,
+    loops: float | None = None,
+    preserve: bool = False,
 ) -> ScalingPlan:
     """Rewrite `model` in place so that every residual branch is multiplied as `rule` says, and return the plan.
 
-    The branches are found by tracing one forward of a copy on `example_inputs`: N and L are counted, not asked for.
+    The branches are found by tracing one forward of a copy on `example_inputs`: N and L are counted, not asked for. The
+    plan is proved on a copy with random weights (see `rewrite.proof`); a model on the meta device gets an unproved one.
     A model with N = 1 is legitimate: it is the natural proxy. `state_dict` keys stay as they are; deepcopy, pickle and
     `torch.compile` keep the multipliers. Compile after rewriting.
 
@@ -43,36 +46,143 @@ def parametrize(
         rule: "factored" λ/(N√(L/L_ref)), "sqrt" λ/√(N·L/L_ref) or "unscaled" 1 (arXiv 2606.18524, Table 1).
         lam: λ.
         base_layers: L_ref; 1 writes the rule absolutely.
+        realisation: "multiplier" multiplies the branch on its way to the stream; "folded" puts ε into the weights of
+            the branch's last map, for the same function and, with `param_groups`, the same training.
+        branches: names or globs of the modules whose outputs are the branches, where the trace cannot tell.
+        layers: L, where the blocks are not what should be counted.
+        loops: the mean loop count, where it is drawn afresh in every forward: one trace cannot know it.
+        preserve: divide the last map of every branch by its ε, so that the function of trained weights stays.
 
     Raises:
-        InputError: not a module, compiled or rewritten already, inputs the model rejects, λ or base_layers out of
-            range, no residual add found, or a branch that no module's output stands for.
+        InputError: not a module, compiled or rewritten already, inputs the model rejects, numbers out of range, or a
+            residual add that cannot be scaled faithfully; the message names its line and what settles it.
+
+    Warns:
+        ScalingWarning: the model does something that the rule was not derived for; each is in `plan.caveats`.
     """
     _check_model(model)
-    check_rule(rule)
-    residual_multiplier(rule, visits=1, layers=1, lam=lam, base_layers=base_layers)  # bad numbers before a slow trace
+    _check_settings(rule, lam, base_layers, realisation, branches, layers)
+    if realisation == "folded" and loops is not None:
+        raise InputError("realisation='folded' with loops: weights cannot follow a random loop count; use 'multiplier'")
     twin = randomised_twin(model)
-    seen = trace(twin, example_inputs)
-    plan = make_plan(twin, seen, rule, lam, base_layers)
-    _insert(twin, plan, silenced=True)
-    silent = trace(twin, example_inputs)
-    check_silenced([add for add in silent.adds if add.kind == "leaf"], sum(add.kind == "leaf" for add in seen.adds))
-    plan = replace(plan, on_stream=tuple(sorted(name for name in silent.reaching if seen.uses[name] > 1)))
-    _warn_of_matrices(twin, plan)
-    _insert(model, plan)
-    setattr(model, PLAN, plan)
-    return plan
+    found = trace(twin, example_inputs)
+    plan = make_plan(
+        model,
+        found,
+        rule,
+        lam,
+        base_layers,
+        branches=None if branches is None else list(branches),
+        layers=layers,
+        loops=loops,
+        preserve=preserve,
+    )
+    if preserve or realisation == "folded":
+        _check_foldable(plan, "preserve=True" if preserve else "realisation='folded'")
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        plan = replace(plan, on_stream=prove(twin, example_inputs, found, plan), proved=True)
+    plan = _with_stream_caveat(model, plan)
+    for caveat in plan.caveats:
+        warnings.warn(caveat, ScalingWarning, stacklevel=2)
+    if preserve:
+        _scale_last_maps(model, plan, inverse=True)
+    _attach(model, plan)
+    return fold(model) if realisation == "folded" else plan
 
 
-def _warn_of_matrices(twin: nn.Module, plan: ScalingPlan) -> None:
-    matrices = [name for name in plan.on_stream if twin.get_parameter(name).ndim >= 2]
-    if matrices:
-        warnings.warn(
-            f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
-            "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
-            "that is not recognised must be computed in an nn.Module and added with +",
-            stacklevel=3,
+def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
+    """Put a plan into a fresh model in place: the one it was made for, built again. Nothing is traced.
+
+    A folded plan multiplies the weights of `model` by their ε; load a folded checkpoint after it.
+
+    Raises:
+        InputError: the model is compiled or rewritten already, or has no module or parameter of a name in the plan.
+    """
+    _check_model(model)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for branch in plan.branches:
+        missing = [name for name in branch.parameters if name not in parameters]
+        missing += [branch.module] if branch.module not in modules else []
+        if missing:
+            raise InputError(f"the plan names {missing[0]}, which this {type(model).__name__} does not have")
+    _attach(model, replace(plan, realisation="multiplier"))
+    if plan.realisation == "folded":
+        fold(model)
+
+
+def rescale(model: nn.Module, loops: float) -> ScalingPlan:
+    """Recompute the multipliers in place for a loop count of `loops`, and return the new plan.
+
+    Needed where N changes in training. Without it the multipliers stay as they were trained, which public evidence
+    favours where loops are added only at inference. Branches visited once are outside the loop and keep their visits.
+
+    Raises:
+        InputError: the model was not rewritten, its multipliers are folded, `loops` is below 1, or the plan does not
+            tell which layers loop.
+    """
+    inner, plan = planned(model)
+    if plan.realisation == "folded":
+        raise InputError(
+            "the multipliers are folded into the weights; call unfold(model), rescale it and fold it again"
         )
+    new = plan.with_visits(looped_visits(plan, loops))
+    _insert(inner, new)
+    setattr(inner, PLAN, new)
+    return new
+
+
+def fold(model: nn.Module) -> ScalingPlan:
+    """Move the multipliers into the weights of the branches' last maps, in place; the function stays the same.
+
+    For serving and export, and for training with SGD, Adam and AdamW: make the optimizer afterwards, with
+    `param_groups`, since the groups of those weights change. Clipping by the global norm is not the same then.
+
+    Raises:
+        InputError: not rewritten, folded already, a random loop count, or a branch whose last map cannot take a factor.
+    """
+    inner, plan = planned(model)
+    if plan.realisation == "folded":
+        raise InputError(
+            "the multipliers are folded already; a second ε would multiply the first. unfold(model) undoes it"
+        )
+    if plan.random_loops:
+        raise InputError("the loop count is random, and weights cannot follow it; keep the multipliers")
+    _check_foldable(plan, "fold")
+    clear_multipliers(inner)
+    _scale_last_maps(inner, plan)
+    return _note(inner, replace(plan, realisation="folded"))
+
+
+def unfold(model: nn.Module) -> ScalingPlan:
+    """Undo `fold` in place: weights without ε, branches multiplied on their way to the stream.
+
+    Raises:
+        InputError: the model was not rewritten, or is not folded.
+    """
+    inner, plan = planned(model)
+    if plan.realisation != "folded":
+        raise InputError("the multipliers are not folded into the weights; fold(model) does that")
+    _scale_last_maps(inner, plan, inverse=True)
+    plan = replace(plan, realisation="multiplier")
+    _insert(inner, plan)
+    return _note(inner, plan)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the multipliers out again, in place: every branch is added with factor 1, every module has its own class.
+
+    Weights are as they were trained; of a folded model they are unfolded. With `preserve=True` the weights keep the
+    factor that made up for ε.
+
+    Raises:
+        InputError: the model was not rewritten.
+    """
+    inner, plan = planned(model)
+    if plan.realisation == "folded":
+        _scale_last_maps(inner, plan, inverse=True)
+    clear_multipliers(inner)
+    delattr(inner, PLAN)
+    _forget_state_dict_hooks(inner)
 
 
 def planned(model: nn.Module) -> tuple[nn.Module, ScalingPlan]:
@@ -91,6 +201,9 @@ def planned(model: nn.Module) -> tuple[nn.Module, ScalingPlan]:
     raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
 
 
+# -- checks
+
+
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
@@ -99,61 +212,130 @@ def _check_model(model: object) -> None:
         if module._compiled_call_impl is not None or (compiler and isinstance(module, compiler.OptimizedModule)):
             where = f"its module {name}" if name else "the model"
             raise InputError(f"{where} is compiled already; call parametrize first and torch.compile after")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(f"{name or 'the model'} is a TorchScript module; rewrite the model before it is scripted")
     if any(PLAN in module.__dict__ or OUTPUTS in module.__dict__ for module in model.modules()):
-        raise InputError("the model is rewritten already, and a second ε would multiply the first; build a fresh model")
+        raise InputError(
+            "the model is rewritten already, and a second ε would multiply the first; build a fresh model, or call "
+            "looptransfer.remove(model) first"
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"{name} is uninitialised (a lazy module); run the model once before parametrize")
 
 
-def _insert(model: nn.Module, plan: ScalingPlan, silenced: bool = False) -> None:
+def _check_settings(
+    rule: Rule, lam: float, base_layers: int, realisation: str, branches: Any, layers: int | None
+) -> None:
+    check_rule(rule)
+    residual_multiplier(rule, visits=1, layers=1, lam=lam, base_layers=base_layers)  # bad numbers before a slow trace
+    if layers is not None:
+        depth_multiplier(layers, base_layers)
+    if realisation not in {"multiplier", "folded"}:
+        raise InputError(f"realisation is {realisation!r}; choose multiplier or folded")
+    named = isinstance(branches, Sequence) and not isinstance(branches, str)
+    if branches is not None and not (named and branches and all(isinstance(name, str) for name in branches)):
+        raise InputError(f"branches is {branches!r}; give a list of module names or globs, such as ['layers.*.mlp']")
+
+
+def _check_foldable(plan: ScalingPlan, what: str) -> None:
+    stuck = next((branch for branch in plan.branches if not branch.last_map), None)
+    if stuck is not None:
+        raise InputError(
+            f"{what}: the branch {stuck.handle} cannot take ε into its weights: {stuck.unfoldable}. "
+            "Keep realisation='multiplier', which needs no such weight"
+        )
+
+
+def _with_stream_caveat(model: nn.Module, plan: ScalingPlan) -> ScalingPlan:
+    matrices = [name for name in plan.on_stream if model.get_parameter(name).ndim >= 2]
+    if not matrices:
+        return plan
+    caveat = (
+        f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
+        "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
+        "that is not recognised must be marked, looptransfer.residual(…), or named, branches=[…]"
+    )
+    return replace(plan, caveats=(*plan.caveats, caveat))
+
+
+# -- putting it in
+
+
+def _attach(model: nn.Module, plan: ScalingPlan) -> None:
+    _insert(model, plan)
+    _note(model, plan)
+    model._register_state_dict_hook(_stamp)
+    model.register_load_state_dict_pre_hook(_check_stamp)
+
+
+def _note(model: nn.Module, plan: ScalingPlan) -> ScalingPlan:
+    setattr(model, PLAN, plan)
+    return plan
+
+
+def _insert(model: nn.Module, plan: ScalingPlan) -> None:
     for branch in plan.branches:
-        module = model.get_submodule(branch.module)
-        if OUTPUTS not in module.__dict__:
-            setattr(module, OUTPUTS, {})
-            module.__class__ = _scaled_class(type(module))
-        for name in _parents(branch.module):
-            layer = model.get_submodule(name)
-            if isinstance(layer, nn.TransformerEncoderLayer):
-                layer.activation_relu_or_gelu = 0  # its fused path in eval mode would pass the branch's module by
-        module.__dict__[OUTPUTS][branch.output] = 0.0 if silenced else branch.multiplier
+        set_multiplier(model, branch.handle, branch.multiplier)
 
 
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts))]
+def _scale_last_maps(model: nn.Module, plan: ScalingPlan, inverse: bool = False) -> None:
+    with torch.no_grad():
+        for branch in plan.branches:
+            for name in branch.last_map:
+                factor = 1 / branch.multiplier if inverse else branch.multiplier
+                model.get_parameter(name).mul_(factor)
 
 
-_scaled_classes: dict[type[nn.Module], type[nn.Module]] = {}
+# -- checkpoints: the keys stay a plain model's, so the realisation is noted in the metadata beside them
+
+STAMP = "looptransfer"
 
 
-def _scaled_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """`cls` with a forward that multiplies the outputs named in the instance. One class per class, shared by all."""
-    if cls not in _scaled_classes:
-
-        @functools.wraps(cls.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            output = cls.forward(self, *args, **kwargs)
-            for index, multiplier in self.__dict__[OUTPUTS].items():
-                output = _multiply(output, index, multiplier)
-            return output
-
-        def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-            state = cast(tuple[Any, ...], cls.__reduce_ex__(self, protocol))[2:]
-            return _rebuild, (cls,), *state
-
-        body = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
-        _scaled_classes[cls] = types.new_class(f"Scaled{cls.__name__}", (cls,), {}, lambda space: space.update(body))
-    return _scaled_classes[cls]
+def _stamp(model: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any]) -> None:
+    plan = model.__dict__.get(PLAN)
+    if plan is not None:
+        local_metadata[STAMP] = _stamp_of(plan)
 
 
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    """An empty scaled instance, for pickle and deepcopy: a class made at run time has no name to be found by."""
-    return cls.__new__(_scaled_class(cls))
+def _stamp_of(plan: ScalingPlan) -> list[Any]:
+    def sizes(branch: Branch) -> float:
+        return float(f"{branch.multiplier:.12g}")
+
+    return [plan.realisation, [sizes(branch) for branch in plan.branches] if plan.realisation == "folded" else []]
 
 
-def _multiply(output: Any, index: int | str | None, multiplier: float) -> Any:
-    if index is None:
-        return output * multiplier
-    if isinstance(output, Mapping):
-        output[index] = output[index] * multiplier  # type: ignore[index]
-        return output
-    parts = [part * multiplier if position == index else part for position, part in enumerate(output)]
-    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+def _check_stamp(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    plan = model.__dict__.get(PLAN)
+    if plan is None:
+        return
+    ours, theirs = _stamp_of(plan), local_metadata.get(STAMP)
+    if theirs == ours or (theirs is None and plan.realisation == "multiplier"):
+        return
+    if theirs is None and not local_metadata:
+        warnings.warn(
+            "this checkpoint does not tell whether ε is folded into its weights, and the model expects folded ones; if "
+            "it holds plain weights, call unfold(model), load it, and fold(model)",
+            ScalingWarning,
+            stacklevel=2,
+        )
+        return
+    if plan.realisation == "multiplier":
+        raise InputError(
+            "this checkpoint has ε folded into its weights, and the model multiplies its branches too: ε would count "
+            "twice. Call fold(model), load it, and unfold(model)"
+        )
+    raise InputError(
+        "the model expects weights with its own ε folded into them, and this checkpoint holds "
+        f"{'plain weights' if theirs is None or theirs[0] == 'multiplier' else 'weights with other multipliers'}. "
+        "Call unfold(model), load weights without ε, and fold(model)"
+    )
+
+
+def _forget_state_dict_hooks(model: nn.Module) -> None:
+    for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in {_stamp, _check_stamp}:
+                del hooks[key]

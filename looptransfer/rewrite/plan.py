@@ -1,16 +1,31 @@
-"""From a trace and a rule to a ScalingPlan: layers, visits and multiplier per branch, and what was left alone."""
+"""The ScalingPlan: which branch gets which multiplier, and why. Printable, and JSON with a schema version."""
 
+import json
 import math
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.trace import ResidualAdd, Returned, Trace
-from looptransfer.rules import Rule, depth_factors, depth_multiplier, residual_multiplier
+from looptransfer.rewrite.branches import Group, factors, find_groups, last_maps
+from looptransfer.rewrite.caveats import find_caveats
+from looptransfer.rewrite.graph import Handle
+from looptransfer.rewrite.layers import count_layers, find_blocks
+from looptransfer.rewrite.trace import Trace
+from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier, residual_multiplier
+
+SCHEMA_VERSION = 1
+Realisation = Literal["multiplier", "folded"]
+REASONS = {
+    "composite": "the added branch holds residual adds of its own (an input injection or a long skip)",
+    "inner": "it lies inside a scaled branch and never becomes the stream",
+    "gated": "the skip is scaled",
+    "fused": "the operation that adds computes the branch",
+    "leaf": "not declared as a branch",
+}
 
 
 @dataclass(frozen=True)
@@ -20,10 +35,19 @@ class Branch:
     layer: str  # the block that holds it
     module: str  # its output is the branch; names as in `model.named_modules()`
     output: int | str | None  # which part of that output, where it is a tuple or a mapping
+    mark: str | None  # the name given to `residual`, where the module's forward marks the branch
     source: str  # file:line of the residual add
-    visits: int
+    visits: float  # residual adds per forward; a mean where the user gave one
     multiplier: float
-    parameters: tuple[str, ...]  # pre-norm gains included
+    parameters: tuple[str, ...]  # those that act in the branch, pre-norm gains included
+    last_map: tuple[str, ...] = ()  # those that ε can be folded into; empty: see `unfoldable`
+    unfoldable: str = ""
+    factors: tuple[float, ...] = (1.0,)  # constants that the model itself puts on the branch after its last map
+
+    @property
+    def handle(self) -> Handle:
+        """Where the branch can be taken hold of."""
+        return Handle(self.module, self.output, self.mark)
 
 
 @dataclass(frozen=True)
@@ -44,10 +68,17 @@ class ScalingPlan:
     layers: int
     branches: tuple[Branch, ...]
     left_alone: tuple[LeftAlone, ...] = ()
-    on_stream: tuple[str, ...] = ()  # parameters used again and again outside every scaled branch
+    on_stream: dict[str, int] = field(
+        default_factory=dict
+    )  # parameters used again and again outside every branch: uses
+    caveats: tuple[str, ...] = ()
+    declared: bool = False  # the user named the branches
+    random_loops: bool = False  # the visits are a mean: the loop count is drawn afresh in every forward
+    realisation: Realisation = "multiplier"
+    proved: bool = False  # the checks with ε = 0 have passed; they need weights
 
     @property
-    def loops(self) -> int | frozenset[int]:
+    def loops(self) -> float | frozenset[float]:
         """N, or the set of visit counts where branches differ (a prelude is visited once)."""
         visits = frozenset(branch.visits for branch in self.branches)
         return next(iter(visits)) if len(visits) == 1 else visits
@@ -57,177 +88,182 @@ class ScalingPlan:
         """m_L = L / L_ref."""
         return depth_multiplier(self.layers, self.base_layers)
 
+    def with_visits(self, visits: list[float]) -> "ScalingPlan":
+        """The same branches visited so many times each, with the multipliers that belong to that."""
+
+        def multiplier(n: float) -> float:
+            return residual_multiplier(
+                self.rule, visits=n, layers=self.layers, lam=self.lam, base_layers=self.base_layers
+            )
+
+        branches = tuple(
+            replace(b, visits=n, multiplier=multiplier(n)) for b, n in zip(self.branches, visits, strict=True)
+        )
+        return replace(self, branches=branches)
+
+    def to_json(self) -> str:
+        """The plan as text, to be kept beside a checkpoint; `from_json` reads it back and `apply_plan` uses it."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ScalingPlan":
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: no JSON, another schema version, or fields that are missing, unknown or out of range.
+        """
+        try:
+            return _from_fields(cls, json.loads(text))
+        except InputError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"this is no plan ({error}); give the text that plan.to_json() wrote") from error
+
     def __str__(self) -> str:
         rows = [("layer", "branch", "visits", "multiplier", "added at")]
-        rows += [(b.layer, _label(b), str(b.visits), f"{b.multiplier:.6g}", _short(b.source)) for b in self.branches]
+        rows += [
+            (b.layer, str(b.handle), f"{b.visits:g}", f"{b.multiplier:.6g}", _short(b.source)) for b in self.branches
+        ]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        loops = self.loops if isinstance(self.loops, int) else "{" + ", ".join(map(str, sorted(self.loops))) + "}"
+        return "\n".join([self._head(), *lines, *self._notes()])
+
+    def _head(self) -> str:
+        visits = self.loops if isinstance(self.loops, frozenset) else {self.loops}
+        loops = ", ".join(f"{n:g}" for n in sorted(visits))
+        loops = f"{{{loops}}}" if len(visits) > 1 else loops
+        drawn = " (mean of a random count)" if self.random_loops else ""
         factors = depth_factors(self.rule, "adamw", self.layers, self.base_layers)
-        head = (
-            f"rule {self.rule}: N = {loops}, L = {self.layers}, base layers {self.base_layers}, λ = {self.lam:g}\n"
+        return (
+            f"rule {self.rule}: N = {loops}{drawn}, L = {self.layers}, base layers {self.base_layers}, "
+            f"λ = {self.lam:g}\n"
             f"AdamW: LR and eps of the branches' parameters × {factors.lr:.4g}, everything else × 1"
         )
+
+    def _notes(self) -> list[str]:
         notes = [f"left alone  {_short(left.source)}: {left.reason}" for left in self.left_alone]
         if self.on_stream:
-            notes.append(f"not scaled   used again and again outside the branches: {', '.join(self.on_stream)}")
-        if isinstance(self.loops, frozenset):
-            notes.append(
-                "note: layers outside the loop count in L with one visit each (our extension of the paper's rule)"
-            )
-        return "\n".join([head, *lines, *notes])
+            named = ", ".join(f"{name} ({times}×)" for name, times in self.on_stream.items())
+            notes.append(f"on stream   used again and again outside the branches, not controlled by ε: {named}")
+        if self.realisation == "folded":
+            notes.append("folded      the multipliers are in the weights of the branches' last maps")
+        if not self.proved:
+            notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")
+        return [*notes, *(f"note        {caveat}" for caveat in self.caveats)]
 
 
-@dataclass
-class _Group:
-    """All adds whose branch one module output hands over."""
+def make_plan(
+    model: nn.Module,
+    found: Trace,
+    rule: Rule,
+    lam: float,
+    base_layers: int,
+    *,
+    branches: list[str] | None = None,
+    layers: int | None = None,
+    loops: float | None = None,
+    preserve: bool = False,
+) -> ScalingPlan:
+    """Decide multiplier and block of every residual branch in a trace; arguments as for `parametrize`.
 
-    handle: Returned
-    adds: list[ResidualAdd]
-    parameters: frozenset[str] = frozenset()
-    visits: int = 0
-
-
-def make_plan(model: nn.Module, trace: Trace, rule: Rule, lam: float, base_layers: int) -> ScalingPlan:
-    """Decide multiplier and block of every residual branch in `trace`.
-
-    N is counted per learned matrix: the number of residual adds whose branch it acts in, so tied weights count
-    together, whatever modules hold them. L counts blocks that share no matrix; layers outside the loop count too
-    (our extension: the paper leaves multi-stage models open).
+    N is counted per learned matrix: the longest chain of residual adds in whose branch it acts. L counts blocks; layers
+    outside the loop count too (our extension: the paper leaves multi-stage models open).
 
     Raises:
-        InputError: no residual add was found, or a branch has no module whose output could be multiplied.
+        InputError: no residual add was found, or one that cannot be scaled faithfully.
     """
-    leaves = [add for add in trace.adds if add.kind == "leaf"]
-    if not leaves:
+    groups = find_groups(model, found, branches)
+    if not groups:
         raise InputError(
             "no residual add was found: nothing of the form x + f(x), with learned matrices in f, ran in the forward. "
             "Check that the example inputs reach the looped layers and that the model was not compiled"
         )
-    matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
-    groups = _group(leaves, trace.calls, matrices)
-    seen = Counter(name for add in leaves for name in add.parameters & matrices)
-    canonical = {name for name, _ in model.named_parameters()}
-    for group in groups:
-        group.visits = max(seen[name] for add in group.adds for name in add.parameters & matrices)
-        owned = {name for name, _ in model.get_submodule(group.handle.module).named_parameters(group.handle.module)}
-        group.parameters = frozenset().union(*(add.parameters for add in group.adds)) | (owned & canonical)
-    blocks = _blocks(model, groups)
-    layers = _count_unlinked(blocks, [group.parameters & matrices for group in groups])
-    branches = tuple(
-        Branch(
-            layer=block,
-            module=group.handle.module,
-            output=group.handle.index,
-            source=group.adds[0].source,
-            visits=group.visits,
-            multiplier=residual_multiplier(rule, visits=group.visits, layers=layers, lam=lam, base_layers=base_layers),
-            parameters=tuple(sorted(group.parameters)),
-        )
-        for block, group in zip(blocks, groups, strict=True)
+    blocks = find_blocks(model, groups)
+    layers = layers or count_layers(blocks, [group.parameters & found.matrices for group in groups])
+    drafts = tuple(_branch(found, group, block) for group, block in zip(groups, blocks, strict=True))
+    plan = ScalingPlan(
+        rule,
+        lam,
+        base_layers,
+        layers,
+        drafts,
+        left_alone=_left_alone(found, groups),
+        caveats=find_caveats(model, found, groups, preserve),
+        declared=branches is not None,
+        random_loops=loops is not None,
     )
-    others = Counter((add.source, add.kind) for add in trace.adds if add.kind != "leaf")
-    return ScalingPlan(rule, lam, base_layers, layers, branches, tuple(_left_alone(*key) for key in others))
+    return plan.with_visits(looped_visits(plan, loops) if loops is not None else [b.visits for b in plan.branches])
 
 
-def _left_alone(source: str, kind: str) -> LeftAlone:
-    reason = {
-        "composite": "the added branch holds residual adds of its own (an input injection or a long skip)",
-        "inner": "it lies inside a scaled branch and never becomes the stream",
-    }[kind]
-    return LeftAlone(source, reason)
+def looped_visits(plan: ScalingPlan, loops: float) -> list[float]:
+    """The visits of every branch if the loop ran `loops` times: those visited once stay outside the loop.
 
-
-def _group(leaves: list[ResidualAdd], calls: Counter[str], matrices: set[str]) -> list[_Group]:
-    """One group per handle: the outermost module output that is a branch at every call, and the same branch each time.
-
-    A dropout object that serves several branches is no handle: no matrix acts in all of them.
+    Raises:
+        InputError: `loops` is no number from 1 up, or the plan does not tell which layers loop and how often.
     """
-    offered: Counter[Returned] = Counter()
-    common: dict[Returned, frozenset[str]] = {}
-    for add in leaves:
-        for one in set(add.returned):
-            offered[one] += 1
-            common[one] = common.get(one, add.parameters) & add.parameters & matrices
-
-    def is_handle(one: Returned) -> bool:
-        return bool(one.module and common[one]) and offered[one] == calls[one.module]
-
-    groups: dict[Returned, _Group] = {}
-    for add in leaves:
-        handles = [one for one in add.returned if is_handle(one)]
-        if not handles or add.used_elsewhere:
-            problem = "also feeds something else" if handles else "is not the output of a module of its own"
-            raise InputError(
-                f"the residual branch added at {add.source} {problem}, so it cannot be multiplied on its way to the "
-                "stream. Compute the branch in an nn.Module whose output is added there and nowhere else"
-            )
-        groups.setdefault(handles[-1], _Group(handles[-1], [])).adds.append(add)
-    return list(groups.values())
-
-
-def _blocks(model: nn.Module, groups: list[_Group]) -> list[str]:
-    """The block of every branch: the innermost module that holds two or more of them, where those differ in kind.
-
-    Siblings of one class are layers, siblings of different classes are the branches of one layer. Where that names no
-    module, the one whose forward does the add is the block, and in a model without blocks the branch itself.
-    """
-    holders = [group.adds[0].container for group in groups]
-
-    def kinds(block: str) -> list[str]:
-        """Classes of the next modules inside `block` towards each distinct branch holder."""
-        inner = {path[path.index(block) + 1] for path in holders if block in path and path[-1] != block}
-        return [type(model.get_submodule(name)).__qualname__ for name in sorted(inner)]
-
-    def block_of(group: _Group, path: tuple[str, ...]) -> str:
-        for name in reversed(path[1:]):  # path[0] is the model itself
-            held = sum(name in other for other in holders)
-            if held >= 2:
-                inner = kinds(name)
-                if len(set(inner)) == len(inner):
-                    return name
-                break
-        return path[-1] if len(path) > 1 else group.handle.module
-
-    return [block_of(group, path) for group, path in zip(groups, holders, strict=True)]
-
-
-def _count_unlinked(blocks: list[str], matrices: list[frozenset[str]]) -> int:
-    """How many blocks are left when those that share a matrix count as one."""
-    parent = {block: block for block in blocks}
-
-    def root(block: str) -> str:
-        while parent[block] != block:
-            block = parent[block]
-        return block
-
-    users: defaultdict[str, list[str]] = defaultdict(list)
-    for block, names in zip(blocks, matrices, strict=True):
-        for name in names:
-            users[name].append(block)
-    for first, *others in users.values():
-        for other in others:
-            parent[root(other)] = root(first)
-    return len({root(block) for block in blocks})
-
-
-def check_silenced(adds: Iterable[ResidualAdd], expected: int) -> None:
-    """Refuse a plan under which, with every ε = 0, something still reaches the stream.
-
-    `adds` are the leaf adds of the rewritten, randomised twin with ε = 0, `expected` how many the plan knew.
-    """
-    adds = list(adds)
-    leaking = sorted({add.source for add in adds if not (add.peak == 0 or math.isnan(add.peak))})
-    if leaking or len(adds) != expected:
-        what = ", ".join(leaking) or f"{len(adds)} residual adds where the plan knew {expected}"
+    if not isinstance(loops, (int, float)) or isinstance(loops, bool) or not math.isfinite(loops) or loops < 1:
+        raise InputError(f"loops is {loops!r}; it must be a number from 1 up")
+    repeated = {branch.visits for branch in plan.branches if branch.visits > 1}
+    if len(repeated) != 1:
+        seen = ", ".join(f"{n:g}" for n in sorted(repeated)) or "1"
         raise InputError(
-            f"with every multiplier at 0 the stream still receives something at: {what}. The branch found is not what "
-            "is added there, so no faithful rewrite is known. Compute the branch in an nn.Module whose output is added"
+            f"the branches were visited {seen} times, which does not tell what a loop count of {loops:g} means for "
+            "each; run parametrize on a fresh model with example inputs that make it loop as often as you want"
         )
+    whole = int(loops) if loops == int(loops) else loops
+    return [whole if branch.visits > 1 else 1 for branch in plan.branches]
 
 
-def _label(branch: Branch) -> str:
-    return branch.module if branch.output is None else f"{branch.module}[{branch.output}]"
+def _branch(found: Trace, group: Group, block: str) -> Branch:
+    names, unfoldable = last_maps(found, group)
+    handle = group.handle
+    return Branch(
+        layer=block,
+        module=handle.module,
+        output=handle.output,
+        mark=handle.mark,
+        source=group.adds[0].source,
+        visits=group.visits,
+        multiplier=1.0,
+        parameters=tuple(sorted(group.parameters)),
+        last_map=names,
+        unfoldable=unfoldable,
+        factors=factors(group),
+    )
+
+
+def _left_alone(found: Trace, groups: list[Group]) -> tuple[LeftAlone, ...]:
+    taken = {id(add) for group in groups for add in group.adds}
+    others = Counter((add.source, add.kind) for add in found.adds if id(add) not in taken)
+    return tuple(LeftAlone(source, REASONS[kind]) for source, kind in others)
+
+
+def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
+    version = data.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise InputError(f"the plan has schema version {version!r}; this looptransfer reads {SCHEMA_VERSION}")
+    data["branches"] = tuple(_strict(Branch, branch) for branch in data["branches"])
+    data["left_alone"] = tuple(_strict(LeftAlone, left) for left in data["left_alone"])
+    data["caveats"] = tuple(data["caveats"])
+    plan: ScalingPlan = _strict(cls, data)
+    check_rule(plan.rule)
+    for branch in plan.branches:
+        residual_multiplier(
+            plan.rule, visits=branch.visits, layers=plan.layers, lam=plan.lam, base_layers=plan.base_layers
+        )
+        if not (math.isfinite(branch.multiplier) and branch.multiplier > 0):
+            raise InputError(f"the multiplier of {branch.handle} is {branch.multiplier!r}; it must be above 0")
+    if plan.realisation not in {"multiplier", "folded"}:
+        raise InputError(f"realisation is {plan.realisation!r}; choose multiplier or folded")
+    return plan
+
+
+def _strict(cls: Any, data: dict[str, Any]) -> Any:
+    known = {one.name for one in fields(cls)}
+    if set(data) != known:
+        wrong = sorted(set(data) ^ known)
+        raise InputError(f"this is no plan: fields {', '.join(wrong)} of {cls.__name__} are missing or unknown")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
 def _short(source: str) -> str:

@@ -453,15 +453,21 @@ class OddlyAdded(torch.nn.Module):
 def test_a_difference_and_pythons_sum_are_residual_adds(kind: str) -> None:
     plan = lt.parametrize(OddlyAdded(kind), torch.ones(2, 8))
     assert [(b.module, b.visits) for b in plan.branches] == [("first", 4), ("second", 4)]
-    assert plan.on_stream == ()
+    assert plan.on_stream == {}
 
 
-@pytest.mark.parametrize("kind", ["stack", "addmm", "decay", "gain"])
-def test_what_escapes_every_multiplier_is_listed_and_warned_of(kind: str) -> None:
-    with pytest.warns(UserWarning, match=r"not scaled: second\.weight"):
-        plan = lt.parametrize(OddlyAdded(kind), torch.ones(2, 8))
-    assert "second.weight" in plan.on_stream
-    assert "second.weight" in str(plan).split("not scaled")[1]
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("stack", "computes a residual branch and adds it at once"),
+        ("addmm", "computes a residual branch and adds it at once"),
+        ("decay", "the skip added at .* is scaled"),
+        ("gain", "the skip added at .* is scaled"),
+    ],
+)
+def test_an_addition_that_cannot_be_scaled_faithfully_is_refused_at_its_line(kind: str, why: str) -> None:
+    with pytest.raises(lt.InputError, match=rf"{why}(.|\n)*residual\(…\).*branches=\[…\]"):
+        lt.parametrize(OddlyAdded(kind), torch.ones(2, 8))
 
 
 def test_the_fused_path_of_a_transformer_layer_in_eval_mode_keeps_the_multipliers() -> None:

@@ -1,0 +1,590 @@
+"""One forward under observation, as a graph.
+
+Every operation is seen below autograd. A *node* is one version of one storage, so views, detach and in-place updates
+need no cases of their own, and a node's lineage is a bitmask of the nodes it was computed from. Nothing is judged here.
+"""
+
+import copy
+import functools
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from looptransfer.errors import InputError
+from looptransfer.rewrite import marker
+
+ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+IDENTITIES = {"_to_copy", "clone", "native_dropout", "_unsafe_view", "lift_fresh_copy", "alias_copy"}
+# The result is proportional to the first argument.
+REARRANGEMENTS = {"index", "gather", "index_select", "flip", "roll", "repeat", "constant_pad_nd", "sum", "mean", "take"}
+REARRANGEMENTS |= {"masked_select", "squeeze_copy", "permute_copy", "select_copy", "slice_copy", "_index_put_impl"}
+# The result is proportional to all arguments that hold data, taken together.
+COLLECTIONS = {"cat", "stack", "index_add", "index_put", "scatter_add", "scatter", "index_copy", "slice_scatter"}
+PRODUCTS = {"mul", "mm", "bmm", "mv", "dot", "convolution"}
+SUMS = {"add", "sub"}
+# One operation that adds to its first argument what it makes of the others.
+FUSED_SUMS = {"addmm", "baddbmm", "addbmm", "addmv", "addcmul", "addcdiv", "index_add", "scatter_add", "lerp"}
+# Made like another tensor, but holding nothing of it. A random mask is one of these, drawn in place.
+SHAPED_LIKE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "zero", "fill"}
+SHAPED_LIKE |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
+DRAWS = ("bernoulli", "rand", "uniform")
+OPAQUE = {"_transformer_encoder_layer_fwd"}  # whole layers in one kernel
+# Frames between an operator and the line that spelled it.
+HIDDEN_FRAMES: tuple[str, ...] = (
+    "torch/_tensor.py",
+    "torch/_ops.py",
+    "torch/_dynamo/",
+    "torch/_compile.py",
+    "torch/functional.py",
+)
+HIDDEN_FRAMES += ("rewrite/graph.py", "torch/utils/_contextlib.py", "torch/_library/", "torch/autograd/function.py")
+
+
+@dataclass(frozen=True)
+class Handle:
+    """Where a tensor can be taken hold of: a module's output, or a mark that a module's forward sets."""
+
+    module: str
+    output: int | str | None = None  # where it stands in that output; None: it is the output
+    mark: str | None = None
+
+    def __str__(self) -> str:
+        if self.mark is not None:
+            return f"{self.module}:{self.mark}"
+        return self.module if self.output is None else f"{self.module}[{self.output}]"
+
+
+Site = tuple[str, tuple[str, ...], int]  # an addition: its line, the modules that ran it, which run of it there
+
+
+@dataclass
+class Node:
+    """One version of one storage."""
+
+    op: str = ""  # empty: it was there before the forward
+    sources: tuple[int, ...] = ()
+    ancestors: int = 0  # bitmask of node numbers
+    data: bool = False  # depends on the example inputs
+    parameters: frozenset[str] = frozenset()  # learned tensors that enter here
+    reaching: int = 0  # bitmask of all parameters it depends on, other than through a product with 0.0
+    repeats: int | None = None  # the node it is identical to
+    proportional_to: tuple[tuple[int, ...], ...] = ()  # alternatives; the nodes of one alternative scale together
+    factor: float = 1.0  # the constant in that proportion
+    value: float | None = None  # of a constant with one element
+    noise: bool = False  # random numbers and what is made of them alone: a dropout mask
+    slices: frozenset[tuple[int, int]] = frozenset()  # (source, offset) of data of which it reads a part
+    handles: list[Handle] = field(default_factory=list)
+    consumers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Sum:
+    """One execution of an operation that adds tensors of one shape."""
+
+    node: int
+    operands: tuple[int, ...]
+    scaled: tuple[bool, ...]  # whether the operation itself multiplies that operand
+    fused: bool  # an operand is computed by the operation itself, or it is no plain addition
+    name: str
+    source: str  # file:line
+    container: tuple[str, ...]  # the modules running, the outermost first
+    occurrence: int  # which run of this line in these modules
+    gradient: tuple[bool, ...]  # whether autograd follows the operand
+    peaks: tuple[float, ...]  # max |operand|, where asked for; NaN where there are no numbers
+
+    @property
+    def site(self) -> tuple[str, tuple[str, ...]]:
+        """The line, in the modules that run it."""
+        return self.source, self.container
+
+
+@dataclass
+class Graph:
+    """What one forward did."""
+
+    nodes: list[Node]
+    sums: list[Sum]
+    calls: Counter[Handle]  # how often a module ran (as a handle without output) or a mark was met
+    uses: Counter[str]  # how often one operator took a parameter up; an embedding tied to a head counts once
+    outputs: tuple[int, ...]  # the nodes that the model handed back
+    results: list[Tensor]  # the tensors that it handed back
+    reaching: frozenset[str]  # parameters that the output depends on, other than through a branch multiplied by 0
+    fused_kernels: tuple[str, ...]  # lines where one kernel adds a branch to its own input
+
+    @functools.cached_property
+    def live(self) -> int:
+        """Bitmask of the nodes that the model's output depends on."""
+        if not self.outputs:
+            return -1  # it handed back nothing that we know how to open
+        return functools.reduce(lambda seen, n: seen | self.nodes[n].ancestors | 1 << n, self.outputs, 0)
+
+    def users(self, number: int) -> set[int]:
+        """What is computed from a node and reaches the model's output."""
+        return {n for n in self.nodes[number].consumers if self.live >> n & 1}
+
+    def same(self, number: int) -> Iterator[int]:
+        """A node and those it is identical to, the nearest first."""
+        step: int | None = number
+        while step is not None:
+            yield step
+            step = self.nodes[step].repeats
+
+    def precedes(self, old: int, new: int) -> bool:
+        """`old` is an ancestor of `new`."""
+        return bool(self.nodes[new].ancestors >> old & 1)
+
+    def way(self, start: int, end: int) -> list[int]:
+        """The nodes on the paths from `start` to `end`, `end` included."""
+        between = self.nodes[end].ancestors >> (start + 1)
+        found = []
+        while between:
+            lowest = (between & -between).bit_length() - 1
+            between &= between - 1
+            number = start + 1 + lowest
+            if self.precedes(start, number):
+                found.append(number)
+        return [*found, end] if self.precedes(start, end) else []
+
+
+class Recorder(TorchDispatchMode):
+    """Builds the graph of one forward."""
+
+    def __init__(self, model: nn.Module, example: Any, peaks: bool, scale: Mapping[Site, tuple[int, float]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.nodes: list[Node] = []
+        # Storage -> its node, and the storage itself: kept alive so that its key stays its own.
+        self.owner: dict[int, tuple[int, Any]] = {}
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.peaks, self.scale = peaks, scale
+        self.runs: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self.running: list[str] = []
+        self.calls: Counter[Handle] = Counter()
+        self.uses: Counter[tuple[str, str]] = Counter()
+        self.sums: list[Sum] = []
+        self.outputs: list[int] = []
+        self.results: list[Tensor] = []
+        self.fused_kernels: list[str] = []
+        self.parameters = [name for name, _ in model.named_parameters()]
+        for _, tensor in model.named_buffers():
+            self._own(tensor, Node())
+        for position, (name, parameter) in enumerate(model.named_parameters()):
+            self._own(parameter, Node(parameters=frozenset([name]), reaching=1 << position))
+        for tensor in tensors(example):
+            self._own(tensor, Node(data=True))
+
+    # -- what ran where
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        name = self.names.get(id(module))
+        if name is not None:
+            self.running.append(name)
+            self.calls[Handle(name)] += 1
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        name = self.names.get(id(module))
+        if name is not None:
+            self.running.pop()
+            for index, tensor in _parts(output):
+                self._handed_over(tensor, Handle(name, index))
+        if name == "":
+            self.results = [found for leaf in tree_leaves(output) for found in _held(leaf)]
+            self.outputs = [n for n in map(self._node_of, self.results) if n is not None]
+
+    def mark(self, tensor: Tensor, name: str) -> None:
+        handle = Handle(self.running[-1] if self.running else "", mark=name)
+        self.calls[handle] += 1
+        self._handed_over(tensor, handle)
+
+    def _handed_over(self, tensor: Tensor, handle: Handle) -> None:
+        number = self._node_of(tensor)
+        if number is not None:
+            self.nodes[number].handles.append(handle)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = tensors((args, kwargs))
+        before = [self._node_of(tensor) for tensor in inputs]
+        shapes = [tensor.shape for tensor in inputs]
+        parts = frozenset(
+            (number, int(tensor.storage_offset()))
+            for number, tensor in zip(before, inputs, strict=True)
+            if number is not None and self.nodes[number].data and not _whole(tensor)
+        )
+        name, writes = _schema(func)
+        plain_sum = name in SUMS and len(before) == 2 and shapes[0] == shapes[1]
+        site = self._site() if plain_sum else None
+        out = func(*(self._with_multiplier(args, site) if site in self.scale else args), **kwargs)
+        written = [tensor for position in writes for tensor in tensors(_argument(position, args, kwargs))]
+        overwritten = {_key(tensor) for tensor in written if name in {"copy", "zero", "fill"} and _whole(tensor)}
+        sources = [
+            number
+            for number, tensor in zip(before, inputs, strict=True)
+            if number is not None and name not in SHAPED_LIKE and _key(tensor) not in overwritten
+        ]
+        results = {_key(tensor): tensor for tensor in [*written, *tensors(out)]}
+        for key, tensor in results.items():  # a view shares its base's key, and so its node
+            if key not in self.owner or any(key == _key(one) for one in written):
+                self._own(tensor, self._derive(name, args, sources, before, parts, tensor))
+        self._look_for_sum(func, name, args, kwargs, inputs, before, shapes, out, site)
+        return out
+
+    def _site(self) -> Site:
+        where = (_source(), tuple(self.running))
+        self.runs[where] += 1
+        return (*where, self.runs[where] - 1)
+
+    def _with_multiplier(self, args: Any, site: Site | None) -> Any:
+        position, multiplier = self.scale[site]  # type: ignore[index]
+        scaled = args[position] * multiplier
+        if position == 0:  # the operation may write there
+            args[0].copy_(scaled)
+            return args
+        return (args[0], scaled, *args[2:])
+
+    # -- lineage
+
+    def _node_of(self, tensor: Tensor) -> int | None:
+        entry = self.owner.get(_key(tensor))
+        return None if entry is None else entry[0]
+
+    def _own(self, tensor: Tensor, node: Node) -> None:
+        self.nodes.append(node)
+        self.owner[_key(tensor)] = (len(self.nodes) - 1, tensor.untyped_storage())
+
+    def _derive(
+        self,
+        name: str,
+        args: Any,
+        sources: list[int],
+        before: list[int | None],
+        parts: frozenset[tuple[int, int]],
+        result: Tensor,
+    ) -> Node:
+        node = Node(op=name, sources=tuple(sources), slices=parts)
+        learned: set[str] = set()
+        for number in sources:
+            source = self.nodes[number]
+            source.consumers.append(len(self.nodes))
+            node.reaching |= source.reaching
+            node.data |= source.data
+            node.ancestors |= source.ancestors | (1 << number)
+            if not source.data:
+                learned |= source.parameters
+        node.parameters = frozenset(learned)
+        if node.data:
+            self.uses.update((parameter, name) for parameter in node.parameters)
+        if name == "mul" and _holds_zero(args):
+            node.reaching = 0
+        drawn = any(word in name for word in DRAWS) or any(self.nodes[number].noise for number in sources)
+        node.noise = drawn and not node.data and not node.parameters
+        if not node.data and not node.parameters and result.numel() == 1 and not result.is_meta:
+            node.value = float(result) if result.dtype.is_floating_point or not result.dtype.is_complex else None
+        self._note_proportion(node, name, args, sources, before)
+        return node
+
+    def _note_proportion(self, node: Node, name: str, args: Any, sources: list[int], before: list[int | None]) -> None:
+        """What the result repeats or is proportional to. Python's sum() begins with 0 + x."""
+        held = [number for number in sources if self.nodes[number].data]
+        first = before[0] if before else None
+        if name == "copy":
+            held = held[-1:] if len(sources) == 1 else held
+            node.repeats = held[0] if len(sources) == 1 and held else None
+        elif sources and (name in IDENTITIES or (name in SUMS and len(sources) == 1 and _holds_zero(args))):
+            node.repeats = sources[0]
+        elif name == "mul" and len(sources) == 2 and self.nodes[sources[1]].noise:
+            node.repeats = sources[0]  # x * mask with a random mask: how dropout is spelled on a CPU
+        if node.repeats is not None:
+            node.proportional_to = ((node.repeats,),)
+        elif name == "neg":
+            node.proportional_to, node.factor = (tuple(held),), -1.0
+        elif name in {"mul", "div"} and held:
+            self._note_product(node, name, args, sources, held)
+        elif name in PRODUCTS and not (name == "convolution" and len(sources) > 2):
+            node.proportional_to = tuple((number,) for number in held)
+        elif name in COLLECTIONS or name == "copy" or (name in SUMS and len(held) == 2):
+            node.proportional_to = (tuple(held),) if held else ()
+        elif name in REARRANGEMENTS and first is not None and self.nodes[first].data:
+            node.proportional_to = ((first,),)
+        elif name.startswith("_scaled_dot_product") and before[2] is not None and before[2] not in before[:2]:
+            node.proportional_to = ((before[2],),)
+
+    def _note_product(self, node: Node, name: str, args: Any, sources: list[int], held: list[int]) -> None:
+        second = args[1] if len(args) > 1 else None
+        if name == "div" and len(sources) == 2 and self.nodes[sources[1]].data:
+            held = held[:1] if sources[0] != sources[1] and self.nodes[sources[0]].data else []
+        if isinstance(second, (int, float)):
+            node.factor = float(second)
+        else:
+            values = [self.nodes[number].value for number in sources if not self.nodes[number].data]
+            node.factor = next((value for value in values if value is not None), 1.0)
+        if name == "div" and node.factor:
+            node.factor = 1 / node.factor
+        node.proportional_to = tuple((number,) for number in held) if len(set(held)) == len(held) else ()
+
+    # -- sums
+
+    def _look_for_sum(
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        inputs: list[Tensor],
+        before: list[int | None],
+        shapes: list[torch.Size],
+        out: Any,
+        site: Site | None,
+    ) -> None:
+        foreign = func.namespace not in {"aten", "prims", "prim"} or name in OPAQUE
+        if foreign:
+            self._look_into_kernel(func, args, kwargs, inputs, before, out)
+        if not isinstance(out, Tensor):
+            return
+        total = self._node_of(out)
+        scaled: tuple[bool, ...]
+        if site is not None:
+            operands, held = before, list(inputs)
+            scaled, fused = (False, kwargs.get("alpha", 1) * (1 if name == "add" else -1) != 1), False
+        elif name == "sum" and before and before[0] is not None and self.nodes[before[0]].op in {"stack", "cat"}:
+            operands, held = list(self.nodes[before[0]].sources), []
+            scaled, fused = (False,) * len(operands), True
+        elif foreign:
+            operands, held = [n for n, shape in zip(before, shapes, strict=True) if shape == out.shape], []
+            scaled, fused, name = (False,) * len(operands), True, f"{func.namespace}::{name}"
+        elif name in FUSED_SUMS and shapes[0] == out.shape:
+            operands, held = before, []
+            scaled, fused = (name == "lerp",) * len(before), True
+        else:
+            return
+        known = tuple(number for number in operands if number is not None)
+        if total is None or len(known) != len(operands) or not any(self.nodes[number].data for number in known):
+            return
+        peaks = tuple(_peak(tensor) for tensor in held) if self.peaks else ()
+        gradient = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in held)
+        self.sums.append(Sum(total, known, scaled, fused, name, *(site or self._site()), gradient, peaks))
+
+    def _look_into_kernel(
+        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], before: list[int | None], out: Any
+    ) -> None:
+        """With its parameters at zero, a kernel that hands its input back adds a residual branch of its own."""
+        learned = {id(t) for t, n in zip(inputs, before, strict=True) if n is not None and self.nodes[n].parameters}
+        learned &= {id(t) for t, n in zip(inputs, before, strict=True) if n is not None and not self.nodes[n].data}
+        first = next(iter(tensors(out)), None)
+        if not learned or first is None or first.is_meta or func._schema.is_mutable:
+            return
+
+        def silent(leaf: Any) -> Any:
+            return torch.zeros_like(leaf) if id(leaf) in learned else leaf
+
+        silenced = torch.utils._pytree.tree_map(silent, (args, kwargs))
+        with torch.no_grad():
+            result = next(iter(tensors(func(*silenced[0], **silenced[1]))))
+        data = [t for t, n in zip(inputs, before, strict=True) if n is not None and self.nodes[n].data]
+        if any(t.shape == result.shape and torch.equal(t.to(result.dtype), result) for t in data):
+            self.fused_kernels.append(_source())
+
+    def finish(self) -> Graph:
+        uses: Counter[str] = Counter()
+        for (parameter, _), times in self.uses.items():
+            uses[parameter] = max(uses[parameter], times)
+        mask = functools.reduce(lambda seen, number: seen | self.nodes[number].reaching, self.outputs, 0)
+        reaching = frozenset(name for place, name in enumerate(self.parameters) if mask >> place & 1)
+        kernels = tuple(dict.fromkeys(self.fused_kernels))
+        outputs = tuple(self.outputs)
+        return Graph(self.nodes, self.sums, self.calls, uses, outputs, self.results, reaching, kernels)
+
+
+def record(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    peaks: bool = False,
+    scale: Mapping[Site, tuple[int, float]] | None = None,
+) -> Graph:
+    """Run `model` once on `example_inputs` and note what it did.
+
+    Random state and buffers are given back as they were, and the inputs are copied.
+
+    Args:
+        model: run in eager mode, also where it was compiled, and without the fused paths of torch's Transformer layers.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        peaks: measure the operands of every addition.
+        scale: additions of which one operand, by position, is to be multiplied before it is added.
+
+    Raises:
+        InputError: the model rejects the example inputs; its own error is shown.
+    """
+    args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
+    recorder = Recorder(model, (args, kwargs), peaks, scale or {})
+    torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
+    with _as_written(), state_kept(model), _module_hooks(recorder.enter, recorder.leave):
+        try:
+            with marker.observed(recorder.mark), recorder:
+                model(*args, **kwargs)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the model rejects the example inputs: {type(error).__name__}: {error}. "
+                "Give what its forward takes: a tensor, a tuple of positional arguments or a dict of keyword arguments"
+            ) from error
+    return recorder.finish()
+
+
+def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call on `example_inputs`."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def randomised_twin(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose parameters are all non-zero random numbers, the same ones at every call.
+
+    A zero-initialised branch end would make a test for ε = 0 vacuous, and a copy keeps the buffers, gradients and
+    caches of the user's model as they are.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(f"the model cannot be copied for the trace: {type(error).__name__}: {error}") from error
+    for ours, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        vars(copied).update(vars(ours))  # mup keeps its width shapes there, and deepcopy drops them
+    randomise(twin)
+    return twin
+
+
+def randomise(model: nn.Module) -> None:
+    """Fill every parameter with non-zero random numbers, the same ones at every call."""
+    with torch.no_grad():
+        for position, parameter in enumerate(model.parameters()):
+            parameter.grad = None
+            if parameter.is_floating_point() and not parameter.is_meta and parameter.numel():
+                generator = torch.Generator().manual_seed(position)
+                noise = torch.randn(parameter.shape, generator=generator)
+                fan_in = parameter[0].numel() if parameter.ndim >= 2 else 1
+                parameter.copy_(noise / fan_in**0.5 if parameter.ndim >= 2 else 1 + 0.1 * noise)
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Eager, and without the kernel that runs a whole Transformer layer in eval mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    compiler = sys.modules.get("torch._dynamo")  # importing it for the question would cost two seconds
+    try:
+        if compiler:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    # Global hooks touch no module, so nothing is left behind on the model.
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return copy.deepcopy(leaf)
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Give the model's buffers and Python's, numpy's and torch's random state back as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _holds_zero(args: Any) -> bool:
+    return any(isinstance(arg, (int, float)) and arg == 0 for arg in args)
+
+
+def _held(leaf: Any) -> list[Tensor]:
+    """A tensor, or those in the fields of an output object."""
+    if isinstance(leaf, Tensor):
+        return [leaf]
+    return tensors(list(vars(leaf).values())) if hasattr(leaf, "__dict__") and not callable(leaf) else []
+
+
+def _parts(output: Any) -> list[tuple[int | str | None, Tensor]]:
+    if isinstance(output, Tensor):
+        return [(None, output)]
+    if isinstance(output, Mapping):
+        return [(key, value) for key, value in output.items() if isinstance(value, Tensor)]
+    if isinstance(output, (tuple, list)):
+        return [(index, value) for index, value in enumerate(output) if isinstance(value, Tensor)]
+    return []
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _whole(tensor: Tensor) -> bool:
+    """The tensor covers its storage."""
+    return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
+
+
+@functools.cache
+def _schema(func: Any) -> tuple[str, tuple[int | str, ...]]:
+    """An operator's base name, and the arguments that it writes to: by position, or by name where keyword-only."""
+    name = str(func).split(".")[1].rstrip("_")
+    arguments = enumerate(func._schema.arguments)
+    writing = [(i, a) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return name, tuple(a.name if a.kwarg_only else i for i, a in writing)
+
+
+def _argument(position: int | str, args: Any, kwargs: Any) -> Any:
+    if isinstance(position, str):
+        return kwargs.get(position)
+    return args[position] if position < len(args) else None
+
+
+def _peak(tensor: Tensor) -> float:
+    return float("nan") if tensor.is_meta or not tensor.numel() else float(tensor.detach().abs().max())
+
+
+def _source() -> str:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and any(part in Path(frame.f_code.co_filename).as_posix() for part in HIDDEN_FRAMES):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

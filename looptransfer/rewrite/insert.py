@@ -1,0 +1,119 @@
+"""Multipliers put into modules, and taken out again.
+
+The module that hands over a branch gets a subclass of its own class whose forward multiplies the branch. Bare forward
+hooks would be shorter and wrong: TorchDynamo does not guard on them, so where an unhooked model of the same class was
+compiled before, a hooked one runs unscaled without a word. It does guard on the class.
+"""
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from looptransfer.errors import InputError
+from looptransfer.rewrite import marker
+from looptransfer.rewrite.graph import Handle
+
+OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε
+MARKS = "_looptransfer_marks"  # on a module whose forward sets marks: which mark -> ε
+
+
+def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
+    """Multiply what `handle` names, from now on."""
+    module = model.get_submodule(handle.module)
+    if OUTPUTS not in module.__dict__:
+        try:
+            module.__class__ = _scaled_class(type(module))
+        except TypeError as error:
+            raise InputError(
+                f"module {handle.module} is a {type(module).__name__}, whose class cannot be extended ({error}); "
+                "rewrite the model before it is scripted or wrapped"
+            ) from error
+        module.__dict__[OUTPUTS], module.__dict__[MARKS] = {}, {}
+    if handle.mark is not None:
+        module.__dict__[MARKS][handle.mark] = multiplier
+        marker.in_use()
+    else:
+        module.__dict__[OUTPUTS][handle.output] = multiplier
+        _leave_fused_path(model, handle.module)
+
+
+def clear_multipliers(model: nn.Module) -> None:
+    """Give every module its own class back."""
+    for module in model.modules():
+        if OUTPUTS in module.__dict__:
+            del module.__dict__[OUTPUTS], module.__dict__[MARKS]
+            plain = [cls for cls in type(module).__mro__ if cls in _plain_classes]
+            if not plain or type(module) is not plain[0]:
+                raise InputError(
+                    f"a {type(module).__name__} was made of a rewritten module (FSDP does that); remove the "
+                    "multipliers before the model is wrapped"
+                )
+            module.__class__ = _plain_classes[plain[0]]
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and FUSED in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop(FUSED)
+
+
+FUSED = "_looptransfer_fused_activation"
+
+
+def _leave_fused_path(model: nn.Module, name: str) -> None:
+    """The fused path of torch's encoder layer in eval mode would pass the branch's module by."""
+    parts = name.split(".")
+    for end in range(len(parts)):
+        layer = model.get_submodule(".".join(parts[:end]))
+        if isinstance(layer, nn.TransformerEncoderLayer) and FUSED not in layer.__dict__:
+            layer.__dict__[FUSED] = layer.activation_relu_or_gelu
+            layer.activation_relu_or_gelu = 0
+
+
+_scaled_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_plain_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _scaled_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with a forward that multiplies what the instance says. One class per class, shared by all."""
+    if cls not in _scaled_classes:
+
+        @functools.wraps(cls.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            marks = self.__dict__[MARKS]
+            if not marks:
+                output = cls.forward(self, *args, **kwargs)
+            else:
+                marker.scopes.append(marks)
+                try:
+                    output = cls.forward(self, *args, **kwargs)
+                finally:
+                    marker.scopes.pop()
+            for index, multiplier in self.__dict__[OUTPUTS].items():
+                output = _multiply(output, index, multiplier)
+            return output
+
+        def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+            state = cast(tuple[Any, ...], cls.__reduce_ex__(self, protocol))[2:]
+            return _rebuild, (cls,), *state
+
+        body = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
+        scaled = types.new_class(f"Scaled{cls.__name__}", (cls,), {}, lambda space: space.update(body))
+        _scaled_classes[cls], _plain_classes[scaled] = scaled, cls
+    return _scaled_classes[cls]
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    """An empty scaled instance, for pickle and deepcopy: a class made at run time has no name to be found by."""
+    marker.in_use()
+    return cls.__new__(_scaled_class(cls))
+
+
+def _multiply(output: Any, index: int | str | None, multiplier: float) -> Any:
+    if index is None:
+        return output * multiplier
+    if isinstance(output, Mapping):
+        output[index] = output[index] * multiplier  # type: ignore[index]
+        return output
+    parts = [part * multiplier if position == index else part for position, part in enumerate(output)]
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)

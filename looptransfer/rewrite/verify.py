@@ -1,0 +1,140 @@
+"""Does the live model do what its plan says? One line for a user's CI."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from looptransfer.errors import InputError, VerificationError
+from looptransfer.rewrite.apply import PLAN, planned
+from looptransfer.rewrite.branches import Group, factors, find_groups
+from looptransfer.rewrite.graph import ExampleInputs, call_arguments, randomise, randomised_twin, state_kept, tensors
+from looptransfer.rewrite.insert import clear_multipliers
+from looptransfer.rewrite.plan import Branch, ScalingPlan
+from looptransfer.rewrite.proof import agree, prove
+from looptransfer.rewrite.trace import trace
+
+TOLERANCE = 1e-3  # relative, of a multiplier
+
+
+def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
+    """Measure on the live model what reaches the stream of each branch, and return the plan if it is what it says.
+
+    One eager forward is traced, as the model stands: the constant factor between each branch's last learned map and its
+    residual add, and how often it is added. Where `model` is compiled, the compiled callable is run too, on random
+    weights that are taken out again, and must compute what the eager model does. An unproved plan is proved.
+
+    More or fewer visits than planned are an error in train mode, and accepted in eval mode (loops added at inference)
+    and where the plan was made for a random loop count.
+
+    Args:
+        model: rewritten by `parametrize`; compiled or wrapped in DDP, it is given as it is trained.
+        example_inputs: as for `parametrize`.
+
+    Raises:
+        VerificationError: the branches that disagree, each with what was planned and what was measured.
+        InputError: the model was not rewritten, or rejects the inputs.
+    """
+    inner, plan = planned(model)
+    found = trace(inner, example_inputs)
+    try:
+        groups = find_groups(inner, found, [branch.module for branch in plan.branches] if plan.declared else None)
+    except InputError as error:
+        raise VerificationError(f"the model is no longer the one that was planned: {error}") from error
+    problems = _disagreements(plan, groups, inner.training)
+    meta = any(parameter.is_meta for parameter in inner.parameters())
+    if _compiled(model) and not meta and not _compiled_agrees(model, inner, example_inputs):
+        problems.append("the compiled model does not compute what the rewritten model does; compile it again")
+    if problems:
+        raise VerificationError("the model does not do what its plan says:\n" + "\n".join(f"- {p}" for p in problems))
+    if not plan.proved and not meta:
+        plan = _proved(inner, plan, example_inputs)
+        setattr(inner, PLAN, plan)
+    return plan
+
+
+def _disagreements(plan: ScalingPlan, groups: list[Group], training: bool) -> list[str]:
+    live = {group.handle: group for group in groups}
+    problems = []
+    for branch in plan.branches:
+        group = live.pop(branch.handle, None)
+        if group is None:
+            problems.append(f"{branch.handle}: no longer a residual branch of its own (was it replaced?)")
+            continue
+        wanted = branch.multiplier if plan.realisation == "multiplier" else 1.0
+        measured = _measured(branch, group)
+        if measured is None or abs(measured / wanted - 1) > TOLERANCE:
+            shown = "no constant factor at all" if measured is None else f"{measured:.6g}"
+            problems.append(f"{branch.handle}: multiplier {wanted:.6g} planned, {shown} measured")
+        if group.visits != branch.visits and training and not plan.random_loops:
+            problems.append(
+                f"{branch.handle}: {branch.visits:g} visits planned, {group.visits} measured; "
+                "rescale(model, loops=…) follows a loop count that changed in training"
+            )
+    return problems + [f"{handle}: a residual branch that the plan does not know" for handle in live]
+
+
+def _measured(branch: Branch, group: Group) -> float | None:
+    """The live factor on a branch over the one that the model had of its own; None where they do not compare."""
+    ours = factors(group)
+    if len(ours) != len(branch.factors) or not all(branch.factors):
+        return None
+    ratios = [now / before for now, before in zip(ours, branch.factors, strict=True)]
+    return ratios[0] if max(ratios) - min(ratios) <= TOLERANCE * max(ratios) else None
+
+
+def _proved(inner: nn.Module, plan: ScalingPlan, example_inputs: ExampleInputs) -> ScalingPlan:
+    twin = randomised_twin(inner)
+    clear_multipliers(twin)
+    return replace(plan, on_stream=prove(twin, example_inputs, trace(twin, example_inputs), plan), proved=True)
+
+
+def _compiled(model: nn.Module) -> bool:
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is None:
+        return False
+    return any(m._compiled_call_impl is not None or isinstance(m, compiler.OptimizedModule) for m in model.modules())
+
+
+def _compiled_agrees(model: nn.Module, inner: nn.Module, example_inputs: ExampleInputs) -> bool:
+    args, kwargs = call_arguments(example_inputs)
+
+    def run() -> list[Tensor]:
+        with state_kept(inner):
+            torch.manual_seed(0)
+            return [tensor.detach().clone() for tensor in tensors(model(*args, **kwargs))]
+
+    def eagerly() -> list[Tensor]:
+        with torch.compiler.set_stance("force_eager"):
+            return run()
+
+    with _random_weights(inner):
+        compiled, eager = run(), eagerly()
+        if all(map(agree, compiled, eager)):
+            return True
+        if not inner.training:
+            return False
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()  # compiled and eager code draw different random numbers for dropout
+        try:
+            return all(map(agree, run(), eagerly()))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def _random_weights(model: nn.Module) -> Iterator[None]:
+    """Zero-initialised branch ends would hide a wrong multiplier; the weights come back bit for bit."""
+    kept = [(p, p.detach().clone(), p.grad) for p in model.parameters()]
+    try:
+        randomise(model)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, gradient in kept:
+                parameter.copy_(value)
+                parameter.grad = gradient
