@@ -1,14 +1,15 @@
 """Ordinary parameter groups for an ordinary optimizer, scaled as the model's plan says."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.apply import planned
-from looptransfer.rules import Family, depth_factors
+from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rules import DepthFactors, Family, depth_factors, fold_factors
 
 FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
     torch.optim.AdamW: "adamw",
@@ -24,6 +25,7 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
     eps: float = 1e-8,
+    on_stream: Literal["leave", "scale"] = "leave",
 ) -> list[dict[str, Any]]:
     """Parameter groups of a rewritten model for `optimizer`, by the paper's table (arXiv 2606.18524, Table 1).
 
@@ -31,6 +33,10 @@ def param_groups(
     norm and head × 1. Norm gains and biases (one dimension or none) are not decayed. With μP (`mup.set_base_shapes` was
     called on the model) LR and decay are also divided and multiplied by the width multiplier, as `mup.MuAdamW`,
     `mup.MuAdam` and `mup.MuSGD` have it.
+
+    Where the multipliers are folded into the weights of the branches' last maps, the groups of those weights make up for
+    it, so that training is the same as with multipliers (our extension): with AdamW lr·ε, eps/ε, wd/ε; with Adam, whose
+    decay is an L2 penalty, wd/ε²; with SGD lr·ε², wd/ε². Clipping by the global norm is not the same.
 
     Each group has a `name` and remembers its factor as `lr_scale`: a scheduler that sets LRs absolutely must multiply
     by it. Frozen parameters are left out.
@@ -41,33 +47,52 @@ def param_groups(
         lr: base LR, absolute.
         weight_decay: base weight decay, as that optimizer takes it.
         eps: base Adam eps; SGD has none.
+        on_stream: what to do with parameters that act on the stream n times a forward outside every branch (gains of
+            post-norms, adapters at the loop's entry; see `plan.on_stream`) and that ε does not control: "leave" their
+            LR, or "scale" it to LR/n (our extension).
 
     Raises:
-        InputError: another optimizer, numbers out of range, or a model that was not rewritten.
+        InputError: another optimizer, another word for on_stream, numbers out of range, or a model that was not rewritten.
     """
     family = FAMILIES.get(optimizer)
     if family is None:
         known = ", ".join(cls.__name__ for cls in FAMILIES)
         raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {known}, given as a class")
     _check_settings(lr, eps, weight_decay)
+    if on_stream not in {"leave", "scale"}:
+        raise InputError(f"on_stream is {on_stream!r}; choose leave or scale")
     inner, plan = planned(model)
     factors = depth_factors(plan.rule, family, plan.layers, plan.base_layers)
     in_branches = {id(inner.get_parameter(name)) for branch in plan.branches for name in branch.parameters}
+    folded = _folded(inner, plan)
+    uses = {id(inner.get_parameter(name)): n for name, n in plan.on_stream.items()} if on_stream == "scale" else {}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         branch, decayed, width = id(parameter) in in_branches, parameter.ndim >= 2, _width_multiplier(parameter, family)
-        lr_scale = (factors.lr if branch else 1.0) / width
+        depth = factors if branch else DepthFactors(1.0, 1.0, 1.0)
+        fold = fold_factors(family, folded.get(id(parameter), 1.0))
+        times = 1 if branch else uses.get(id(parameter), 1)
         label = ("branches" if branch else "outside") + ("" if decayed else ", no decay")
+        label += f", folded ε = {folded[id(parameter)]:.6g}" if id(parameter) in folded else ""
+        label += "" if times == 1 else f", on the stream {times}×"
         label += "" if width == 1 else f", width × {width:g}"
+        lr_scale = depth.lr * fold.lr / (width * times)
         settings = {"name": label, "lr": lr * lr_scale, "lr_scale": lr_scale, "params": []}
-        decay = weight_decay * (factors.weight_decay if branch else 1.0) * width
+        decay = weight_decay * depth.weight_decay * fold.weight_decay * width
         settings["weight_decay"] = decay if decayed else 0.0
         if family != "sgd":
-            settings["eps"] = eps * (factors.eps if branch else 1.0)
+            settings["eps"] = eps * depth.eps * fold.eps
         groups.setdefault(label, settings)["params"].append(parameter)
     return list(groups.values())
+
+
+def _folded(inner: nn.Module, plan: ScalingPlan) -> dict[int, float]:
+    """The ε that the weights of last maps hold, by parameter."""
+    if plan.realisation != "folded":
+        return {}
+    return {id(inner.get_parameter(name)): branch.multiplier for branch in plan.branches for name in branch.last_map}
 
 
 def _check_settings(lr: float, eps: float, weight_decay: float) -> None:

@@ -83,7 +83,8 @@ def _traced(found: Trace) -> list[Group]:
                     f"on its way to the stream. Mark it at the add: x + looptransfer.residual(…). {DECLARE}"
                 )
             group = groups.setdefault(handle, Group(handle, []))
-            group.adds.append(add)
+            if add not in group.adds[-1:]:  # chunks are handed over apart and added together
+                group.adds.append(add)
             group.nodes.add(way[-1])
             group.routes.append(way)
     return list(groups.values())

@@ -235,6 +235,9 @@ class Recorder(TorchDispatchMode):
             if number is not None and name not in SHAPED_LIKE and _key(tensor) not in overwritten
         ]
         results = {_key(tensor): tensor for tensor in [*written, *tensors(out)]}
+        if any(self.nodes[number].data for number in sources):
+            learned = frozenset[str]().union(*(self.nodes[n].parameters for n in sources if not self.nodes[n].data))
+            self.uses.update((parameter, name) for parameter in learned)
         for key, tensor in results.items():  # a view shares its base's key, and so its node
             if key not in self.owner or any(key == _key(one) for one in written):
                 self._own(tensor, self._derive(name, args, sources, before, parts, tensor))
@@ -284,8 +287,6 @@ class Recorder(TorchDispatchMode):
             if not source.data:
                 learned |= source.parameters
         node.parameters = frozenset(learned)
-        if node.data:
-            self.uses.update((parameter, name) for parameter in node.parameters)
         if name == "mul" and _holds_zero(args):
             node.reaching = 0
         drawn = any(word in name for word in DRAWS) or any(self.nodes[number].noise for number in sources)
