@@ -12,12 +12,24 @@ from looptransfer.errors import InputError
 
 USAGE, UNEXPECTED, INTERRUPTED = 2, 70, 130
 STATUS = "exit status: 0 flat, 1 drifts, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
-START = "start here:   looptransfer demo --quick\nyour results: looptransfer check results.csv"
+START = """\
+start here:   looptransfer demo --quick
+your model:   looptransfer inspect my_project.model:make
+your results: looptransfer check results.csv"""
 ABOUT = "Tune the LR of a looped Transformer at small N, carry it to large N, and check that it holds."
 DEMO = """\
 Tunes the LR of a small looped decoder at N = 2, sweeps around it at N = 1…16 under the
 paper's rule and two controls, and writes report.html, results.csv and verdict.json.
 About 15 minutes on two cores. Stopped at any moment, the same command goes on where it was."""
+INSPECT = """\
+Prints the plan of a model: every residual branch with its layer, its visits, its multiplier and
+the line where it is added, and what is left alone. Changes nothing.
+
+  looptransfer inspect looptransfer:LoopedDecoder --inputs long:2x16
+  looptransfer inspect my_project.model:make --inputs input_ids=long:2x16 loops=8
+
+FACTORY takes no arguments and returns a model, or a model and example inputs. Where the trace
+cannot tell the branches, the message says what settles it, often --branches 'layers.*.mlp'."""
 CHECK = """\
 Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains nothing.
 
@@ -54,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     story = "the whole story on the embedded model and text"
     _add_demo(commands.add_parser("demo", help=story, description=DEMO, formatter_class=raw))
+    look = "show what would be rewritten in a model"
+    _add_inspect(commands.add_parser("inspect", help=look, description=INSPECT, formatter_class=raw))
     judge = "judge a table of results; trains nothing"
     _add_check(commands.add_parser("check", help=judge, description=CHECK, epilog=STATUS, formatter_class=raw))
     return parser
@@ -65,6 +79,23 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="first seed, from 0 up (default: 0)")
     parser.add_argument("--text", metavar="FILE_OR_DIR", help="your own text (default: Python's standard library)")
     parser.set_defaults(run=_demo)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="PACKAGE.MODULE:FACTORY", help="what makes the model")
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        default=[],
+        metavar="INPUT",
+        help="example inputs: float:2x16x32, long:2x16, bool:2x16 or a number; NAME=… for a keyword argument",
+    )
+    parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
+    parser.add_argument("--base-layers", type=int, default=1, help="L_ref, the depth you tuned at (default: 1)")
+    parser.add_argument("--branches", nargs="+", metavar="NAME", help="the branches' modules, by name or glob")
+    parser.add_argument("--layers", type=int, help="L, where blocks are not what should be counted")
+    parser.add_argument("--json", action="store_true", help="the plan as JSON on standard output")
+    parser.set_defaults(run=_inspect)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +118,21 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.seed < 0:
         raise InputError(f"--seed is {arguments.seed}; it must be 0 or more")
     print("\n".join(run_demo(arguments.out, arguments.quick, arguments.seed, arguments.text)))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from looptransfer.inspection import inspect_model  # noqa: PLC0415
+
+    plan = inspect_model(
+        arguments.target,
+        arguments.inputs,
+        rule=arguments.rule,
+        base_layers=arguments.base_layers,
+        branches=arguments.branches,
+        layers=arguments.layers,
+    )
+    print(plan.to_json() if arguments.json else plan)
     return 0
 
 

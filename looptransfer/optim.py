@@ -25,7 +25,7 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
     eps: float = 1e-8,
-    on_stream: Literal["leave", "scale"] = "leave",
+    on_stream: Literal["scale", "leave"] = "scale",
 ) -> list[dict[str, Any]]:
     """Parameter groups of a rewritten model for `optimizer`, by the paper's table (arXiv 2606.18524, Table 1).
 
@@ -34,9 +34,9 @@ def param_groups(
     called on the model) LR and decay are also divided and multiplied by the width multiplier, as `mup.MuAdamW`,
     `mup.MuAdam` and `mup.MuSGD` have it.
 
-    Where the multipliers are folded into the weights of the branches' last maps, the groups of those weights make up for
-    it, so that training is the same as with multipliers (our extension): with AdamW lr·ε, eps/ε, wd/ε; with Adam, whose
-    decay is an L2 penalty, wd/ε²; with SGD lr·ε², wd/ε². Clipping by the global norm is not the same.
+    Where the multipliers are folded into the weights of the branches' last maps, the groups of those weights make up
+    for it, so that training is the same as with multipliers (`rules.fold_factors`, our extension). Clipping by the
+    global norm is not the same.
 
     Each group has a `name` and remembers its factor as `lr_scale`: a scheduler that sets LRs absolutely must multiply
     by it. Frozen parameters are left out.
@@ -48,11 +48,12 @@ def param_groups(
         weight_decay: base weight decay, as that optimizer takes it.
         eps: base Adam eps; SGD has none.
         on_stream: what to do with parameters that act on the stream n times a forward outside every branch (gains of
-            post-norms, adapters at the loop's entry; see `plan.on_stream`) and that ε does not control: "leave" their
-            LR, or "scale" it to LR/n (our extension).
+            post-norms, adapters at the loop's entry; see `plan.on_stream`) and that ε does not control: "scale" their
+            LR to LR/n, or "leave" it (our extension; by `benchmarks/on_stream.py` the change that a step makes to the
+            output then stays the same over N where gains are on the stream, and grows as N^0.6 to N^0.8 if left).
 
     Raises:
-        InputError: another optimizer, another word for on_stream, numbers out of range, or a model that was not rewritten.
+        InputError: another optimizer or word for on_stream, numbers out of range, or a model that was not rewritten.
     """
     family = FAMILIES.get(optimizer)
     if family is None:
@@ -60,7 +61,7 @@ def param_groups(
         raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {known}, given as a class")
     _check_settings(lr, eps, weight_decay)
     if on_stream not in {"leave", "scale"}:
-        raise InputError(f"on_stream is {on_stream!r}; choose leave or scale")
+        raise InputError(f"on_stream is {on_stream!r}; choose scale or leave")
     inner, plan = planned(model)
     factors = depth_factors(plan.rule, family, plan.layers, plan.base_layers)
     in_branches = {id(inner.get_parameter(name)) for branch in plan.branches for name in branch.parameters}

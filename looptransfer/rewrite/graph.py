@@ -67,6 +67,7 @@ class Handle:
         return self.module if self.output is None else f"{self.module}[{self.output}]"
 
 
+ANY = -1  # every further run of a line
 Site = tuple[str, tuple[str, ...], int]  # an addition: its line, the modules that ran it, which run of it there
 
 
@@ -226,7 +227,8 @@ class Recorder(TorchDispatchMode):
         name, writes = _schema(func)
         plain_sum = name in SUMS and len(before) == 2 and shapes[0] == shapes[1]
         site = self._site() if plain_sum else None
-        out = func(*(self._with_multiplier(args, site) if site in self.scale else args), **kwargs)
+        scaled = self.scale.get(site, self.scale.get((*site[:2], ANY))) if site and self.scale else None
+        out = func(*(_with_multiplier(args, *scaled) if scaled else args), **kwargs)
         written = [tensor for position in writes for tensor in tensors(_argument(position, args, kwargs))]
         overwritten = {_key(tensor) for tensor in written if name in {"copy", "zero", "fill"} and _whole(tensor)}
         sources = [
@@ -248,14 +250,6 @@ class Recorder(TorchDispatchMode):
         where = (_source(), tuple(self.running))
         self.runs[where] += 1
         return (*where, self.runs[where] - 1)
-
-    def _with_multiplier(self, args: Any, site: Site | None) -> Any:
-        position, multiplier = self.scale[site]  # type: ignore[index]
-        scaled = args[position] * multiplier
-        if position == 0:  # the operation may write there
-            args[0].copy_(scaled)
-            return args
-        return (args[0], scaled, *args[2:])
 
     # -- lineage
 
@@ -533,6 +527,14 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors in nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _with_multiplier(args: Any, position: int, multiplier: float) -> Any:
+    scaled = args[position] * multiplier
+    if position == 0:  # the operation may write there
+        args[0].copy_(scaled)
+        return args
+    return (args[0], scaled, *args[2:])
 
 
 def _holds_zero(args: Any) -> bool:

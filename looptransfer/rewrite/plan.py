@@ -18,6 +18,7 @@ from looptransfer.rewrite.trace import Trace
 from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier, residual_multiplier
 
 SCHEMA_VERSION = 1
+SHOWN = 6  # names in a printed list; all of them are in the plan
 Realisation = Literal["multiplier", "folded"]
 REASONS = {
     "composite": "the added branch holds residual adds of its own (an input injection or a long skip)",
@@ -143,7 +144,8 @@ class ScalingPlan:
     def _notes(self) -> list[str]:
         notes = [f"left alone  {_short(left.source)}: {left.reason}" for left in self.left_alone]
         if self.on_stream:
-            named = ", ".join(f"{name} ({times}×)" for name, times in self.on_stream.items())
+            named = ", ".join(f"{name} ({times}×)" for name, times in list(self.on_stream.items())[:SHOWN])
+            named += f" and {len(self.on_stream) - SHOWN} more" if len(self.on_stream) > SHOWN else ""
             notes.append(f"on stream   used again and again outside the branches, not controlled by ε: {named}")
         if self.realisation == "folded":
             notes.append("folded      the multipliers are in the weights of the branches' last maps")

@@ -1,0 +1,101 @@
+"""What the rewrite costs: time of a training step and of a forward, rewritten over plain, and of making the plan.
+
+    python benchmarks/rewrite_cost.py
+
+The reference model at width 256, L = 2, N = 8, 4 × 128 tokens, in eager mode and compiled with inductor; the plain and
+the rewritten models take turns, and the ratio is that of medians. Plain stands against a second plain model too: what
+that ratio is off 1 is noise.
+"""
+
+import copy
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import looptransfer as lt
+from looptransfer.rewrite.trace import trace
+
+ROUNDS = 40
+
+
+def models() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    plain = lt.LoopedDecoder(width=256, heads=4, layers=2, loops=8)
+    made = {"plain": plain, **{name: copy.deepcopy(plain) for name in ("plain again", "multiplier", "folded")}}
+    for name in ("multiplier", "folded"):
+        lt.parametrize(made[name], tokens(), realisation=name)
+    return made
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 256, (4, 128), generator=torch.Generator().manual_seed(0))
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
+    loss = nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def ratios(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median time of each call over that of the first, the calls taking turns."""
+    for call in calls.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(ROUNDS):
+        order = list(calls.items())
+        for name, call in order if turn % 2 else reversed(order):
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    first = statistics.median(next(iter(times.values())))
+    return {name: statistics.median(taken) / first for name, taken in times.items()}
+
+
+def measure(compiled: bool) -> None:
+    batch, steps, forwards = tokens(), {}, {}
+    for name, model in models().items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        run = torch.compile(model) if compiled else model
+
+        def step(run: nn.Module = run, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            training_step(run, optimizer, batch)
+
+        def forward(run: nn.Module = run) -> None:
+            with torch.no_grad():
+                run(batch)
+
+        steps[name], forwards[name] = step, forward
+    for what, calls in (("training step", steps), ("forward", forwards)):
+        shown = "  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios(calls).items())
+        print(f"{'compiled' if compiled else 'eager':9} {what:14} {shown}", flush=True)
+
+
+def measure_planning() -> None:
+    start = time.perf_counter()
+    with torch.device("meta"):
+        large = lt.LoopedDecoder(vocab=50_000, width=768, heads=12, layers=48, loops=8)
+        plan = lt.parametrize(large, torch.zeros(4, 128, dtype=torch.long))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    taken = time.perf_counter() - start
+    print(f"L = {plan.layers}, N = {plan.loops}, width 768 on the meta device: planned in {taken:.1f} s, {peak:.2f} GiB at peak")
+
+
+def measure_tracing() -> None:
+    model, batch = models()["plain"], tokens()
+    shown = ratios({"plain forward": lambda: model(batch), "trace": lambda: trace(model, batch)})
+    print(f"tracing, proofs apart: {shown['trace']:.2f} plain forwards")
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} turns")
+    measure_planning()  # first: it reports the peak memory of the whole process
+    measure_tracing()
+    measure(compiled=False)
+    measure(compiled=True)

@@ -1,0 +1,106 @@
+"""What would be rewritten in a model that is named on the command line."""
+
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from looptransfer.errors import InputError, ScalingWarning
+from looptransfer.rewrite.apply import parametrize
+from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rules import Rule
+
+DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}
+FORMS = "float:2x16x32, long:2x16, bool:2x16 or a number; NAME=… for a keyword argument"
+
+
+def inspect_model(
+    target: str,
+    inputs: Sequence[str] = (),
+    *,
+    rule: Rule = "factored",
+    base_layers: int = 1,
+    branches: Sequence[str] | None = None,
+    layers: int | None = None,
+) -> ScalingPlan:
+    """The plan for the model that `target`, "package.module:factory", makes.
+
+    The factory takes no arguments and returns a model, or a model and example inputs; a model will do as well. `inputs`
+    describe the example inputs, see `FORMS`; tensors of kind long hold zeros and ones, which fit any vocabulary.
+
+    Raises:
+        InputError: the target cannot be imported or makes no model, or the inputs are not understood; and all that
+            `parametrize` refuses.
+    """
+    model, example = _make(target)
+    if inputs:
+        example = parse_inputs(inputs)
+    if example is None:
+        raise InputError(f"{target} gives no example inputs; return (model, inputs) from it, or give --inputs: {FORMS}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScalingWarning)  # the plan shows them
+        return parametrize(model, example, rule, base_layers=base_layers, branches=branches, layers=layers)
+
+
+def parse_inputs(texts: Sequence[str]) -> Any:
+    """Example inputs from texts such as "long:2x16" or "loops=4": a tuple, or a dict where they have names.
+
+    Raises:
+        InputError: a text is not understood, or some have names and some have not.
+    """
+    parsed = [_parse_input(text) for text in texts]
+    named = [name for name, _ in parsed if name]
+    if named and len(named) != len(parsed):
+        raise InputError(f"--inputs {' '.join(texts)}: give either all of them a name (NAME=…) or none")
+    return dict(parsed) if named else tuple(value for _, value in parsed)
+
+
+def _parse_input(text: str) -> tuple[str, Any]:
+    match = re.fullmatch(r"(?:(\w+)=)?(?:(float|long|bool):(\d+(?:x\d+)*)|(-?\d+)|(-?\d*\.\d+))", text)
+    if match is None:
+        raise InputError(f"--inputs {text!r} is not understood; write {FORMS}")
+    name, kind, shape, whole, decimal = match.groups()
+    if kind is None:
+        return name or "", int(whole) if whole else float(decimal)
+    size = [int(n) for n in shape.split("x")]
+    generator = torch.Generator().manual_seed(0)
+    if kind == "float":
+        return name or "", torch.randn(size, generator=generator)
+    return name or "", torch.randint(2, size, generator=generator).to(DTYPES[kind])
+
+
+def _make(target: str) -> tuple[nn.Module, Any]:
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise InputError(
+            f"{target!r} names no factory; write PACKAGE.MODULE:FACTORY, such as looptransfer:LoopedDecoder"
+        )
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        made: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            made = getattr(made, part)
+    except Exception as error:
+        raise InputError(
+            f"cannot import {target}: {type(error).__name__}: {error}; run the command where "
+            f"`import {module_name}` works"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(made, nn.Module):
+        try:
+            made = made()
+        except Exception as error:
+            raise InputError(
+                f"{target}() fails: {type(error).__name__}: {error}; name a factory that takes no arguments"
+            ) from error
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{target}() returns a {type(model).__name__}; it must return a model, or (model, inputs)")
+    return model, example
