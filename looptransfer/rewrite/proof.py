@@ -59,16 +59,16 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, found: Trace
         for group in together:
             set_multiplier(twin, group.handle, multiplier)
             scale |= {(*add.site, add.occurrence): (add.position, multiplier) for add in group.adds}
-    for line, container, _ in list(
-        scale
-    ):  # other values may loop more often: then the line says enough, or nothing does
-        there = {scaled for (*site, _), scaled in scale.items() if site == [line, container]}
-        scale[line, container, ANY] = there.pop() if len(there) == 1 else (1, 1.0)
+    runs = Counter(total.site for total in found.graph.sums)
+    for site, times in runs.items():  # other values may loop more often, and all runs of a line may be alike
+        alike = {scale.get((*site, occurrence)) for occurrence in range(times)}
+        if len(alike) == 1 and (one := alike.pop()):
+            scale[*site, ANY] = one
     rewritten = record(twin, example_inputs).results
     clear_multipliers(twin)
     wanted = record(twin, example_inputs, scale=scale).results
     for ours, theirs in zip(rewritten, wanted, strict=True):
-        if not agree(ours, theirs):
+        if not agree(ours, theirs, twin):
             raise InputError(
                 f"multiplying what {', '.join(str(g.handle) for g in groups[:4])}… hand over is not the same as "
                 "multiplying what is added to the stream, so no faithful rewrite is known. Mark the branches: "
@@ -86,11 +86,15 @@ def _added_together(groups: list[Group]) -> list[list[Group]]:
     return parts
 
 
-def agree(ours: Tensor, theirs: Tensor) -> bool:
+def agree(ours: Tensor, theirs: Tensor, model: nn.Module) -> bool:
     """Two results are the same but for rounding: within 1e-4 of their norm in float32, 6 % in bfloat16."""
     if not ours.is_floating_point() or ours.is_meta:
         return True
-    room = max(8 * torch.finfo(ours.dtype).eps, 1e-4 if ours.dtype is torch.float32 else 1e-8)
+    dtypes = {ours.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    if torch.is_autocast_enabled(ours.device.type):
+        dtypes.add(torch.get_autocast_dtype(ours.device.type))
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    room = 1e-8 if coarsest < 1e-12 else max(8 * coarsest, 1e-4)
     a, b = ours.detach().double(), theirs.detach().double()
     finite = a.isfinite() & b.isfinite()
     if not torch.equal(a.isfinite(), b.isfinite()):

@@ -113,17 +113,21 @@ def _compiled_agrees(model: nn.Module, inner: nn.Module, example_inputs: Example
 
     with _random_weights(inner):
         compiled, eager = run(), eagerly()
-        if all(map(agree, compiled, eager)):
+        if _all_agree(compiled, eager, inner):
             return True
         if not inner.training:
             return False
         modes = [(module, module.training) for module in model.modules()]
         model.eval()  # compiled and eager code draw different random numbers for dropout
         try:
-            return all(map(agree, run(), eagerly()))
+            return _all_agree(run(), eagerly(), inner)
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def _all_agree(ours: list[Tensor], theirs: list[Tensor], model: nn.Module) -> bool:
+    return len(ours) == len(theirs) and all(agree(a, b, model) for a, b in zip(ours, theirs, strict=True))
 
 
 @contextmanager
