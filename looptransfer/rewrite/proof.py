@@ -1,6 +1,7 @@
 """A plan is accepted only when a randomised copy of the model behaves as the plan says."""
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, found: Trace
     for site, times in runs.items():  # other values may loop more often, and all runs of a line may be alike
         alike = {scale.get((*site, occurrence)) for occurrence in range(times)}
         if len(alike) == 1 and (one := alike.pop()):
-            scale[*site, ANY] = one
+            scale[(*site, ANY)] = one
     rewritten = record(twin, example_inputs).results
     clear_multipliers(twin)
     wanted = record(twin, example_inputs, scale=scale).results
