@@ -61,10 +61,10 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, found: Trace
             set_multiplier(twin, group.handle, multiplier)
             scale |= {(*add.site, add.occurrence): (add.position, multiplier) for add in group.adds}
     runs = Counter(total.site for total in found.graph.sums)
-    for site, times in runs.items():  # other values may loop more often, and all runs of a line may be alike
-        alike = {scale.get((*site, occurrence)) for occurrence in range(times)}
+    for (line, container), times in runs.items():  # other values may loop more often; all runs of a line may be alike
+        alike = {scale.get((line, container, occurrence)) for occurrence in range(times)}
         if len(alike) == 1 and (one := alike.pop()):
-            scale[(*site, ANY)] = one
+            scale[line, container, ANY] = one
     rewritten = record(twin, example_inputs).results
     clear_multipliers(twin)
     wanted = record(twin, example_inputs, scale=scale).results
