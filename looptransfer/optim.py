@@ -1,6 +1,7 @@
 """Ordinary parameter groups for an ordinary optimizer, scaled as the model's plan says."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.apply import planned
-from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rewrite.graph import module_of, named_parameters
+from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rules import DepthFactors, Family, depth_factors, fold_factors
 
 FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
@@ -64,9 +66,10 @@ def param_groups(
         raise InputError(f"on_stream is {on_stream!r}; choose scale or leave")
     inner, plan = planned(model)
     factors = depth_factors(plan.rule, family, plan.layers, plan.base_layers)
-    in_branches = {id(inner.get_parameter(name)) for branch in plan.branches for name in branch.parameters}
-    folded = _folded(inner, plan)
-    uses = {id(inner.get_parameter(name)): n for name, n in plan.on_stream.items()} if on_stream == "scale" else {}
+    live = named_parameters(inner)
+    in_branches = {id(parameter) for branch in plan.branches for parameter in _of_branch(inner, live, branch)}
+    folded = _folded(live, plan)
+    uses = {id(live[name]): n for name, n in plan.on_stream.items() if name in live} if on_stream == "scale" else {}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -89,11 +92,20 @@ def param_groups(
     return list(groups.values())
 
 
-def _folded(inner: nn.Module, plan: ScalingPlan) -> dict[int, float]:
+def _of_branch(inner: nn.Module, live: dict[str, nn.Parameter], branch: Branch) -> Iterator[nn.Parameter]:
+    """The parameters of a branch; where a layer was wrapped since, as LoRA does, all of those in its place."""
+    for name in branch.parameters:
+        if name in live:
+            yield live[name]
+        else:
+            yield from module_of(inner, name.rpartition(".")[0]).parameters()
+
+
+def _folded(live: dict[str, nn.Parameter], plan: ScalingPlan) -> dict[int, float]:
     """The ε that the weights of last maps hold, by parameter."""
     if plan.realisation != "folded":
         return {}
-    return {id(inner.get_parameter(name)): branch.multiplier for branch in plan.branches for name in branch.last_map}
+    return {id(live[name]): branch.multiplier for branch in plan.branches for name in branch.last_map}
 
 
 def _check_settings(lr: float, eps: float, weight_decay: float) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from looptransfer.errors import InputError, ScalingWarning
-from looptransfer.rewrite.graph import ExampleInputs, randomised_twin
+from looptransfer.rewrite.graph import ExampleInputs, named_parameters, plain_names, twin_of
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
 from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan, looped_visits, make_plan
-from looptransfer.rewrite.proof import prove
+from looptransfer.rewrite.proof import Proof, prove
 from looptransfer.rewrite.trace import trace
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
@@ -64,8 +64,13 @@ def parametrize(
     _check_settings(rule, lam, base_layers, realisation, branches, layers)
     if realisation == "folded" and loops is not None:
         raise InputError("realisation='folded' with loops: weights cannot follow a random loop count; use 'multiplier'")
-    twin = randomised_twin(model)
-    found = trace(twin, example_inputs)
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    if meta and (preserve or realisation == "folded"):
+        raise InputError(
+            "weights on the meta device can take no factor; give the model its weights first, then "
+            f"{'preserve=True' if preserve else 'fold it'}"
+        )
+    found = trace(twin_of(model), example_inputs, copy_of=model)
     plan = make_plan(
         model,
         found,
@@ -79,9 +84,8 @@ def parametrize(
     )
     if preserve or realisation == "folded":
         _check_foldable(plan, "preserve=True" if preserve else "realisation='folded'")
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        plan = replace(plan, on_stream=prove(twin, example_inputs, found, plan), proved=True)
-    plan = _with_stream_caveat(model, plan)
+    if not meta:
+        plan = with_proof(model, plan, prove(twin_of(model, randomised=True), example_inputs, plan))
     for caveat in plan.caveats:
         warnings.warn(caveat, ScalingWarning, stacklevel=2)
     if preserve:
@@ -99,7 +103,7 @@ def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
         InputError: the model is compiled or rewritten already, or has no module or parameter of a name in the plan.
     """
     _check_model(model)
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules, parameters = plain_names(model), named_parameters(model)
     for branch in plan.branches:
         missing = [name for name in branch.parameters if name not in parameters]
         missing += [branch.module] if branch.module not in modules else []
@@ -148,6 +152,7 @@ def fold(model: nn.Module) -> ScalingPlan:
     if plan.random_loops:
         raise InputError("the loop count is random, and weights cannot follow it; keep the multipliers")
     _check_foldable(plan, "fold")
+    _last_maps(inner, plan)
     clear_multipliers(inner)
     _scale_last_maps(inner, plan)
     return _note(inner, replace(plan, realisation="folded"))
@@ -247,16 +252,27 @@ def _check_foldable(plan: ScalingPlan, what: str) -> None:
         )
 
 
-def _with_stream_caveat(model: nn.Module, plan: ScalingPlan) -> ScalingPlan:
-    matrices = [name for name in plan.on_stream if model.get_parameter(name).ndim >= 2]
-    if not matrices:
-        return plan
-    caveat = (
+def with_proof(model: nn.Module, plan: ScalingPlan, proof: Proof) -> ScalingPlan:
+    """The plan with what its proof has shown, and what that asks the user to know."""
+    caveats = list(plan.caveats)
+    if proof.varies and not plan.random_loops:
+        caveats.append(
+            "visits vary: with other weights and random numbers the branches were visited another number of times (a "
+            "random loop count, adaptive halting, layer dropout). N is that of this one forward; give the mean, loops=…"
+        )
+    parameters = named_parameters(model)
+    matrices = [name for name in proof.on_stream if parameters[name].ndim >= 2]
+    if matrices:
+        caveats.append(_stream_caveat(matrices))
+    return replace(plan, on_stream=proof.on_stream, caveats=tuple(caveats), proved=True)
+
+
+def _stream_caveat(matrices: list[str]) -> str:
+    return (
         f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
         "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
         "that is not recognised must be marked, looptransfer.residual(…), or named, branches=[…]"
     )
-    return replace(plan, caveats=(*plan.caveats, caveat))
 
 
 # -- putting it in
@@ -281,10 +297,20 @@ def _insert(model: nn.Module, plan: ScalingPlan) -> None:
 
 def _scale_last_maps(model: nn.Module, plan: ScalingPlan, inverse: bool = False) -> None:
     with torch.no_grad():
-        for branch in plan.branches:
-            for name in branch.last_map:
-                factor = 1 / branch.multiplier if inverse else branch.multiplier
-                model.get_parameter(name).mul_(factor)
+        for parameter, multiplier in _last_maps(model, plan):
+            parameter.mul_(1 / multiplier if inverse else multiplier)
+
+
+def _last_maps(model: nn.Module, plan: ScalingPlan) -> list[tuple[nn.Parameter, float]]:
+    """The parameters that take ε, and the ε of each."""
+    live = named_parameters(model)
+    missing = [name for branch in plan.branches for name in branch.last_map if name not in live]
+    if missing:
+        raise InputError(
+            f"the plan names {missing[0]}, which the model no longer has (was a layer replaced or wrapped, as LoRA "
+            "does?), so ε cannot go into it; fold before that, or merge it first"
+        )
+    return [(live[name], branch.multiplier) for branch in plan.branches for name in branch.last_map]
 
 
 # -- checkpoints: the keys stay a plain model's, so the realisation is noted in the metadata beside them

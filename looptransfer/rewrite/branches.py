@@ -1,19 +1,21 @@
 """Where each residual branch can be taken hold of, how often it is visited, and where its last map is."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.graph import Graph, Handle
-from looptransfer.rewrite.trace import ResidualAdd, Trace
+from looptransfer.rewrite.graph import Graph, Handle, module_of, named_parameters
+from looptransfer.rewrite.trace import Kind, ResidualAdd, Trace
 
 # Operations whose result is proportional to the learned tensors that enter there, weight and bias together.
 MAPS = {"addmm", "mm", "bmm", "mul", "convolution", "add", "native_layer_norm", "native_group_norm", "_fused_rms_norm"}
 MAPS |= {"native_batch_norm", "baddbmm", "linear"}
+DECLARED = "declared"  # the source of a branch that only the user knows
+REFUSED: tuple[Kind, ...] = ("gated", "fused", "time")
 DECLARE = "Or name the modules whose outputs are the branches: parametrize(…, branches=[…]), by name or glob"
 
 
@@ -54,8 +56,6 @@ def find_groups(model: nn.Module, found: Trace, declared: list[str] | None) -> l
     else:
         _refuse_what_cannot_be_scaled(found)
         groups = _traced(found)
-        for group in groups:
-            _refuse_time(found, group)
     _count_visits(model, found, groups)
     for group in groups:
         group.ends = [end for way in group.routes for end in _ends(found, group, way)]
@@ -68,7 +68,7 @@ def find_groups(model: nn.Module, found: Trace, declared: list[str] | None) -> l
 def _traced(found: Trace) -> list[Group]:
     usable = _usable(found)
     groups: dict[Handle, Group] = {}
-    for add in found.of("leaf"):
+    for add in _scalable(found):
         cut = _cut(found.graph, add, add.branch, usable)
         if cut is None:
             raise InputError(
@@ -87,18 +87,62 @@ def _traced(found: Trace) -> list[Group]:
                 group.adds.append(add)
             group.nodes.add(way[-1])
             group.routes.append(way)
+    for handle in _marks_left_over(found, groups):
+        groups[handle] = _marked_alone(found, handle)
     return list(groups.values())
+
+
+def _marks_left_over(found: Trace, groups: Iterable[Handle]) -> list[Handle]:
+    """Marks on what no addition that is recognised takes up.
+
+    Raises:
+        InputError: a mark inside a branch is left alone there, but has the name of a mark around it.
+    """
+    marks = {handle for handle in found.graph.calls if handle.mark is not None} - set(groups)
+    others = [add for add in found.adds if add.kind in {"inner", "composite"}]
+    nodes = found.graph.nodes
+    idle = {h for add in others for n in _proportional(found.graph, add.branch, add.way) for h in nodes[n].handles}
+    for handle in marks & idle:
+        around = [h for h in groups if h.mark == handle.mark and (handle.module + ".").startswith(h.module)]
+        if around:
+            raise InputError(
+                f"the mark {handle} lies inside a branch and is left alone, but has the name of {around[0]} around it "
+                "and would be taken for it; give it another name: looptransfer.residual(…, 'inner')"
+            )
+    return sorted(marks - idle, key=str)
+
+
+def _scalable(found: Trace) -> list[ResidualAdd]:
+    """Leaves, and what is no plain x + f(x) but marked by the user."""
+    marked = [add for add in found.adds if add.kind in {"gated", "time"} and _marks(found, add)]
+    return sorted([*found.of("leaf"), *marked], key=lambda add: add.total)
+
+
+def _marks(found: Trace, add: ResidualAdd) -> bool:
+    """The user marked what is added there."""
+    handles = [h for n in _proportional(found.graph, add.branch, add.way) for h in found.graph.nodes[n].handles]
+    return any(handle.mark is not None for handle in handles)
+
+
+def _marked_alone(found: Trace, handle: Handle) -> Group:
+    """A mark on what is added in a way that is not recognised: what acts between its runs is its branch's."""
+    places, acting = _places(found, handle), set[int]()
+    for n in places:
+        earlier = max((m for m in places if m < n and found.graph.precedes(m, n)), default=None)
+        acting |= set(found.graph.way(earlier, n)) if earlier is not None else {n}
+    learned = frozenset[str]().union(*(found.graph.nodes[m].parameters for m in acting))
+    return _standing_for_itself(handle, places, learned, frozenset([str(handle)]))
 
 
 def _usable(found: Trace) -> set[Handle]:
     """The handles that hand over nothing but branches, and branches with a matrix in common."""
     handed: defaultdict[Handle, set[int]] = defaultdict(set)
     common: dict[Handle, frozenset[str]] = {}
-    for add in found.of("leaf"):
+    for add in _scalable(found):
         for node in _proportional(found.graph, add.branch, add.way):
             for handle in found.graph.nodes[node].handles:
                 handed[handle].add(node)
-                common[handle] = common.get(handle, add.parameters) & add.parameters & found.matrices
+                common[handle] = common.get(handle, add.matrices) & add.matrices
 
     def times(handle: Handle) -> int:
         return sum(found.graph.nodes[node].handles.count(handle) for node in handed[handle])
@@ -152,7 +196,7 @@ def _declared(model: nn.Module, found: Trace, patterns: list[str]) -> list[Group
                 f"model.named_modules(): {some}, …"
             )
         for name in called:
-            group = _handed_over_by(found, name)
+            group = _handed_over_by(model, found, name)
             groups.setdefault(group.handle, group)
     nested = [(a, b) for a in groups for b in groups if a.module.startswith(b.module + ".")]
     if nested:
@@ -163,41 +207,48 @@ def _declared(model: nn.Module, found: Trace, patterns: list[str]) -> list[Group
     return list(groups.values())
 
 
-def _handed_over_by(found: Trace, name: str) -> Group:
+def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
     """The first tensor that a module returns, as a branch: with the residual adds it reaches, where there are any."""
     graph = found.graph
-    places = [(n, h) for n, node in enumerate(graph.nodes) for h in node.handles if h.module == name and h.mark is None]
-    if not places:
+    handles = [h for node in graph.nodes for h in node.handles if h.module == name and h.mark is None]
+    if not handles:
         raise InputError(f"branches holds {name}, which returns no tensor; name a module whose output is the branch")
-    handle = places[0][1]
-    nodes = {n for n, h in places if h == handle}
-    adds = [add for add in found.of("leaf") if nodes & set(_proportional(graph, add.branch, add.way))]
-    if not adds:  # an add that is not recognised as residual: each output stands for one
-        owned = frozenset[str]()
-        for n in nodes:
-            owned |= _inside(found, name, n)
-        adds = [
-            ResidualAdd("leaf", "declared", (), n, n, n, frozenset([n]), owned, followed=True) for n in sorted(nodes)
-        ]
-    return Group(handle, adds, nodes=nodes, routes=[(n,) for n in sorted(nodes)])
+    places = _places(found, handles[0])
+    adds = [add for add in found.of("leaf") if set(places) & set(_proportional(graph, add.branch, add.way))]
+    if adds:
+        return Group(handles[0], adds, nodes=set(places), routes=[(n,) for n in places])
+    canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    owned = {p: canonical[id(p)] for p in module_of(model, name).parameters()}
+    matrices = frozenset(name for p, name in owned.items() if p.ndim >= 2)
+    return _standing_for_itself(handles[0], places, frozenset(owned.values()), matrices)
 
 
-def _inside(found: Trace, name: str, node: int) -> frozenset[str]:
-    """Parameters of a module, by name, that act on one of its outputs."""
-    ancestors = found.graph.nodes[node].ancestors | 1 << node
-    acting = frozenset[str]().union(*(n.parameters for i, n in enumerate(found.graph.nodes) if ancestors >> i & 1))
-    return frozenset(p for p in acting if p.startswith(name + "."))
+def _standing_for_itself(
+    handle: Handle, places: list[int], parameters: frozenset[str], matrices: frozenset[str]
+) -> Group:
+    """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
+    adds = [ResidualAdd("leaf", DECLARED, (), n, n, n, frozenset([n]), parameters, matrices) for n in places]
+    return Group(handle, adds, nodes=set(places), routes=[(n,) for n in places])
+
+
+def _places(found: Trace, handle: Handle) -> list[int]:
+    return [n for n, node in enumerate(found.graph.nodes) if handle in node.handles]
 
 
 # -- refusals
 
 
 def _refuse_what_cannot_be_scaled(found: Trace) -> None:
-    gated, fused = found.of("gated"), found.of("fused")
+    gated, fused, time = ([add for add in found.of(kind) if not _marks(found, add)] for kind in REFUSED)
     if found.graph.fused_kernels:
         raise InputError(
             f"the kernel called at {found.graph.fused_kernels[0]} adds a residual branch to its own input, where no "
             f"multiplier can reach; use an unfused form of it. {DECLARE}"
+        )
+    if time:
+        raise InputError(
+            f"each visit of the residual add at {time[0].source} reads another slice of the input: that is a "
+            f"recurrence over time, not over depth, and its length is no loop count. {DECLARE}"
         )
     if gated:
         raise InputError(
@@ -212,29 +263,6 @@ def _refuse_what_cannot_be_scaled(found: Trace) -> None:
         )
 
 
-def _refuse_time(found: Trace, group: Group) -> None:
-    """A recurrence over time: each visit reads another slice of the same input."""
-    if len(group.adds) < 2:
-        return
-    read: list[frozenset[tuple[int, int]]] = []
-    for add in group.adds:
-        inside = add.way
-        fresh = {s for n in inside for s in found.graph.nodes[n].sources if s not in inside and s != add.stream}
-        fresh = {s for s in fresh if found.graph.nodes[s].data and not found.graph.precedes(add.stream, s)}
-        own = frozenset[tuple[int, int]]().union(*(found.graph.nodes[n].slices for n in inside))
-        read.append(
-            frozenset(one for one in own if one[0] in fresh).union(*(found.graph.nodes[s].slices for s in fresh))
-        )
-    cut_up = {source for one in read for source, _ in one}
-    for source in cut_up:
-        offsets = [frozenset(o for s, o in one if s == source) for one in read]
-        if all(offsets) and len(set(offsets)) == len(offsets):
-            raise InputError(
-                f"each visit of the residual add at {group.adds[0].source} reads another slice of the input: that is a "
-                f"recurrence over time, not over depth, and its length is no loop count. {DECLARE}"
-            )
-
-
 # -- visits and last maps
 
 
@@ -243,11 +271,11 @@ def _count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> None:
 
     Tied weights count together, whatever modules hold them; chunks of one stream are no chain.
     """
-    canonical = {name for name, _ in model.named_parameters()}
+    canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
     depth: dict[tuple[str, int], int] = {}  # (matrix, sum) -> the chain that ends there
     runs: defaultdict[str, list[int]] = defaultdict(list)
     for add in sorted({id(a): a for g in groups for a in g.adds}.values(), key=lambda one: one.total):
-        for name in add.parameters & found.matrices:
+        for name in add.matrices:
             earlier = [depth[name, t] for t in runs[name] if found.graph.precedes(t, add.total)]
             depth[name, add.total] = 1 + max(earlier, default=0)
             runs[name].append(add.total)
@@ -256,35 +284,72 @@ def _count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> None:
         longest[name] = max(longest[name], length)
     for group in groups:
         acting = frozenset[str]().union(*(add.parameters for add in group.adds))
-        group.visits = max((longest[name] for name in acting & found.matrices), default=1)
-        module = model.get_submodule(group.handle.module)
-        owned = set() if group.handle.mark is not None else {n for n, _ in module.named_parameters(group.handle.module)}
-        group.parameters = acting | (owned & canonical)
+        group.visits = max((longest[name] for add in group.adds for name in add.matrices), default=1)
+        owned = [] if group.handle.mark is not None else list(module_of(model, group.handle.module).parameters())
+        group.parameters = acting | {canonical[id(parameter)] for parameter in owned}
 
 
-def _ends(found: Trace, group: Group, route: tuple[int, ...]) -> Iterator[End]:
+def _ends(found: Trace, group: Group, route: tuple[int, ...]) -> list[End]:
     """Follow a branch from its add back to its last learned maps."""
-    nodes, factor = found.graph.nodes, 1.0
-    for number in route[:-1]:
-        factor *= nodes[number].factor
-    inside = frozenset[int]().union(*(add.way for add in group.adds))
-    queue, seen = [(route[-1], factor)], set[int]()
-    while queue:
-        number, factor = queue.pop()
-        node = nodes[number]
-        factor *= node.factor
-        if number in seen:
-            continue
-        seen.add(number)
-        data = [s for s in node.sources if nodes[s].data]
+    walk = _Walk(found, frozenset[int]().union(*(add.way for add in group.adds)))
+    outside = walk.share(route[0], route[-1])
+    return [End(number, outside * share, walk.learned(number)) for number, share in walk.shares(route[-1]).items()]
+
+
+class _Walk:
+    """From a node back to the learned maps that it is a sum of, with the constant share of each."""
+
+    def __init__(self, found: Trace, inside: frozenset[int]) -> None:
+        self.nodes, self.inside = found.graph.nodes, inside
+        self.known: dict[int, dict[int, float]] = {}
+
+    def shares(self, number: int) -> dict[int, float]:
+        if number not in self.known:
+            self.known[number] = self._shares(number)
+        return self.known[number]
+
+    def share(self, number: int, part: int) -> float:
+        """How much of one node there is in another that is proportional to it."""
+        if number == part:
+            return 1.0
+        node = self.nodes[number]
+        if number not in self.inside or number < part:
+            return 0.0
+        weights = node.weights or (1.0,) * max(map(len, node.proportional_to), default=0)
+        ways = [
+            sum(weight * self.share(source, part) for source, weight in zip(way, weights, strict=False))
+            for way in node.proportional_to
+        ]
+        return node.factor * next((way for way in ways if way), 0.0)
+
+    def learned(self, number: int) -> frozenset[str]:
+        node = self.nodes[number]
+        return node.parameters if node.op in MAPS else frozenset()
+
+    def _shares(self, number: int) -> dict[int, float]:
+        node = self.nodes[number]
+        factor = node.factor
+        if node.masked and abs(self.nodes[node.sources[0]].factor) > 1:
+            factor /= abs(self.nodes[node.sources[0]].factor)  # drop path divides by the share it keeps, in training
         if node.parameters:
-            yield End(number, factor, node.parameters if node.op in MAPS else frozenset())
+            mine = {number: factor}
             if node.op == "add":  # a bias that is added apart: it and the map before it end the branch together
-                queue += [(s, factor) for s in data]
-        elif number not in inside or not node.proportional_to or (node.op == "mul" and len(data) == 2):
-            yield End(number, factor, frozenset())
-        else:
-            queue += [(s, factor) for s in node.proportional_to[0]]
+                mine |= self._sum([s for s in node.sources if self.nodes[s].data], factor)
+            return mine
+        if number not in self.inside or not node.proportional_to:
+            return {number: factor}
+        ways = [self._sum(alternative, factor, node.weights) for alternative in node.proportional_to]
+        if len(ways) == 1:
+            return ways[0]
+        whole = [way for way in ways if all(self.learned(end) for end in way)]
+        return whole[0] if whole else {number: factor}  # a product of two things that both depend on data
+
+    def _sum(self, sources: Sequence[int], factor: float, weights: Sequence[float] = ()) -> dict[int, float]:
+        total: dict[int, float] = {}
+        for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True):
+            for end, share in self.shares(source).items():
+                total[end] = total.get(end, 0.0) + factor * weight * share
+        return total
 
 
 def factors(group: Group) -> tuple[float, ...]:
@@ -292,9 +357,12 @@ def factors(group: Group) -> tuple[float, ...]:
     return tuple(sorted({float(f"{abs(end.factor):.9g}") for end in group.ends}))
 
 
-def last_maps(found: Trace, group: Group) -> tuple[tuple[str, ...], str]:
+def last_maps(model: nn.Module, found: Trace, group: Group) -> tuple[tuple[str, ...], str]:
     """The parameters that can take a branch's multiplier, or none and the reason why not."""
     nodes = found.graph.nodes
+    idle = sorted(name for name in group.parameters - found.graph.touched if model.get_parameter(name).ndim >= 2)
+    if idle:
+        return (), f"{idle[0]} did not run in the trace (an expert that was not chosen?), and might end it another time"
     names = frozenset[str]().union(*(end.parameters for end in group.ends))
     if not group.ends or any(not end.parameters for end in group.ends):
         return (), "it does not end in a learned map that its multiplier could go into, such as a norm without gain"
@@ -307,7 +375,7 @@ def last_maps(found: Trace, group: Group) -> tuple[tuple[str, ...], str]:
             return (), "the weights of its last map are computed from its parameters"
     own = {end.node for end in group.ends}
     for number, node in enumerate(nodes):
-        if node.data and node.parameters & names and number not in own:
+        if node.data and node.parameters & names and number not in own and found.graph.live >> number & 1:
             return (), f"{', '.join(sorted(node.parameters & names))} of its last map is used elsewhere too"
     return tuple(sorted(names)), ""
 
@@ -322,8 +390,9 @@ def gates(found: Trace, group: Group) -> frozenset[str]:
             found_gates |= nodes[number].parameters if nodes[number].op in {"mul", "div"} else frozenset()
     for end in group.ends:
         node = nodes[end.node]
-        if node.op == "mul" and node.proportional_to:
-            below = node.proportional_to[0][0]
-            if any(nodes[n].parameters & found.matrices for n in _proportional(found.graph, below, inside)):
-                found_gates |= end.parameters
-    return found_gates - found.matrices
+        below = node.proportional_to[0][0] if node.op == "mul" and node.proportional_to else None
+        while below in inside and len(nodes[below].proportional_to) == 1 and not nodes[below].matrices:
+            below = nodes[below].proportional_to[0][0]
+        if below in inside and nodes[below].matrices:  # a norm's gain stands on something that is no map
+            found_gates |= end.parameters
+    return found_gates

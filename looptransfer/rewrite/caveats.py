@@ -8,12 +8,33 @@ from torch import nn
 from looptransfer.rewrite.branches import Group, factors, gates
 from looptransfer.rewrite.trace import ResidualAdd, Trace
 
+NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm", "rsqrt", "var", "std"}
+NORMS |= {"linalg_vector_norm", "_native_batch_norm_legit", "var_mean", "cudnn_batch_norm"}
+
 
 def find_caveats(model: nn.Module, found: Trace, groups: list[Group], preserved: bool) -> tuple[str, ...]:
     """Sentences for the user, the gravest first. `preserved`: the rewrite leaves the function as it is."""
-    checks = [_injection(found), _post_norm(found), _depth_scaling(found, groups), _cut_loops(found, groups)]
+    checks = [
+        _unused(model, found, groups),
+        _injection(found),
+        _post_norm(found),
+        _depth_scaling(found, groups),
+        _cut_loops(model, found, groups),
+    ]
     checks += [_prelude(groups), None if preserved else _trained(model)]
     return tuple(caveat for caveat in checks if caveat)
+
+
+def _unused(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
+    inside = tuple(group.handle.module + "." for group in groups if group.handle.mark is None)
+    wide = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+    idle = [name for name in wide if name not in found.graph.touched and not name.startswith(inside)]
+    if not idle:
+        return None
+    return (
+        f"never used in the traced forward: {', '.join(idle[:4])}{', …' * (len(idle) > 4)}. Branches that it passed by "
+        "get no multiplier and do not count in L; if layers are dropped at random in training, call model.eval() first"
+    )
 
 
 def _injection(found: Trace) -> str | None:
@@ -32,7 +53,7 @@ def _post_norm(found: Trace) -> str | None:
     carried = {n for add in leaves for n in found.graph.same(add.stream)}
     carried |= {n for number in found.graph.outputs for n in found.graph.same(number)}
     normed = [add for add, later in pairwise(leaves) if _normed(found, add, later, carried)]
-    if len(normed) <= len(leaves) // 2 - 1:  # more than a norm at the end of each loop
+    if not normed or len(normed) < len(leaves) // 2:  # no more than a norm at the end of each loop
         return None
     return (
         f"post-norm: the sum at {normed[0].source} is normalised before it goes on, and the rule was derived for "
@@ -45,12 +66,15 @@ def _normed(found: Trace, add: ResidualAdd, later: ResidualAdd, carried: set[int
     if add.total in carried or not found.graph.precedes(add.total, later.stream):
         return False
     way = found.graph.way(add.total, later.stream)
-    return not any(found.graph.nodes[n].parameters & found.matrices for n in way)
+    return any(found.graph.nodes[n].op in NORMS for n in way) and not found.matrices_on(way)
 
 
 def _depth_scaling(found: Trace, groups: list[Group]) -> str | None:
-    constants = [(group, [f for f in factors(group) if abs(f - 1) > 1e-6]) for group in groups]
-    named = [f"{group.handle} × {f[0]:g}" for group, f in constants if f]
+    named = [
+        f"{group.handle} × {factors(group)[0]:g}"
+        for group in groups
+        if group.ends and all(abs(factor - 1) > 1e-6 for factor in factors(group))
+    ]
     learned = sorted(frozenset[str]().union(*(gates(found, group) for group in groups)))
     what = [f"a constant factor ({named[0]}, as residual_multiplier in some configurations)"] if named else []
     what += (
@@ -66,11 +90,17 @@ def _depth_scaling(found: Trace, groups: list[Group]) -> str | None:
     )
 
 
-def _cut_loops(found: Trace, groups: list[Group]) -> str | None:
+def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
     if not torch.is_grad_enabled():
         return None
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for group in groups:
-        cut = [add for add in group.adds[1:] if not add.followed]
+        if not group.parameters & trained:
+            continue
+        pairs = [
+            (a, b) for a, b in pairwise(group.adds) if a.total == b.stream or found.graph.precedes(a.total, b.stream)
+        ]
+        cut = [later for _, later in pairs if not later.followed]
         if cut:
             return (
                 f"loops cut by detach or no_grad: {len(cut)} of {len(group.adds)} visits at {group.adds[0].source} "

@@ -35,6 +35,9 @@ REARRANGEMENTS |= {"masked_select", "squeeze_copy", "permute_copy", "select_copy
 COLLECTIONS = {"cat", "stack", "index_add", "index_put", "scatter_add", "scatter", "index_copy", "slice_scatter"}
 PRODUCTS = {"mul", "mm", "bmm", "mv", "dot", "convolution"}
 SUMS = {"add", "sub"}
+# A learned tensor that enters here does not act on the data as a matrix does: a table, a bias, a gate.
+PASSIVE = {"add", "sub", "rsub", "mul", "div", "cat", "stack", "where", "copy", "lerp", "masked_fill", "embedding"}
+PASSIVE |= {"index_add", "index_put", "index_copy", "scatter_add", "slice_scatter", "select_scatter", "expand"}
 # One operation that adds to its first argument what it makes of the others.
 FUSED_SUMS = {"addmm", "baddbmm", "addbmm", "addmv", "addcmul", "addcdiv", "index_add", "scatter_add", "lerp"}
 # Made like another tensor, but holding nothing of it. A random mask is one of these, drawn in place.
@@ -80,13 +83,17 @@ class Node:
     ancestors: int = 0  # bitmask of node numbers
     data: bool = False  # depends on the example inputs
     parameters: frozenset[str] = frozenset()  # learned tensors that enter here
+    matrices: frozenset[str] = frozenset()  # those that act as matrices; "name+offset" where only a part does
+    zero: bool = False  # a product with 0.0
+    masked: bool = False  # a product with random numbers
     reaching: int = 0  # bitmask of all parameters it depends on, other than through a product with 0.0
     repeats: int | None = None  # the node it is identical to
     proportional_to: tuple[tuple[int, ...], ...] = ()  # alternatives; the nodes of one alternative scale together
     factor: float = 1.0  # the constant in that proportion
-    value: float | None = None  # of a constant with one element
+    weights: tuple[float, ...] = ()  # of each node of an alternative, where they are not 1
+    index: bool = False  # whole numbers or truth values: it chooses, and is no amount
     noise: bool = False  # random numbers and what is made of them alone: a dropout mask
-    slices: frozenset[tuple[int, int]] = frozenset()  # (source, offset) of data of which it reads a part
+    slices: frozenset[tuple[int, int]] = frozenset()  # (source, offset) where it reads a part of it
     handles: list[Handle] = field(default_factory=list)
     consumers: list[int] = field(default_factory=list)
 
@@ -98,6 +105,7 @@ class Sum:
     node: int
     operands: tuple[int, ...]
     scaled: tuple[bool, ...]  # whether the operation itself multiplies that operand
+    whole: tuple[bool, ...]  # whether that operand has the shape of the sum; else it is spread over the others
     fused: bool  # an operand is computed by the operation itself, or it is no plain addition
     name: str
     source: str  # file:line
@@ -119,7 +127,8 @@ class Graph:
     nodes: list[Node]
     sums: list[Sum]
     calls: Counter[Handle]  # how often a module ran (as a handle without output) or a mark was met
-    uses: Counter[str]  # how often one operator took a parameter up; an embedding tied to a head counts once
+    uses: Counter[str]  # how often one operator took a parameter up, table look-ups apart
+    touched: frozenset[str]  # parameters that met data at all
     outputs: tuple[int, ...]  # the nodes that the model handed back
     results: list[Tensor]  # the tensors that it handed back
     reaching: frozenset[str]  # parameters that the output depends on, other than through a branch multiplied by 0
@@ -163,25 +172,37 @@ class Graph:
 class Recorder(TorchDispatchMode):
     """Builds the graph of one forward."""
 
-    def __init__(self, model: nn.Module, example: Any, peaks: bool, scale: Mapping[Site, tuple[int, float]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        peaks: bool,
+        scale: Mapping[Site, tuple[int, float]],
+        strangers: frozenset[int],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         # Storage -> its node, and the storage itself: kept alive so that its key stays its own.
         self.owner: dict[int, tuple[int, Any]] = {}
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = {id(module): name for name, module in plain_names(model).items()}
+        self.homes = _homes(model)
         self.peaks, self.scale = peaks, scale
         self.runs: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self.running: list[str] = []
         self.calls: Counter[Handle] = Counter()
         self.uses: Counter[tuple[str, str]] = Counter()
+        self.touched: frozenset[str] = frozenset()
         self.sums: list[Sum] = []
         self.outputs: list[int] = []
         self.results: list[Tensor] = []
         self.fused_kernels: list[str] = []
-        self.parameters = [name for name, _ in model.named_parameters()]
+        learned = named_parameters(model)
+        self.parameters = list(learned)
+        self.wide = {name for name, parameter in learned.items() if parameter.ndim >= 2}
+        self.strangers = strangers
         for _, tensor in model.named_buffers():
             self._own(tensor, Node())
-        for position, (name, parameter) in enumerate(model.named_parameters()):
+        for position, (name, parameter) in enumerate(learned.items()):
             self._own(parameter, Node(parameters=frozenset([name]), reaching=1 << position))
         for tensor in tensors(example):
             self._own(tensor, Node(data=True))
@@ -193,6 +214,14 @@ class Recorder(TorchDispatchMode):
         if name is not None:
             self.running.append(name)
             self.calls[Handle(name)] += 1
+            for own, parameter in module._parameters.items():  # FSDP puts others in their place for the forward
+                if parameter is not None and _key(parameter) not in self.owner and (id(module), own) in self.homes:
+                    self._own(parameter, Node(parameters=frozenset([self.homes[id(module), own]])))
+        elif id(module) in self.strangers:
+            raise InputError(
+                f"a copy of the model runs a {type(module).__name__} of the original: some function or closure kept on "
+                "the model holds it, so that deepcopy (and a trace on a copy) misses it. Make it a method"
+            )
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self.names.get(id(module))
@@ -222,13 +251,14 @@ class Recorder(TorchDispatchMode):
         parts = frozenset(
             (number, int(tensor.storage_offset()))
             for number, tensor in zip(before, inputs, strict=True)
-            if number is not None and self.nodes[number].data and not _whole(tensor)
+            if number is not None and not _whole(tensor)
         )
         name, writes = _schema(func)
-        plain_sum = name in SUMS and len(before) == 2 and shapes[0] == shapes[1]
+        plain_sum = name in SUMS and len(before) == 2 and _broadcasts(shapes)
         site = self._site() if plain_sum else None
         scaled = self.scale.get(site, self.scale.get((*site[:2], ANY))) if site and self.scale else None
-        out = func(*(_with_multiplier(args, *scaled) if scaled else args), **kwargs)
+        peaks = tuple(_peak(tensor) for tensor in inputs) if plain_sum and self.peaks else ()
+        out = func(*(_with_multiplier(args, *scaled, in_place=bool(writes)) if scaled else args), **kwargs)
         written = [tensor for position in writes for tensor in tensors(_argument(position, args, kwargs))]
         overwritten = {_key(tensor) for tensor in written if name in {"copy", "zero", "fill"} and _whole(tensor)}
         sources = [
@@ -239,11 +269,13 @@ class Recorder(TorchDispatchMode):
         results = {_key(tensor): tensor for tensor in [*written, *tensors(out)]}
         if any(self.nodes[number].data for number in sources):
             learned = frozenset[str]().union(*(self.nodes[n].parameters for n in sources if not self.nodes[n].data))
-            self.uses.update((parameter, name) for parameter in learned)
+            self.touched |= learned
+            self.uses.update((parameter, name) for parameter in learned if name != "embedding")
         for key, tensor in results.items():  # a view shares its base's key, and so its node
             if key not in self.owner or any(key == _key(one) for one in written):
-                self._own(tensor, self._derive(name, args, sources, before, parts, tensor))
-        self._look_for_sum(func, name, args, kwargs, inputs, before, shapes, out, site)
+                self._own(tensor, self._derive(name, args, kwargs, sources, before, parts))
+                self.nodes[-1].index = not (tensor.is_floating_point() or tensor.is_complex())
+        self._look_for_sum(func, name, args, kwargs, inputs, before, shapes, out, site, peaks)
         return out
 
     def _site(self) -> Site:
@@ -257,6 +289,10 @@ class Recorder(TorchDispatchMode):
         entry = self.owner.get(_key(tensor))
         return None if entry is None else entry[0]
 
+    def _holds_data(self, tensor: Tensor) -> bool:
+        number = self._node_of(tensor)
+        return number is not None and self.nodes[number].data
+
     def _own(self, tensor: Tensor, node: Node) -> None:
         self.nodes.append(node)
         self.owner[_key(tensor)] = (len(self.nodes) - 1, tensor.untyped_storage())
@@ -265,10 +301,10 @@ class Recorder(TorchDispatchMode):
         self,
         name: str,
         args: Any,
+        kwargs: Any,
         sources: list[int],
         before: list[int | None],
         parts: frozenset[tuple[int, int]],
-        result: Tensor,
     ) -> Node:
         node = Node(op=name, sources=tuple(sources), slices=parts)
         learned: set[str] = set()
@@ -281,18 +317,30 @@ class Recorder(TorchDispatchMode):
             if not source.data:
                 learned |= source.parameters
         node.parameters = frozenset(learned)
-        if name == "mul" and _holds_zero(args):
-            node.reaching = 0
+        if node.data and name not in PASSIVE:
+            node.matrices = frozenset(self._part(one, sources, parts) for one in learned & self.wide)
+        zeros = [self.nodes[number].zero for number in sources if self.nodes[number].data]
+        product = name in PRODUCTS or name == "div"
+        node.zero = (name == "mul" and _holds_zero(args)) or (product and any(zeros))
         drawn = any(word in name for word in DRAWS) or any(self.nodes[number].noise for number in sources)
         node.noise = drawn and not node.data and not node.parameters
-        if not node.data and not node.parameters and result.numel() == 1 and not result.is_meta:
-            node.value = float(result) if result.dtype.is_floating_point or not result.dtype.is_complex else None
-        self._note_proportion(node, name, args, sources, before)
+        self._note_proportion(node, name, args, kwargs, sources, before)
+        of_zeros = bool(zeros) and all(zeros) and bool(node.proportional_to)
+        if node.zero or (of_zeros and (name not in SUMS or len(zeros) == len(sources))):
+            node.zero, node.reaching = True, 0
         return node
 
-    def _note_proportion(self, node: Node, name: str, args: Any, sources: list[int], before: list[int | None]) -> None:
+    def _part(self, parameter: str, sources: list[int], parts: frozenset[tuple[int, int]]) -> str:
+        """A slice of a parameter is a matrix of its own: weights of all layers in one tensor."""
+        own = {n for n in sources if parameter in self.nodes[n].parameters and not self.nodes[n].op}
+        offsets = sorted(offset for number, offset in parts if number in own)
+        return f"{parameter}+{offsets[0]}" if offsets else parameter
+
+    def _note_proportion(
+        self, node: Node, name: str, args: Any, kwargs: Any, sources: list[int], before: list[int | None]
+    ) -> None:
         """What the result repeats or is proportional to. Python's sum() begins with 0 + x."""
-        held = [number for number in sources if self.nodes[number].data]
+        held = [number for number in sources if self.nodes[number].data and not self.nodes[number].index]
         first = before[0] if before else None
         if name == "copy":
             held = held[-1:] if len(sources) == 1 else held
@@ -300,16 +348,19 @@ class Recorder(TorchDispatchMode):
         elif sources and (name in IDENTITIES or (name in SUMS and len(sources) == 1 and _holds_zero(args))):
             node.repeats = sources[0]
         elif name == "mul" and len(sources) == 2 and self.nodes[sources[1]].noise:
-            node.repeats = sources[0]  # x * mask with a random mask: how dropout is spelled on a CPU
+            node.repeats, node.masked = sources[0], True  # how dropout is spelled on a CPU
         if node.repeats is not None:
             node.proportional_to = ((node.repeats,),)
         elif name == "neg":
             node.proportional_to, node.factor = (tuple(held),), -1.0
         elif name in {"mul", "div"} and held:
             self._note_product(node, name, args, sources, held)
+        elif name in SUMS and len(held) == 2:
+            sign = 1.0 if name == "add" else -1.0
+            node.proportional_to, node.weights = (tuple(held),), (1.0, sign * float(kwargs.get("alpha", 1)))
         elif name in PRODUCTS and not (name == "convolution" and len(sources) > 2):
             node.proportional_to = tuple((number,) for number in held)
-        elif name in COLLECTIONS or name == "copy" or (name in SUMS and len(held) == 2):
+        elif name in COLLECTIONS or name == "copy":
             node.proportional_to = (tuple(held),) if held else ()
         elif name in REARRANGEMENTS and first is not None and self.nodes[first].data:
             node.proportional_to = ((first,),)
@@ -322,9 +373,9 @@ class Recorder(TorchDispatchMode):
             held = held[:1] if sources[0] != sources[1] and self.nodes[sources[0]].data else []
         if isinstance(second, (int, float)):
             node.factor = float(second)
-        else:
-            values = [self.nodes[number].value for number in sources if not self.nodes[number].data]
-            node.factor = next((value for value in values if value is not None), 1.0)
+        elif isinstance(second, Tensor):
+            still = [t for t in args[:2] if isinstance(t, Tensor) and not self._holds_data(t)]
+            node.factor = _size(still[0]) if still and not node.parameters else 1.0
         if name == "div" and node.factor:
             node.factor = 1 / node.factor
         node.proportional_to = tuple((number,) for number in held) if len(set(held)) == len(held) else ()
@@ -342,6 +393,7 @@ class Recorder(TorchDispatchMode):
         shapes: list[torch.Size],
         out: Any,
         site: Site | None,
+        peaks: tuple[float, ...],
     ) -> None:
         foreign = func.namespace not in {"aten", "prims", "prim"} or name in OPAQUE
         if foreign:
@@ -350,9 +402,11 @@ class Recorder(TorchDispatchMode):
             return
         total = self._node_of(out)
         scaled: tuple[bool, ...]
+        whole = (True,) * max(len(before), 64)
         if site is not None:
             operands, held = before, list(inputs)
             scaled, fused = (False, kwargs.get("alpha", 1) * (1 if name == "add" else -1) != 1), False
+            whole = tuple(shape == out.shape for shape in shapes)
         elif name == "sum" and before and before[0] is not None and self.nodes[before[0]].op in {"stack", "cat"}:
             operands, held = list(self.nodes[before[0]].sources), []
             scaled, fused = (False,) * len(operands), True
@@ -367,9 +421,8 @@ class Recorder(TorchDispatchMode):
         known = tuple(number for number in operands if number is not None)
         if total is None or len(known) != len(operands) or not any(self.nodes[number].data for number in known):
             return
-        peaks = tuple(_peak(tensor) for tensor in held) if self.peaks else ()
-        gradient = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in held)
-        self.sums.append(Sum(total, known, scaled, fused, name, *(site or self._site()), gradient, peaks))
+        gradient = tuple(_followed(tensor) for tensor in held)
+        self.sums.append(Sum(total, known, scaled, whole, fused, name, *(site or self._site()), gradient, peaks))
 
     def _look_into_kernel(
         self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], before: list[int | None], out: Any
@@ -399,7 +452,7 @@ class Recorder(TorchDispatchMode):
         reaching = frozenset(name for place, name in enumerate(self.parameters) if mask >> place & 1)
         kernels = tuple(dict.fromkeys(self.fused_kernels))
         outputs = tuple(self.outputs)
-        return Graph(self.nodes, self.sums, self.calls, uses, outputs, self.results, reaching, kernels)
+        return Graph(self.nodes, self.sums, self.calls, uses, self.touched, outputs, self.results, reaching, kernels)
 
 
 def record(
@@ -407,6 +460,8 @@ def record(
     example_inputs: ExampleInputs,
     peaks: bool = False,
     scale: Mapping[Site, tuple[int, float]] | None = None,
+    seed: int | None = None,
+    copy_of: nn.Module | None = None,
 ) -> Graph:
     """Run `model` once on `example_inputs` and note what it did.
 
@@ -417,25 +472,46 @@ def record(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         peaks: measure the operands of every addition.
         scale: additions of which one operand, by position, is to be multiplied before it is added.
+        seed: of all random numbers drawn in the forward; None leaves them to the random state as it is.
+        copy_of: the model of which `model` is a copy; that none of its modules runs is checked.
 
     Raises:
         InputError: the model rejects the example inputs; its own error is shown.
     """
     args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
-    recorder = Recorder(model, (args, kwargs), peaks, scale or {})
+    strangers = frozenset(map(id, copy_of.modules())) if copy_of is not None else frozenset()
+    recorder = Recorder(model, (args, kwargs), peaks, scale or {}, strangers)
     torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
     with _as_written(), state_kept(model), _module_hooks(recorder.enter, recorder.leave):
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
         try:
             with marker.observed(recorder.mark), recorder:
                 model(*args, **kwargs)
         except InputError:
             raise
         except Exception as error:
-            raise InputError(
-                f"the model rejects the example inputs: {type(error).__name__}: {error}. "
-                "Give what its forward takes: a tensor, a tuple of positional arguments or a dict of keyword arguments"
-            ) from error
+            raise _explained(model, example_inputs, error) from error
     return recorder.finish()
+
+
+def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -> InputError:
+    """Whose fault it is: the model runs without an observer, or it does not."""
+    what = f"{type(error).__name__}: {error}"
+    args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
+    try:
+        model(*args, **kwargs)
+    except Exception:
+        return InputError(
+            f"the model rejects the example inputs: {what}. "
+            "Give what its forward takes: a tensor, a tuple of positional arguments or a dict of keyword arguments"
+        )
+    return InputError(
+        f"the trace cannot follow this model, which runs without it ({what}). It observes plain tensors and torch's "
+        "own operations: pass ordinary tensors, and replace vmap, cond or a custom kernel for the trace"
+    )
 
 
 def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -445,11 +521,14 @@ def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
-def randomised_twin(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose parameters are all non-zero random numbers, the same ones at every call.
+def twin_of(model: nn.Module, randomised: bool = False) -> nn.Module:
+    """A copy of `model`, so that its buffers, gradients and caches stay as they are.
 
-    A zero-initialised branch end would make a test for ε = 0 vacuous, and a copy keeps the buffers, gradients and
-    caches of the user's model as they are.
+    `randomised` fills its parameters with non-zero random numbers, the same ones at every call: a zero-initialised
+    branch end would make a test for ε = 0 vacuous.
+
+    Raises:
+        InputError: the model cannot be copied.
     """
     try:
         twin = copy.deepcopy(model)
@@ -457,7 +536,8 @@ def randomised_twin(model: nn.Module) -> nn.Module:
         raise InputError(f"the model cannot be copied for the trace: {type(error).__name__}: {error}") from error
     for ours, copied in zip(model.parameters(), twin.parameters(), strict=True):
         vars(copied).update(vars(ours))  # mup keeps its width shapes there, and deepcopy drops them
-    randomise(twin)
+    if randomised:
+        randomise(twin)
     return twin
 
 
@@ -503,7 +583,10 @@ def _module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Ite
 def _copied(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-    return copy.deepcopy(leaf)
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # a generator, a lock: what cannot be copied is shared
+        return leaf
 
 
 @contextmanager
@@ -524,17 +607,61 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its name; wrappers of activation checkpointing and torch.compile add nothing to it."""
+    named: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        named[_plain(name)] = module  # of a wrapper and what it wraps, the latter comes last
+    return named
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by its name, as `plain_names` has it."""
+    return {_plain(name): parameter for name, parameter in model.named_parameters()}
+
+
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of a name that a plan gives.
+
+    Raises:
+        InputError: there is none any more.
+    """
+    module = plain_names(model).get(name)
+    if module is None:
+        raise InputError(f"the plan names the module {name}, which this {type(model).__name__} does not have")
+    return module
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in {"_orig_mod", "_checkpoint_wrapped_module"})
+
+
+def _homes(model: nn.Module) -> dict[tuple[int, str], str]:
+    """Where parameters live: (module, attribute) -> the parameter's name."""
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    held = [(module, own, p) for module in model.modules() for own, p in module._parameters.items() if p is not None]
+    return {(id(module), own): names[id(parameter)] for module, own, parameter in held}
+
+
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors in nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _with_multiplier(args: Any, position: int, multiplier: float) -> Any:
+def _with_multiplier(args: Any, position: int, multiplier: float, in_place: bool) -> Any:
     scaled = args[position] * multiplier
-    if position == 0:  # the operation may write there
+    if position == 0 and in_place:
         args[0].copy_(scaled)
         return args
-    return (args[0], scaled, *args[2:])
+    return tuple(scaled if place == position else arg for place, arg in enumerate(args))
+
+
+def _broadcasts(shapes: list[torch.Size]) -> bool:
+    """One of two shapes is that of their sum."""
+    try:
+        return torch.broadcast_shapes(*shapes) in shapes
+    except RuntimeError:
+        return False
 
 
 def _holds_zero(args: Any) -> bool:
@@ -580,6 +707,20 @@ def _argument(position: int | str, args: Any, kwargs: Any) -> Any:
     if isinstance(position, str):
         return kwargs.get(position)
     return args[position] if position < len(args) else None
+
+
+def _followed(tensor: Tensor) -> bool:
+    """Autograd follows the tensor, or will: reentrant checkpoints run a forward without it and once more with it."""
+    if torch.is_grad_enabled():
+        return tensor.requires_grad
+    return marker.checkpoints() > 0
+
+
+def _size(tensor: Tensor) -> float:
+    """The factor that a constant tensor is: its value, or where that varies the root mean square."""
+    if tensor.is_meta or not tensor.numel() or tensor.dtype.is_complex:
+        return 1.0
+    return float(tensor.detach().double().pow(2).mean().sqrt())
 
 
 def _peak(tensor: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite import marker
-from looptransfer.rewrite.graph import Handle
+from looptransfer.rewrite.graph import Handle, module_of
 
 OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε
 MARKS = "_looptransfer_marks"  # on a module whose forward sets marks: which mark -> ε
@@ -22,7 +22,7 @@ MARKS = "_looptransfer_marks"  # on a module whose forward sets marks: which mar
 
 def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
     """Multiply what `handle` names, from now on."""
-    module = model.get_submodule(handle.module)
+    module = module_of(model, handle.module)
     if OUTPUTS not in module.__dict__:
         try:
             module.__class__ = _scaled_class(type(module))
@@ -34,7 +34,6 @@ def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
         module.__dict__[OUTPUTS], module.__dict__[MARKS] = {}, {}
     if handle.mark is not None:
         module.__dict__[MARKS][handle.mark] = multiplier
-        marker.in_use()
     else:
         module.__dict__[OUTPUTS][handle.output] = multiplier
         _leave_fused_path(model, handle.module)
@@ -42,16 +41,16 @@ def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
 
 def clear_multipliers(model: nn.Module) -> None:
     """Give every module its own class back."""
-    for module in model.modules():
-        if OUTPUTS in module.__dict__:
-            del module.__dict__[OUTPUTS], module.__dict__[MARKS]
-            plain = [cls for cls in type(module).__mro__ if cls in _plain_classes]
-            if not plain or type(module) is not plain[0]:
-                raise InputError(
-                    f"a {type(module).__name__} was made of a rewritten module (FSDP does that); remove the "
-                    "multipliers before the model is wrapped"
-                )
-            module.__class__ = _plain_classes[plain[0]]
+    scaled = [module for module in model.modules() if OUTPUTS in module.__dict__]
+    for module in scaled:
+        if type(module) not in _plain_classes:
+            raise InputError(
+                f"a {type(module).__name__} was made of a rewritten module (FSDP does that); take the multipliers out "
+                "before the model is wrapped"
+            )
+    for module in scaled:
+        del module.__dict__[OUTPUTS], module.__dict__[MARKS]
+        module.__class__ = _plain_classes[type(module)]
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and FUSED in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop(FUSED)
@@ -64,7 +63,7 @@ def _leave_fused_path(model: nn.Module, name: str) -> None:
     """The fused path of torch's encoder layer in eval mode would pass the branch's module by."""
     parts = name.split(".")
     for end in range(len(parts)):
-        layer = model.get_submodule(".".join(parts[:end]))
+        layer = module_of(model, ".".join(parts[:end]))
         if isinstance(layer, nn.TransformerEncoderLayer) and FUSED not in layer.__dict__:
             layer.__dict__[FUSED] = layer.activation_relu_or_gelu
             layer.activation_relu_or_gelu = 0
@@ -84,11 +83,11 @@ def _scaled_class(cls: type[nn.Module]) -> type[nn.Module]:
             if not marks:
                 output = cls.forward(self, *args, **kwargs)
             else:
-                marker.scopes.append(marks)
+                before = marker.enter_scope(marks)
                 try:
                     output = cls.forward(self, *args, **kwargs)
                 finally:
-                    marker.scopes.pop()
+                    marker.leave_scope(before)
             for index, multiplier in self.__dict__[OUTPUTS].items():
                 output = _multiply(output, index, multiplier)
             return output
@@ -105,7 +104,6 @@ def _scaled_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
     """An empty scaled instance, for pickle and deepcopy: a class made at run time has no name to be found by."""
-    marker.in_use()
     return cls.__new__(_scaled_class(cls))
 
 

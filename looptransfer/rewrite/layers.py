@@ -1,9 +1,8 @@
 """How many unique layers hold the branches.
 
-Branches belong to blocks. A block is the module whose forward adds two or more of them; where a model's own forward
-adds the branches of modules that it keeps in lists, each element of a list is one. Siblings that are built alike are
-blocks of their own, and siblings that differ are parts of one: attention and MLP in lists of their own, or each in a
-residual wrapper, make one block a pair. What matters is consistency: doubling the blocks doubles L.
+Branches belong to blocks. A block is the module whose forward adds two or more of them, or an element of a module list
+that holds two or more. Where there are no such modules, each branch is a layer. What matters is consistency: doubling
+the blocks doubles L.
 """
 
 from collections import Counter, defaultdict
@@ -12,45 +11,38 @@ from torch import nn
 
 from looptransfer.rewrite.branches import Group
 
-LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
 def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
-    """The name of every group's block: a module, or where a block is spread over several, its first part."""
-    holders = [_holder(group) for group in groups]
+    """The name of every group's block."""
+    holders = [_holder(model, group) for group in groups]
     held = Counter(part for name in holders for part in _path(name))
-    numbered: dict[str, int] = {}
-    alike: Counter[tuple[str, str]] = Counter()
-    first = {(name, 0): name for name in holders if name and held[name] >= 2}  # it adds branches of its own
-    names = []
-    for group, holder in zip(groups, holders, strict=True):
-        around = next((part for part in reversed(_path(holder)) if held[part] >= 2), "")
-        unit = _unit(model, around, holder, group.handle.module)
-        if holder == around and around and unit.rpartition(".")[0] == around:
-            names.append(around)  # a block's own branch
-        elif held[unit] >= 2 or (not around and "." not in unit):
-            names.append(unit)  # in the model itself each branch is a layer
-        else:
-            if unit not in numbered:
-                build = (around, _build(model, unit, group))
-                numbered[unit] = alike[build]
-                alike[build] += 1
-            names.append(first.setdefault((around, numbered[unit]), unit))
-    spread = Counter(names)
-    return [_whole_block(held, name, spread) for name in names]
+    blocks = [name for name, times in held.items() if times >= 2 and _can_be_block(model, name)]
+    parts = {name: {_path(one)[len(_path(name))] for one in holders if one.startswith(name + ".")} for name in blocks}
+
+    def block_of(holder: str) -> str:
+        around = next((part for part in reversed(_path(holder)) if part in blocks), None)
+        if around is None:
+            return holder
+        element = _element(model, around, holder)
+        if element:
+            return element
+        whole = holder == around or around in holders or _in_list(model, around) or _differ(model, parts[around])
+        return around if whole else _path(holder)[len(_path(around))]
+
+    return [block_of(holder) for holder in holders]
 
 
-def _whole_block(held: Counter[str], name: str, spread: Counter[str]) -> str:
-    """The module around all parts of a block, where it holds nothing else."""
-    around = name.rpartition(".")[0]
-    return around if around and held[around] == spread[name] > held[name] else name
+def count_layers(blocks: list[str], groups: list[Group]) -> int:
+    """L: blocks of which every branch shares a matrix with a branch of the other are one block twice.
 
-
-def count_layers(blocks: list[str], matrices: list[frozenset[str]]) -> int:
-    """L: blocks of which every branch shares a matrix with a branch of the other are one block twice."""
-    parts: defaultdict[str, list[frozenset[str]]] = defaultdict(list)
-    for block, names in zip(blocks, matrices, strict=True):
-        parts[block].append(names)
+    Runs of one mark in the model's own forward that have no matrix in common are different layers.
+    """
+    parts: defaultdict[tuple[str, int], list[frozenset[str]]] = defaultdict(list)
+    for block, group in zip(blocks, groups, strict=True):
+        for place, names in enumerate(_apart(group) if block == str(group.handle) else [_together(group)]):
+            parts[block, place].append(names)
     unique: list[list[frozenset[str]]] = []
     for branches in parts.values():
         if not any(_tied(branches, one) and _tied(one, branches) for one in unique):
@@ -58,37 +50,56 @@ def count_layers(blocks: list[str], matrices: list[frozenset[str]]) -> int:
     return len(unique)
 
 
+def _together(group: Group) -> frozenset[str]:
+    return frozenset[str]().union(*(add.matrices for add in group.adds))
+
+
+def _apart(group: Group) -> list[frozenset[str]]:
+    """The matrices of a branch; several sets where its runs have none in common."""
+    sets: list[frozenset[str]] = []
+    for add in group.adds:
+        meeting = [one for one in sets if one & add.matrices or not add.matrices]
+        sets = [one for one in sets if one not in meeting] + [add.matrices.union(*meeting)]
+    return sets
+
+
 def _tied(these: list[frozenset[str]], those: list[frozenset[str]]) -> bool:
     return all(any(one & other for other in those) for one in these)
 
 
-def _holder(group: Group) -> str:
-    """The module whose forward adds the branch, or for a branch that the model's own forward adds, its handle."""
-    container = group.adds[0].container
-    return container[-1] if container and container[-1] else group.handle.module
+def _holder(model: nn.Module, group: Group) -> str:
+    """The module whose forward adds the branch; in the model itself or through a list, what hands the branch over."""
+    container = group.adds[0].container[-1] if group.adds[0].container else ""
+    if not container:
+        return group.handle.module or str(group.handle)
+    return group.handle.module if _element(model, container, group.handle.module) else container
 
 
 def _path(name: str) -> list[str]:
-    """A module's name and those around it, the outermost (the model, "") first."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
+    """A module's name and those around it, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _unit(model: nn.Module, around: str, holder: str, handle: str) -> str:
-    """The part of `around` that holds the branch; of a list, the element."""
-    name = holder if holder != around else handle
-    for part in _path(name):
-        inside = part != around and part.startswith(around + "." if around else "") and part
-        if inside and not isinstance(model.get_submodule(part), LISTS):
-            return part
-        parent = part.rpartition(".")[0]
-        if inside and parent != around and isinstance(model.get_submodule(parent), LISTS):
-            return part  # a list in a list is one element
-    return name
+def _in_list(model: nn.Module, name: str) -> bool:
+    return "." in name and isinstance(model.get_submodule(name.rpartition(".")[0]), (*LISTS, nn.Sequential))
 
 
-def _build(model: nn.Module, unit: str, group: Group) -> str:
-    """What a unit is made of: the classes in it and the shapes of its branch's matrices."""
-    classes = [type(module).__qualname__ for module in model.get_submodule(unit).modules()]
-    shapes = sorted(str(tuple(model.get_parameter(p).shape)) for p in group.parameters)
-    return " ".join([*classes, *(shapes if not classes[1:] else [])])
+def _can_be_block(model: nn.Module, name: str) -> bool:
+    if ":" in name:
+        return False  # a mark in the model itself
+    return _in_list(model, name) or not isinstance(model.get_submodule(name), (*LISTS, nn.Sequential))
+
+
+def _element(model: nn.Module, around: str, inside: str) -> str | None:
+    """The element of a list that stands between a module and one inside it."""
+    for part in _path(inside):
+        if part.startswith(around + ".") and isinstance(model.get_submodule(part.rpartition(".")[0]), LISTS):
+            return part if part.rpartition(".")[0] != around else None
+    return None
+
+
+def _differ(model: nn.Module, names: set[str]) -> bool:
+    """No two of the parts are built alike: attention and MLP, not two layers."""
+    builds = [tuple(type(module).__qualname__ for module in model.get_submodule(name).modules()) for name in names]
+    return len(set(builds)) == len(builds)

@@ -1,58 +1,80 @@
 """A mark that users set on a residual branch which no module of its own computes."""
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from looptransfer.errors import InputError
 
-# Of the modules whose forward runs now and holds marks: multiplier per mark. The innermost is the last.
-scopes: list[dict[str, float]] = []
-# During a trace: who is told of every mark.
-_observers: list[Callable[[Tensor, str], None]] = []
-# Multipliers exist somewhere in this process, so a mark that runs outside every scope may have lost its own.
-_in_use: list[bool] = []
+Scope = tuple[dict[str, float], int]  # the multiplier per mark of one module, and the checkpoints around its forward
+
+# Per thread. `scopes`: of the modules that hold marks and whose forward runs now, the innermost last. `observer`:
+# during a trace, who is told of every mark.
+_state = threading.local()
 
 
 def residual(branch: Tensor, name: str = "branch") -> Tensor:
     """Mark `branch` as a residual branch, in your own forward: `x = x + looptransfer.residual(f(x))`.
 
     The identity until `parametrize` gives it a multiplier; needed only where no module hands the branch over. The mark
-    belongs to the module whose forward runs it; two different branches in one forward need two names.
+    belongs to the module whose forward runs it; two different branches in one forward need two names. A function inside
+    a forward that activation checkpointing runs again cannot hold it: checkpoint the whole module.
 
     Args:
         branch: any shape.
         name: tells the marks of one forward apart.
 
     Raises:
-        InputError: run by activation checkpointing outside the module that it belongs to, where its multiplier is lost.
+        InputError: a checkpointed function inside the forward sets the mark.
     """
-    if _observers:
-        _observers[-1](branch, name)
-    if scopes:
-        multiplier = scopes[-1].get(name)
-        return branch if multiplier is None else branch * multiplier
-    if _in_use and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    observer = getattr(_state, "observer", None)
+    if observer is not None:
+        branch = branch.clone()  # what is marked is what is added, though the branch may go elsewhere too
+        observer(branch, name)
+    scopes: list[Scope] = list(getattr(_state, "scopes", ()))
+    multipliers, outside = scopes[-1] if scopes else ({}, 0)
+    if name not in multipliers:
+        return branch
+    if not torch.compiler.is_compiling() and checkpoints() > outside:
         raise InputError(
-            f"the mark {name!r} is recomputed in the backward pass outside its module's forward, so its multiplier is "
-            "lost; checkpoint the whole module that sets the mark, not a function inside its forward"
+            f"the mark {name!r} is set by a function that activation checkpointing runs again outside its module's "
+            "forward, where its multiplier would be lost; checkpoint the whole module that sets the mark"
         )
-    return branch
+    return branch * multipliers[name]
 
 
-def in_use() -> None:
-    """Note that some mark in this process has a multiplier."""
-    if not _in_use:
-        _in_use.append(True)
+def checkpoints() -> int:
+    """How many activation checkpoints are running."""
+    frame: Any = sys._getframe(1)
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_name == "checkpoint" and frame.f_code.co_filename.endswith("checkpoint.py")
+        frame = frame.f_back
+    return count
 
 
 @contextmanager
 def observed(observer: Callable[[Tensor, str], None]) -> Iterator[None]:
-    """Tell `observer` of every mark that runs."""
-    _observers.append(observer)
+    """Tell `observer` of every mark that runs in this thread."""
+    _state.observer = observer
     try:
         yield
     finally:
-        _observers.pop()
+        _state.observer = None
+
+
+def enter_scope(multipliers: dict[str, float]) -> tuple[Scope, ...]:
+    """The marks that run from now on are those of one module; returns the scopes to go back to."""
+    before: tuple[Scope, ...] = getattr(_state, "scopes", ())
+    _state.scopes = (*before, (multipliers, 0 if torch.compiler.is_compiling() else checkpoints()))
+    return before
+
+
+def leave_scope(before: tuple[Scope, ...]) -> None:
+    """Undo `enter_scope`."""
+    _state.scopes = before

@@ -25,6 +25,7 @@ REASONS = {
     "inner": "it lies inside a scaled branch and never becomes the stream",
     "gated": "the skip is scaled",
     "fused": "the operation that adds computes the branch",
+    "time": "a recurrence over time",
     "leaf": "not declared as a branch",
 }
 
@@ -181,8 +182,8 @@ def make_plan(
             "Check that the example inputs reach the looped layers and that the model was not compiled"
         )
     blocks = find_blocks(model, groups)
-    layers = layers or count_layers(blocks, [group.parameters & found.matrices for group in groups])
-    drafts = tuple(_branch(found, group, block) for group, block in zip(groups, blocks, strict=True))
+    layers = layers or count_layers(blocks, groups)
+    drafts = tuple(_branch(model, found, group, block) for group, block in zip(groups, blocks, strict=True))
     plan = ScalingPlan(
         rule,
         lam,
@@ -216,8 +217,8 @@ def looped_visits(plan: ScalingPlan, loops: float) -> list[float]:
     return [whole if branch.visits > 1 else 1 for branch in plan.branches]
 
 
-def _branch(found: Trace, group: Group, block: str) -> Branch:
-    names, unfoldable = last_maps(found, group)
+def _branch(model: nn.Module, found: Trace, group: Group, block: str) -> Branch:
+    names, unfoldable = last_maps(model, found, group)
     handle = group.handle
     return Branch(
         layer=block,
@@ -247,6 +248,7 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
     data["branches"] = tuple(_strict(Branch, branch) for branch in data["branches"])
     data["left_alone"] = tuple(_strict(LeftAlone, left) for left in data["left_alone"])
     data["caveats"] = tuple(data["caveats"])
+    data["on_stream"] = {str(name): int(times) for name, times in data["on_stream"].items()}
     plan: ScalingPlan = _strict(cls, data)
     check_rule(plan.rule)
     for branch in plan.branches:

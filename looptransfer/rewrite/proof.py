@@ -2,79 +2,97 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.branches import DECLARE, Group, find_groups
-from looptransfer.rewrite.graph import ANY, ExampleInputs, Site, record
-from looptransfer.rewrite.insert import clear_multipliers, set_multiplier
+from looptransfer.rewrite.branches import DECLARE, DECLARED, Group, find_groups
+from looptransfer.rewrite.graph import ANY, ExampleInputs, Handle, Site, record, twin_of
+from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rewrite.plan import ScalingPlan
-from looptransfer.rewrite.trace import Trace, trace
+from looptransfer.rewrite.trace import trace
+
+SEED = 1  # of what a model draws while it is put to the proof
 
 
-def prove(twin: nn.Module, example_inputs: ExampleInputs, found: Trace, plan: ScalingPlan) -> dict[str, int]:
-    """Run three checks on `twin`, and return the parameters that escape ε, with how often each is used.
+@dataclass(frozen=True)
+class Proof:
+    """What the checks have shown beside the plan's being right."""
+
+    on_stream: dict[str, int]  # parameters that escape every ε and are used again and again: how often
+    varies: bool  # other weights and random numbers gave other visits
+
+
+def prove(twin: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan) -> Proof:
+    """Run three checks on copies of `twin`, a randomised copy of a model without multipliers.
 
     1. With every ε = 0, every branch operand is exactly zero.
     2. With every ε = 0, a parameter used twice or more that the output still depends on is under no scaled branch: it
-       acts on the stream, and is returned.
+       acts on the stream, and is reported.
     3. With a different ε on every branch, the rewritten copy computes what the plain one computes when the operands of
        the traced additions are multiplied: the handles are those branches and nothing else.
 
     Raises:
         InputError: a check fails, so that no faithful rewrite is known.
     """
+    found = trace(twin_of(twin), example_inputs, seed=SEED)
     groups = find_groups(twin, found, [branch.module for branch in plan.branches] if plan.declared else None)
-    expected = {add.site for group in groups for add in group.adds if add.source != "declared"}
-    for group in groups:
-        set_multiplier(twin, group.handle, 0.0)
-    silent = trace(twin, example_inputs, peaks=True)
-    _check_silenced(silent, expected)
-    uses = found.graph.uses
-    escaping = {name: uses[name] for name in sorted(silent.graph.reaching) if uses[name] > 1}
-    if all(add.source != "declared" for group in groups for add in group.adds):
-        _check_equality(twin, example_inputs, found, groups)
-    clear_multipliers(twin)
-    return escaping
+    recognised = [group for group in groups if group.adds[0].source != DECLARED]
 
-
-def _check_silenced(silent: Trace, expected: set[tuple[str, tuple[str, ...]]]) -> None:
+    silent = trace(_with(twin, {group.handle: 0.0 for group in groups}), example_inputs, seed=SEED, peaks=True)
+    expected = {add.site for group in recognised for add in group.adds}
     adds = [add for add in silent.adds if add.site in expected and add.kind != "composite"]
     leaking = sorted({add.source for add in adds if not (add.peak == 0 or math.isnan(add.peak))})
-    if not leaking and {add.site for add in adds} != expected:
-        leaking = ["an addition that is no residual add then"]
-    if leaking:
+    if leaking or {add.site for add in adds} != expected:
         raise InputError(
-            f"with every multiplier at 0 the stream still receives something at: {', '.join(leaking)}. The branch "
-            "found is not what is added there, so no faithful rewrite is known. Mark it: "
-            f"x + looptransfer.residual(…). {DECLARE}"
+            "with every multiplier at 0 the stream still receives something at: "
+            f"{', '.join(leaking) or 'an addition that is no residual add then'}. The branch found is not what is "
+            f"added there, so no faithful rewrite is known. Mark it: x + looptransfer.residual(…). {DECLARE}"
         )
+    if len(recognised) == len(groups):
+        runs = Counter(total.site for total in found.graph.sums)
+        _check_equality(twin, example_inputs, groups, runs)
+    uses = found.graph.uses
+    visits = {group.handle: group.visits for group in groups}
+    return Proof(
+        {name: uses[name] for name in sorted(silent.graph.reaching) if uses[name] > 1},
+        varies=visits != {branch.handle: branch.visits for branch in plan.branches},
+    )
 
 
-def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, found: Trace, groups: list[Group]) -> None:
+def _with(twin: nn.Module, multipliers: dict[Handle, float]) -> nn.Module:
+    """A fresh copy with multipliers: what a forward leaves in a module does not reach the next one."""
+    scaled = twin_of(twin)
+    for handle, multiplier in multipliers.items():
+        set_multiplier(scaled, handle, multiplier)
+    return scaled
+
+
+def _check_equality(
+    twin: nn.Module, example_inputs: ExampleInputs, groups: list[Group], runs: Counter[tuple[str, tuple[str, ...]]]
+) -> None:
     scale: dict[Site, tuple[int, float]] = {}
+    multipliers: dict[Handle, float] = {}
     for number, together in enumerate(_added_together(groups)):
         multiplier = 0.25 + 0.5 * math.modf(0.618 * number)[0]
         for group in together:
-            set_multiplier(twin, group.handle, multiplier)
+            multipliers[group.handle] = multiplier
             scale |= {(*add.site, add.occurrence): (add.position, multiplier) for add in group.adds}
-    runs = Counter(total.site for total in found.graph.sums)
     for (line, container), times in runs.items():  # other values may loop more often; all runs of a line may be alike
         alike = {scale.get((line, container, occurrence)) for occurrence in range(times)}
         if len(alike) == 1 and (one := alike.pop()):
             scale[line, container, ANY] = one
-    rewritten = record(twin, example_inputs).results
-    clear_multipliers(twin)
-    wanted = record(twin, example_inputs, scale=scale).results
-    for ours, theirs in zip(rewritten, wanted, strict=True):
-        if not agree(ours, theirs, twin):
-            raise InputError(
-                f"multiplying what {', '.join(str(g.handle) for g in groups[:4])}… hand over is not the same as "
-                "multiplying what is added to the stream, so no faithful rewrite is known. Mark the branches: "
-                f"x + looptransfer.residual(…). {DECLARE}"
-            )
+    rewritten = record(_with(twin, multipliers), example_inputs, seed=SEED).results
+    wanted = record(twin_of(twin), example_inputs, seed=SEED, scale=scale).results
+    if not all_agree(rewritten, wanted, twin):
+        names = ", ".join(str(group.handle) for group in groups[:4])
+        raise InputError(
+            f"multiplying what {names}{', …' * (len(groups) > 4)} hand over is not the same as multiplying what is "
+            "added to the stream, so no faithful rewrite is known. Mark the branches: "
+            f"x + looptransfer.residual(…). {DECLARE}"
+        )
 
 
 def _added_together(groups: list[Group]) -> list[list[Group]]:
@@ -87,17 +105,23 @@ def _added_together(groups: list[Group]) -> list[list[Group]]:
     return parts
 
 
-def agree(ours: Tensor, theirs: Tensor, model: nn.Module) -> bool:
-    """Two results are the same but for rounding: within 1e-4 of their norm in float32, 6 % in bfloat16."""
+def all_agree(ours: list[Tensor], theirs: list[Tensor], model: nn.Module) -> bool:
+    """Two runs gave the same but for rounding: within 1e-4 of the norm in float32, 6 % in bfloat16."""
+    if len(ours) != len(theirs):
+        return False
+    dtypes = {tensor.dtype for tensor in [*ours, *model.parameters()] if tensor.is_floating_point()}
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        dtypes.add(torch.bfloat16)
+    coarsest = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    room = 1e-8 if coarsest < 1e-12 else max(8 * coarsest, 1e-4)
+    return all(_agree(a, b, room) for a, b in zip(ours, theirs, strict=True))
+
+
+def _agree(ours: Tensor, theirs: Tensor, room: float) -> bool:
     if not ours.is_floating_point() or ours.is_meta:
         return True
-    dtypes = {ours.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
-    if torch.is_autocast_enabled(ours.device.type):
-        dtypes.add(torch.get_autocast_dtype(ours.device.type))
-    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-    room = 1e-8 if coarsest < 1e-12 else max(8 * coarsest, 1e-4)
     a, b = ours.detach().double(), theirs.detach().double()
     finite = a.isfinite() & b.isfinite()
-    if not torch.equal(a.isfinite(), b.isfinite()):
+    if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
         return False
     return float((a - b)[finite].norm()) <= room * float(b[finite].norm())

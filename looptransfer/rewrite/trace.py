@@ -6,15 +6,16 @@ is written out, a manual norm or RoPE would qualify.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 from torch import nn
 
 from looptransfer.rewrite.graph import ExampleInputs, Graph, Sum, record
 
-Kind = Literal["leaf", "composite", "inner", "gated", "fused"]
+Kind = Literal["leaf", "composite", "inner", "gated", "fused", "time"]
 # Operations through which a skip is still a skip, though a scaled one.
 ELEMENTWISE = {
     "mul",
@@ -36,8 +37,8 @@ class ResidualAdd:
     """One execution of one residual add.
 
     leaf: the branch is to be scaled. composite: the branch holds the stream itself (an input injection, a long skip).
-    inner: it lies inside a leaf's branch and never becomes the stream. gated: the skip is scaled. fused: the branch is
-    computed by the very operation that adds it.
+    inner: it stands alone inside a leaf's branch and never becomes the stream. gated: the skip is scaled. fused: the
+    branch is computed by the very operation that adds it. time: a recurrence over time, not depth.
     """
 
     kind: Kind
@@ -47,7 +48,8 @@ class ResidualAdd:
     branch: int
     total: int
     way: frozenset[int]  # the nodes from the stream to the branch
-    parameters: frozenset[str]  # those that act on that way
+    parameters: frozenset[str]  # those that enter on that way, outside the branches inside it
+    matrices: frozenset[str]  # those of them that act as matrices
     position: int = 1  # which operand of the addition is the branch
     occurrence: int = 0  # which run of this line in these modules
     followed: bool = True  # autograd follows the stream into the add
@@ -64,28 +66,31 @@ class Trace:
     """What one forward did, and its residual adds in the order they ran."""
 
     graph: Graph
-    matrices: frozenset[str]
     adds: list[ResidualAdd] = field(default_factory=list)
+
+    def matrices_on(self, nodes: Iterable[int]) -> frozenset[str]:
+        """The matrices that act at these nodes."""
+        return frozenset[str]().union(*(self.graph.nodes[n].matrices for n in nodes))
 
     def of(self, kind: Kind) -> list[ResidualAdd]:
         """The adds of one kind."""
         return [add for add in self.adds if add.kind == kind]
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs, peaks: bool = False) -> Trace:
-    """Run `model` once on `example_inputs` and report its residual adds; arguments and errors as for `record`."""
-    graph = record(model, example_inputs, peaks)
-    matrices = frozenset(name for name, parameter in model.named_parameters() if parameter.ndim >= 2)
-    found = Trace(graph, matrices)
-    found.adds += [add for add in map(_Judge(found).judge, graph.sums) if add is not None]
+def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Trace:
+    """Run `model` once on `example_inputs` and report its residual adds; options and errors as for `record`."""
+    found = Trace(record(model, example_inputs, **options))
+    found.adds += [add for add in map(_Judge(found).judge, found.graph.sums) if add is not None]
+    _tell_time(found)
     _tell_composites(found)
-    _tell_inner(found)
+    _tell_nested(found)
+    _note_parameters(found)
     return found
 
 
 class _Judge:
     def __init__(self, found: Trace) -> None:
-        self.graph, self.matrices = found.graph, found.matrices
+        self.found, self.graph = found, found.graph
         self.streams: set[int] = set()  # sums of residual adds
         self.added: defaultdict[tuple[str, tuple[str, ...]], set[int]] = defaultdict(set)  # operands so far, by site
 
@@ -96,6 +101,8 @@ class _Judge:
 
     def _residual(self, total: Sum) -> ResidualAdd | None:
         for s, b in self._pairs(total):
+            if not total.whole[s]:
+                continue
             stream, branch = total.operands[s], total.operands[b]
             root, gated = self._root(stream, branch, total.fused), total.scaled[s]
             if root is None and len(total.operands) <= 3:
@@ -103,14 +110,11 @@ class _Judge:
             if root is None:
                 continue
             way = self.graph.way(root, branch) if root != branch else [branch]
-            learned = frozenset[str]().union(*(self.graph.nodes[n].parameters for n in way))
-            if total.fused:
-                learned |= self.graph.nodes[total.node].parameters
-            if not learned & self.matrices:
+            if not self.found.matrices_on([*way, total.node] if total.fused else way):
                 continue
             if not self.graph.nodes[root].data and (root in self.added[total.site] or self.streams & set(way)):
                 continue  # a table or a bias has become an ancestor of everything by the second visit
-            return self._add(total, s, b, frozenset(way), learned, gated)
+            return self._add(total, s, b, frozenset(way), gated)
         return None
 
     @staticmethod
@@ -120,9 +124,7 @@ class _Judge:
         streams = [0] if total.fused and total.name != "sum" and "::" not in total.name else places
         return [(s, b) for s in streams for b in places if s != b]
 
-    def _add(
-        self, total: Sum, s: int, b: int, way: frozenset[int], learned: frozenset[str], gated: bool
-    ) -> ResidualAdd:
+    def _add(self, total: Sum, s: int, b: int, way: frozenset[int], gated: bool) -> ResidualAdd:
         stream, branch = total.operands[s], total.operands[b]
         inside = not total.fused and any(n in self.streams for n in self.graph.same(branch))
         kind: Kind = "composite" if inside else "gated" if gated else "fused" if total.fused else "leaf"
@@ -137,7 +139,8 @@ class _Judge:
             branch,
             total.node,
             way,
-            learned,
+            frozenset(),
+            frozenset(),
             b,
             total.occurrence,
             followed=total.gradient[s] if total.gradient else True,
@@ -169,26 +172,91 @@ class _Judge:
                     queue.append(node.repeats)
 
 
+def _tell_time(found: Trace) -> None:
+    """A recurrence over time: one add after the other reads another slice of the same input."""
+    sites: defaultdict[tuple[str, tuple[str, ...]], list[ResidualAdd]] = defaultdict(list)
+    for add in found.of("leaf"):
+        sites[add.site].append(add)
+    for adds in sites.values():
+        read = [_slices_read(found, add) for add in adds] if len(adds) > 1 else []
+        for source in {source for one in read for source, _ in one}:
+            reading = [
+                (add, frozenset(offset for s, offset in one if s == source))
+                for add, one in zip(adds, read, strict=True)
+                if any(s == source for s, _ in one)
+            ]
+            apart = len({offsets for _, offsets in reading}) == len(reading) > 1
+            if apart and all(found.graph.precedes(a.total, b.total) for (a, _), (b, _) in pairwise(reading)):
+                for add, _ in reading:
+                    add.kind = "time"
+
+
+def _slices_read(found: Trace, add: ResidualAdd) -> frozenset[tuple[int, int]]:
+    """Which parts of which data a branch reads that do not come from its stream."""
+    nodes, graph = found.graph.nodes, found.graph
+    fresh = {s for n in add.way for s in nodes[n].sources if s not in add.way and s != add.stream and nodes[s].data}
+    fresh = {s for s in fresh if not graph.precedes(add.stream, s)}
+    own = {one for n in add.way for one in nodes[n].slices if one[0] in fresh}
+    return frozenset(own | {one for s in fresh for one in nodes[s].slices if nodes[one[0]].data})
+
+
 def _tell_composites(found: Trace) -> None:
     """A branch that runs through its own site again holds the stream: the add injects something into it."""
     totals = {add.total: add for add in found.adds}
-    sites = {add.site for add in found.adds if add.kind == "composite"}
+    again = {add.site for add in found.adds if add.kind == "composite"}
     for add in [*found.of("leaf"), *found.of("gated")]:
-        if any(totals[n].site == add.site for n in add.way & totals.keys()):
-            sites.add(add.site)
+        inside = [totals[n] for n in add.way & totals.keys()]
+        mine = found.matrices_on(add.way)
+        if any(one.site == add.site and found.matrices_on(one.way) & mine for one in inside):
+            again.add(add.site)
     for add in found.adds:
-        if add.site in sites and add.kind in {"leaf", "gated"}:
+        if add.site in again and add.kind in {"leaf", "gated"}:
             add.kind = "composite"
+            found.graph.nodes[add.total].repeats = add.branch
 
 
-def _tell_inner(found: Trace) -> None:
-    """An add is inner if all that is made of its sum ends in one leaf's branch."""
+def _tell_nested(found: Trace) -> None:
+    """What becomes of residual adds inside the branch of another one.
+
+    An add that stands alone there and feeds nothing else is part of that branch: inner. Adds that follow each other
+    make a stream of their own and are leaves; the outer add is one too if a matrix of its own comes after them, and
+    else only hands that stream on: composite.
+    """
     users = {add.total: found.graph.users(add.total) for add in found.adds}
-    inner: set[int] = set()
-    for leaf in reversed(found.of("leaf")):
-        if leaf.total in inner:
-            continue
-        for add in found.adds:
-            if add.total in leaf.way and users[add.total] <= leaf.way | {leaf.total}:
-                inner.add(add.total)
+    for outer in found.of("leaf"):
+        inside = [add for add in found.adds if add.total in outer.way and add is not outer]
+        inside = [add for add in inside if users[add.total] <= outer.way | {outer.total}]
+        stream = [add for add in inside if add.kind == "leaf"]
+        if any(_follows(found, a, b) for a, b in pairwise(stream)):
+            within = frozenset[int]().union(*(add.way for add in inside))
+            after = [n for n in outer.way - within if any(found.graph.precedes(add.total, n) for add in stream)]
+            if not found.matrices_on(after):
+                outer.kind = "composite"
+                found.graph.nodes[outer.total].repeats = outer.branch
+        elif outer.kind == "leaf":
+            for add in stream:
                 add.kind = "inner"
+        for add in inside:
+            if add.kind in {"gated", "time", "fused"}:
+                add.kind = "inner"
+
+
+def _follows(found: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:
+    """The second adds to the stream that the first added to, possibly normalised between."""
+    if first.total in found.graph.same(then.stream):
+        return True
+    if not found.graph.precedes(first.total, then.stream):
+        return False
+    return not found.matrices_on(found.graph.way(first.total, then.stream))
+
+
+def _note_parameters(found: Trace) -> None:
+    """What acts in a branch is not what acts in the branches inside it."""
+    leaves = found.of("leaf")
+    for add in found.adds:
+        within = frozenset[int]().union(*(one.way for one in leaves if one.total in add.way and one is not add))
+        own = add.way - within
+        if add.kind == "fused":
+            own |= {add.total}
+        add.parameters = frozenset[str]().union(*(found.graph.nodes[n].parameters for n in own))
+        add.matrices = found.matrices_on(own)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import looptransfer as lt
-from looptransfer.rewrite.graph import Handle, call_arguments, randomised_twin
+from looptransfer.rewrite.graph import Handle, call_arguments, twin_of
 from looptransfer.rewrite.trace import Trace, trace
 from tests import models
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
@@ -154,7 +154,7 @@ def test_example_inputs_are_a_tensor_a_tuple_or_keywords() -> None:
 def test_the_twin_is_full_of_non_zero_numbers_and_always_the_same() -> None:
     model = small_decoder()
     nn.init.zeros_(model.layers[0].mlp.down.weight)
-    first, second = randomised_twin(model), randomised_twin(model)
+    first, second = twin_of(model, randomised=True), twin_of(model, randomised=True)
     assert all((p != 0).all() for p in first.parameters())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert first.head.weight is first.embedding.weight
@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = models.ResidualMLP()
     model.handle = (line for line in [""])
     with pytest.raises(lt.InputError, match=r"cannot be copied for the trace: TypeError: .*generator"):
-        randomised_twin(model)
+        twin_of(model, randomised=True)
 
 
 def test_a_skip_scaled_by_a_constant_tensor_is_no_residual_add() -> None:
