@@ -993,6 +993,29 @@ class DeepBranch(nn.Module):
         return deep
 
 
+class BottleneckBlock(nn.Module):
+    """Residual layers in a narrow space of their own, added in the block's own forward; as in MobileBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(WIDTH, WIDTH // 2), nn.Linear(WIDTH // 2, WIDTH)
+        self.first, self.second = mlp(WIDTH // 2), mlp(WIDTH // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.narrow(x)
+        y = y + self.first(y)
+        y = y + self.second(y)
+        return x + self.wide(y)
+
+
+class MaskedBlock(Branch):
+    """Masks are added too, and they are no numbers to be measured."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x > 0) + (x < -1)
+        return x + self.f(x) * mask
+
+
 FEEDS: dict[str, Callable[[], nn.Module]] = {
     "routed experts": Routed,
     "routed experts and a shared one": lambda: Routed(shared=True),
@@ -1018,6 +1041,14 @@ for name, kind in {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}.items():
         lambda kind=kind: Looped([RNNBlock(kind)]),
         *per_block("blocks", ["rnn[0]", "mlp"], 3),
     )
+
+add(
+    "residual layers inside, in one forward",
+    "inside a branch",
+    lambda: Looped([BottleneckBlock(), BottleneckBlock()]),
+    *per_block("blocks", ["wide"], 3, 2),
+)
+add("masks that are added", "inside a branch", lambda: Looped([MaskedBlock()]), *per_block("blocks", ["f"], 3))
 
 # -- Hugging Face, x-transformers, PEFT
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.graph import Graph, Handle, module_of, named_parameters
+from looptransfer.rewrite.graph import Graph, Handle, Node, module_of, named_parameters
 from looptransfer.rewrite.trace import Kind, ResidualAdd, Trace
 
 # Operations whose result is proportional to the learned tensors that enter there, weight and bias together.
@@ -37,7 +37,7 @@ class Group:
     parameters: frozenset[str] = frozenset()
     visits: int = 0
     nodes: set[int] = field(default_factory=set)  # where the handle handed the branch over
-    routes: list[tuple[int, ...]] = field(default_factory=list)  # from each add back to there
+    routes: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)  # from each add, and its own factor
     ends: list[End] = field(default_factory=list)
 
 
@@ -58,7 +58,7 @@ def find_groups(model: nn.Module, found: Trace, declared: list[str] | None) -> l
         groups = _traced(found)
     _count_visits(model, found, groups)
     for group in groups:
-        group.ends = [end for way in group.routes for end in _ends(found, group, way)]
+        group.ends = [end for route in group.routes for end in _ends(found, group, *route)]
     return groups
 
 
@@ -86,7 +86,8 @@ def _traced(found: Trace) -> list[Group]:
             if add not in group.adds[-1:]:  # chunks are handed over apart and added together
                 group.adds.append(add)
             group.nodes.add(way[-1])
-            group.routes.append(way)
+            weights = found.graph.nodes[add.total].weights
+            group.routes.append((weights[add.position] if weights else 1.0, way))
     for handle in _marks_left_over(found, groups):
         groups[handle] = _marked_alone(found, handle)
     return list(groups.values())
@@ -216,7 +217,7 @@ def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
     places = _places(found, handles[0])
     adds = [add for add in found.of("leaf") if set(places) & set(_proportional(graph, add.branch, add.way))]
     if adds:
-        return Group(handles[0], adds, nodes=set(places), routes=[(n,) for n in places])
+        return Group(handles[0], adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
     canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
     owned = {p: canonical[id(p)] for p in module_of(model, name).parameters()}
     matrices = frozenset(name for p, name in owned.items() if p.ndim >= 2)
@@ -228,7 +229,7 @@ def _standing_for_itself(
 ) -> Group:
     """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
     adds = [ResidualAdd("leaf", DECLARED, (), n, n, n, frozenset([n]), parameters, matrices) for n in places]
-    return Group(handle, adds, nodes=set(places), routes=[(n,) for n in places])
+    return Group(handle, adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
 
 
 def _places(found: Trace, handle: Handle) -> list[int]:
@@ -289,10 +290,10 @@ def _count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> None:
         group.parameters = acting | {canonical[id(parameter)] for parameter in owned}
 
 
-def _ends(found: Trace, group: Group, route: tuple[int, ...]) -> list[End]:
+def _ends(found: Trace, group: Group, weight: float, route: tuple[int, ...]) -> list[End]:
     """Follow a branch from its add back to its last learned maps."""
     walk = _Walk(found, frozenset[int]().union(*(add.way for add in group.adds)))
-    outside = walk.share(route[0], route[-1])
+    outside = weight * walk.share(route[0], route[-1])
     return [End(number, outside * share, walk.learned(number)) for number, share in walk.shares(route[-1]).items()]
 
 
@@ -320,7 +321,12 @@ class _Walk:
             sum(weight * self.share(source, part) for source, weight in zip(way, weights, strict=False))
             for way in node.proportional_to
         ]
-        return node.factor * next((way for way in ways if way), 0.0)
+        return self._factor(node) * next((way for way in ways if way), 0.0)
+
+    def _factor(self, node: Node) -> float:
+        """Drop path divides by the share that it keeps, before its mask and in training only: no factor on average."""
+        before = abs(self.nodes[node.sources[0]].factor) if node.masked else 1.0
+        return node.factor / before if before > 1 else node.factor
 
     def learned(self, number: int) -> frozenset[str]:
         node = self.nodes[number]
@@ -328,9 +334,7 @@ class _Walk:
 
     def _shares(self, number: int) -> dict[int, float]:
         node = self.nodes[number]
-        factor = node.factor
-        if node.masked and abs(self.nodes[node.sources[0]].factor) > 1:
-            factor /= abs(self.nodes[node.sources[0]].factor)  # drop path divides by the share it keeps, in training
+        factor = self._factor(node)
         if node.parameters:
             mine = {number: factor}
             if node.op == "add":  # a bias that is added apart: it and the map before it end the branch together
@@ -385,7 +389,7 @@ def gates(found: Trace, group: Group) -> frozenset[str]:
     nodes = found.graph.nodes
     inside = frozenset[int]().union(*(add.way for add in group.adds))
     found_gates = frozenset[str]()
-    for route in group.routes:
+    for _, route in group.routes:
         for number in route[:-1]:
             found_gates |= nodes[number].parameters if nodes[number].op in {"mul", "div"} else frozenset()
     for end in group.ends:

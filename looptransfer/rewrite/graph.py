@@ -127,8 +127,6 @@ class Graph:
     nodes: list[Node]
     sums: list[Sum]
     calls: Counter[Handle]  # how often a module ran (as a handle without output) or a mark was met
-    uses: Counter[str]  # how often one operator took a parameter up, table look-ups apart
-    touched: frozenset[str]  # parameters that met data at all
     outputs: tuple[int, ...]  # the nodes that the model handed back
     results: list[Tensor]  # the tensors that it handed back
     reaching: frozenset[str]  # parameters that the output depends on, other than through a branch multiplied by 0
@@ -140,6 +138,21 @@ class Graph:
         if not self.outputs:
             return -1  # it handed back nothing that we know how to open
         return functools.reduce(lambda seen, n: seen | self.nodes[n].ancestors | 1 << n, self.outputs, 0)
+
+    @functools.cached_property
+    def touched(self) -> frozenset[str]:
+        """Parameters that met data."""
+        return frozenset[str]().union(*(node.parameters for node in self.nodes if node.data))
+
+    def repeats(self, parameter: str) -> int:
+        """How often a parameter acts on what it acted on before; of a table or a stack of weights, the same part."""
+        chains: dict[int, tuple[int, int]] = {}  # node -> (part, how manieth in a row)
+        for number, node in enumerate(self.nodes):
+            if node.data and parameter in node.parameters:
+                part = max((o for s, o in node.slices if parameter in self.nodes[s].parameters), default=0)
+                earlier = [n for old, (one, n) in chains.items() if one == part and self.precedes(old, number)]
+                chains[number] = (part, 1 + max(earlier, default=0))
+        return max((n for _, n in chains.values()), default=0)
 
     def users(self, number: int) -> set[int]:
         """What is computed from a node and reaches the model's output."""
@@ -190,8 +203,6 @@ class Recorder(TorchDispatchMode):
         self.runs: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self.running: list[str] = []
         self.calls: Counter[Handle] = Counter()
-        self.uses: Counter[tuple[str, str]] = Counter()
-        self.touched: frozenset[str] = frozenset()
         self.sums: list[Sum] = []
         self.outputs: list[int] = []
         self.results: list[Tensor] = []
@@ -267,14 +278,11 @@ class Recorder(TorchDispatchMode):
             if number is not None and name not in SHAPED_LIKE and _key(tensor) not in overwritten
         ]
         results = {_key(tensor): tensor for tensor in [*written, *tensors(out)]}
-        if any(self.nodes[number].data for number in sources):
-            learned = frozenset[str]().union(*(self.nodes[n].parameters for n in sources if not self.nodes[n].data))
-            self.touched |= learned
-            self.uses.update((parameter, name) for parameter in learned if name != "embedding")
         for key, tensor in results.items():  # a view shares its base's key, and so its node
             if key not in self.owner or any(key == _key(one) for one in written):
                 self._own(tensor, self._derive(name, args, kwargs, sources, before, parts))
-                self.nodes[-1].index = not (tensor.is_floating_point() or tensor.is_complex())
+                if not (tensor.is_floating_point() or tensor.is_complex()):
+                    self.nodes[-1].index, self.nodes[-1].reaching = True, 0
         self._look_for_sum(func, name, args, kwargs, inputs, before, shapes, out, site, peaks)
         return out
 
@@ -445,14 +453,11 @@ class Recorder(TorchDispatchMode):
             self.fused_kernels.append(_source())
 
     def finish(self) -> Graph:
-        uses: Counter[str] = Counter()
-        for (parameter, _), times in self.uses.items():
-            uses[parameter] = max(uses[parameter], times)
         mask = functools.reduce(lambda seen, number: seen | self.nodes[number].reaching, self.outputs, 0)
         reaching = frozenset(name for place, name in enumerate(self.parameters) if mask >> place & 1)
         kernels = tuple(dict.fromkeys(self.fused_kernels))
         outputs = tuple(self.outputs)
-        return Graph(self.nodes, self.sums, self.calls, uses, self.touched, outputs, self.results, reaching, kernels)
+        return Graph(self.nodes, self.sums, self.calls, outputs, self.results, reaching, kernels)
 
 
 def record(

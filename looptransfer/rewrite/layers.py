@@ -5,11 +5,13 @@ that holds two or more. Where there are no such modules, each branch is a layer.
 the blocks doubles L.
 """
 
+import re
 from collections import Counter, defaultdict
 
 from torch import nn
 
 from looptransfer.rewrite.branches import Group
+from looptransfer.rewrite.graph import module_of
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
 
@@ -19,19 +21,21 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
     holders = [_holder(model, group) for group in groups]
     held = Counter(part for name in holders for part in _path(name))
     blocks = [name for name, times in held.items() if times >= 2 and _can_be_block(model, name)]
-    parts = {name: {_path(one)[len(_path(name))] for one in holders if one.startswith(name + ".")} for name in blocks}
+    places = [next((part for part in reversed(_path(name)) if part in blocks), "") for name in holders]
+    units = [_unit(model, around, name) if around else name for around, name in zip(places, holders, strict=True)]
+    apart = _numbered(model, holders, groups)
 
-    def block_of(holder: str) -> str:
-        around = next((part for part in reversed(_path(holder)) if part in blocks), None)
-        if around is None:
+    def block_of(around: str, holder: str, unit: str, group: Group) -> str:
+        if not around:
             return holder
-        element = _element(model, around, holder)
-        if element:
-            return element
-        whole = holder == around or around in holders or _in_list(model, around) or _differ(model, parts[around])
-        return around if whole else _path(holder)[len(_path(around))]
+        if holder == around:
+            return group.handle.module if around in apart else around
+        siblings = {one for one, where in zip(units, places, strict=True) if where == around and one != around}
+        if _element(model, around, holder):
+            return around if _in_list(model, around) and _differ(model, siblings) else unit
+        return around if around in holders or _in_list(model, around) or _differ(model, siblings) else unit
 
-    return [block_of(holder) for holder in holders]
+    return [block_of(*one) for one in zip(places, holders, units, groups, strict=True)]
 
 
 def count_layers(blocks: list[str], groups: list[Group]) -> int:
@@ -97,6 +101,23 @@ def _element(model: nn.Module, around: str, inside: str) -> str | None:
         if part.startswith(around + ".") and isinstance(model.get_submodule(part.rpartition(".")[0]), LISTS):
             return part if part.rpartition(".")[0] != around else None
     return None
+
+
+def _unit(model: nn.Module, around: str, holder: str) -> str:
+    """The part of a module that holds a branch."""
+    below = _path(holder)[len(_path(around)) :]
+    return _element(model, around, holder) or (below[0] if below else holder)
+
+
+def _numbered(model: nn.Module, holders: list[str], groups: list[Group]) -> set[str]:
+    """Modules that add the branches of numbered twins, attn0 and attn1: those are layers, not parts of one."""
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for holder, group in zip(holders, groups, strict=True):
+        module = module_of(model, group.handle.module)
+        if group.handle.mark is None and next(module.parameters(), None) is not None:
+            stem = re.sub(r"\d+", "", group.handle.module.removeprefix(holder))
+            seen[holder, stem, type(module).__qualname__] += 1
+    return {holder for (holder, _, _), times in seen.items() if times > 1}
 
 
 def _differ(model: nn.Module, names: set[str]) -> bool:

@@ -54,10 +54,10 @@ def prove(twin: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan) -> 
     if len(recognised) == len(groups):
         runs = Counter(total.site for total in found.graph.sums)
         _check_equality(twin, example_inputs, groups, runs)
-    uses = found.graph.uses
+    uses = {name: found.graph.repeats(name) for name in sorted(silent.graph.reaching)}
     visits = {group.handle: group.visits for group in groups}
     return Proof(
-        {name: uses[name] for name in sorted(silent.graph.reaching) if uses[name] > 1},
+        {name: times for name, times in uses.items() if times > 1},
         varies=visits != {branch.handle: branch.visits for branch in plan.branches},
     )
 

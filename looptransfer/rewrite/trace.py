@@ -237,7 +237,7 @@ def _tell_nested(found: Trace) -> None:
             for add in stream:
                 add.kind = "inner"
         for add in inside:
-            if add.kind in {"gated", "time", "fused"}:
+            if add.kind in {"gated", "time", "fused", "composite"} and outer.kind == "leaf":
                 add.kind = "inner"
 
 
