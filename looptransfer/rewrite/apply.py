@@ -260,14 +260,12 @@ def with_proof(model: nn.Module, plan: ScalingPlan, proof: Proof) -> ScalingPlan
             "visits vary: with other weights and random numbers the branches were visited another number of times (a "
             "random loop count, adaptive halting, layer dropout). N is that of this one forward; give the mean, loops=…"
         )
-    parameters = named_parameters(model)
-    matrices = [name for name in proof.on_stream if parameters[name].ndim >= 2]
-    if matrices:
-        caveats.append(_stream_caveat(matrices))
+    if proof.matrices:
+        caveats.append(_stream_caveat(proof.matrices))
     return replace(plan, on_stream=proof.on_stream, caveats=tuple(caveats), proved=True)
 
 
-def _stream_caveat(matrices: list[str]) -> str:
+def _stream_caveat(matrices: Sequence[str]) -> str:
     return (
         f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
         "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "

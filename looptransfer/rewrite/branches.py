@@ -228,7 +228,7 @@ def _standing_for_itself(
     handle: Handle, places: list[int], parameters: frozenset[str], matrices: frozenset[str]
 ) -> Group:
     """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
-    adds = [ResidualAdd("leaf", DECLARED, (), n, n, n, frozenset([n]), parameters, matrices) for n in places]
+    adds = [ResidualAdd("leaf", (DECLARED, 0, ()), n, n, n, frozenset([n]), parameters, matrices) for n in places]
     return Group(handle, adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
 
 
@@ -270,16 +270,17 @@ def _refuse_what_cannot_be_scaled(found: Trace) -> None:
 def _count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> None:
     """N per learned matrix: the longest chain of residual adds in whose branches it acts.
 
-    Tied weights count together, whatever modules hold them; chunks of one stream are no chain.
+    Tied weights count together, whatever modules hold them; chunks of one stream are no chain. A stream inside a branch
+    begins anew at every visit of that branch, and so does its count.
     """
     canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
     depth: dict[tuple[str, int], int] = {}  # (matrix, sum) -> the chain that ends there
-    runs: defaultdict[str, list[int]] = defaultdict(list)
+    runs: defaultdict[tuple[str, int | None], list[int]] = defaultdict(list)
     for add in sorted({id(a): a for g in groups for a in g.adds}.values(), key=lambda one: one.total):
         for name in add.matrices:
-            earlier = [depth[name, t] for t in runs[name] if found.graph.precedes(t, add.total)]
+            earlier = [depth[name, t] for t in runs[name, add.within] if found.graph.precedes(t, add.total)]
             depth[name, add.total] = 1 + max(earlier, default=0)
-            runs[name].append(add.total)
+            runs[name, add.within].append(add.total)
     longest: Counter[str] = Counter()
     for (name, _), length in depth.items():
         longest[name] = max(longest[name], length)

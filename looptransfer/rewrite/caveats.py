@@ -52,7 +52,7 @@ def _post_norm(found: Trace) -> str | None:
     leaves = found.of("leaf")
     carried = {n for add in leaves for n in found.graph.same(add.stream)}
     carried |= {n for number in found.graph.outputs for n in found.graph.same(number)}
-    normed = [add for add, later in pairwise(leaves) if _normed(found, add, later, carried)]
+    normed = [add for n, add in enumerate(leaves) if _normed(found, add, leaves[n + 1 : n + 9], carried)]
     if not normed or len(normed) < len(leaves) // 2:  # no more than a norm at the end of each loop
         return None
     return (
@@ -62,10 +62,11 @@ def _post_norm(found: Trace) -> str | None:
     )
 
 
-def _normed(found: Trace, add: ResidualAdd, later: ResidualAdd, carried: set[int]) -> bool:
-    if add.total in carried or not found.graph.precedes(add.total, later.stream):
+def _normed(found: Trace, add: ResidualAdd, later: list[ResidualAdd], carried: set[int]) -> bool:
+    following = next((one for one in later if found.graph.precedes(add.total, one.stream)), None)
+    if add.total in carried or following is None:
         return False
-    way = found.graph.way(add.total, later.stream)
+    way = found.graph.way(add.total, following.stream)
     return any(found.graph.nodes[n].op in NORMS for n in way) and not found.matrices_on(way)
 
 
@@ -97,10 +98,11 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
     for group in groups:
         if not group.parameters & trained:
             continue
-        pairs = [
+        follow = [
             (a, b) for a, b in pairwise(group.adds) if a.total == b.stream or found.graph.precedes(a.total, b.stream)
         ]
-        cut = [later for _, later in pairs if not later.followed]
+        cut = [add for add in group.adds if not add.recorded]
+        cut += [later for earlier, later in follow if earlier.recorded and not later.followed]
         if cut:
             return (
                 f"loops cut by detach or no_grad: {len(cut)} of {len(group.adds)} visits at {group.adds[0].source} "

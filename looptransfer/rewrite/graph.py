@@ -8,6 +8,7 @@ import copy
 import functools
 import random
 import sys
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ class Handle:
 
 
 ANY = -1  # every further run of a line
-Site = tuple[str, tuple[str, ...], int]  # an addition: its line, the modules that ran it, which run of it there
+Site = tuple[str, int, tuple[str, ...]]  # an addition: its line, its place in the code there, the modules that run it
 
 
 @dataclass
@@ -108,16 +109,21 @@ class Sum:
     whole: tuple[bool, ...]  # whether that operand has the shape of the sum; else it is spread over the others
     fused: bool  # an operand is computed by the operation itself, or it is no plain addition
     name: str
-    source: str  # file:line
-    container: tuple[str, ...]  # the modules running, the outermost first
-    occurrence: int  # which run of this line in these modules
+    site: Site
+    occurrence: int  # which run of that site
+    recorded: bool  # autograd was on
     gradient: tuple[bool, ...]  # whether autograd follows the operand
     peaks: tuple[float, ...]  # max |operand|, where asked for; NaN where there are no numbers
 
     @property
-    def site(self) -> tuple[str, tuple[str, ...]]:
-        """The line, in the modules that run it."""
-        return self.source, self.container
+    def source(self) -> str:
+        """The line, as file:line."""
+        return self.site[0]
+
+    @property
+    def container(self) -> tuple[str, ...]:
+        """The modules running, the outermost first."""
+        return self.site[2]
 
 
 @dataclass
@@ -145,11 +151,12 @@ class Graph:
         return frozenset[str]().union(*(node.parameters for node in self.nodes if node.data))
 
     def repeats(self, parameter: str) -> int:
-        """How often a parameter acts on what it acted on before; of a table or a stack of weights, the same part."""
-        chains: dict[int, tuple[int, int]] = {}  # node -> (part, how manieth in a row)
+        """How often a parameter, or the same part of it, acts on what it acted on before, in the same way."""
+        chains: dict[int, tuple[tuple[str, int], int]] = {}  # node -> (how it is used, how manieth in a row)
         for number, node in enumerate(self.nodes):
-            if node.data and parameter in node.parameters:
-                part = max((o for s, o in node.slices if parameter in self.nodes[s].parameters), default=0)
+            if node.data and parameter in node.parameters and node.op != "embedding":
+                offset = max((o for s, o in node.slices if parameter in self.nodes[s].parameters), default=0)
+                part = (node.op, offset)
                 earlier = [n for old, (one, n) in chains.items() if one == part and self.precedes(old, number)]
                 chains[number] = (part, 1 + max(earlier, default=0))
         return max((n for _, n in chains.values()), default=0)
@@ -190,7 +197,7 @@ class Recorder(TorchDispatchMode):
         model: nn.Module,
         example: Any,
         peaks: bool,
-        scale: Mapping[Site, tuple[int, float]],
+        scale: Mapping[tuple[Site, int], tuple[int, float]],
         strangers: frozenset[int],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -200,7 +207,7 @@ class Recorder(TorchDispatchMode):
         self.names = {id(module): name for name, module in plain_names(model).items()}
         self.homes = _homes(model)
         self.peaks, self.scale = peaks, scale
-        self.runs: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self.runs: Counter[Site] = Counter()
         self.running: list[str] = []
         self.calls: Counter[Handle] = Counter()
         self.sums: list[Sum] = []
@@ -267,7 +274,7 @@ class Recorder(TorchDispatchMode):
         name, writes = _schema(func)
         plain_sum = name in SUMS and len(before) == 2 and _broadcasts(shapes)
         site = self._site() if plain_sum else None
-        scaled = self.scale.get(site, self.scale.get((*site[:2], ANY))) if site and self.scale else None
+        scaled = self.scale.get(site, self.scale.get((site[0], ANY))) if site and self.scale else None
         peaks = tuple(_peak(tensor) for tensor in inputs) if plain_sum and self.peaks else ()
         out = func(*(_with_multiplier(args, *scaled, in_place=bool(writes)) if scaled else args), **kwargs)
         written = [tensor for position in writes for tensor in tensors(_argument(position, args, kwargs))]
@@ -286,10 +293,11 @@ class Recorder(TorchDispatchMode):
         self._look_for_sum(func, name, args, kwargs, inputs, before, shapes, out, site, peaks)
         return out
 
-    def _site(self) -> Site:
-        where = (_source(), tuple(self.running))
+    def _site(self) -> tuple[Site, int]:
+        line, place = _place()
+        where = (line, place, tuple(self.running))
         self.runs[where] += 1
-        return (*where, self.runs[where] - 1)
+        return where, self.runs[where] - 1
 
     # -- lineage
 
@@ -400,13 +408,13 @@ class Recorder(TorchDispatchMode):
         before: list[int | None],
         shapes: list[torch.Size],
         out: Any,
-        site: Site | None,
+        site: tuple[Site, int] | None,
         peaks: tuple[float, ...],
     ) -> None:
         foreign = func.namespace not in {"aten", "prims", "prim"} or name in OPAQUE
         if foreign:
             self._look_into_kernel(func, args, kwargs, inputs, before, out)
-        if not isinstance(out, Tensor):
+        if not isinstance(out, Tensor) or not (out.is_floating_point() or out.is_complex()):
             return
         total = self._node_of(out)
         scaled: tuple[bool, ...]
@@ -430,7 +438,9 @@ class Recorder(TorchDispatchMode):
         if total is None or len(known) != len(operands) or not any(self.nodes[number].data for number in known):
             return
         gradient = tuple(_followed(tensor) for tensor in held)
-        self.sums.append(Sum(total, known, scaled, whole, fused, name, *(site or self._site()), gradient, peaks))
+        self.sums.append(
+            Sum(total, known, scaled, whole, fused, name, *(site or self._site()), _recorded(), gradient, peaks)
+        )
 
     def _look_into_kernel(
         self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], before: list[int | None], out: Any
@@ -450,7 +460,7 @@ class Recorder(TorchDispatchMode):
             result = next(iter(tensors(func(*silenced[0], **silenced[1]))))
         data = [t for t, n in zip(inputs, before, strict=True) if n is not None and self.nodes[n].data]
         if any(t.shape == result.shape and torch.equal(t.to(result.dtype), result) for t in data):
-            self.fused_kernels.append(_source())
+            self.fused_kernels.append(_place()[0])
 
     def finish(self) -> Graph:
         mask = functools.reduce(lambda seen, number: seen | self.nodes[number].reaching, self.outputs, 0)
@@ -464,7 +474,7 @@ def record(
     model: nn.Module,
     example_inputs: ExampleInputs,
     peaks: bool = False,
-    scale: Mapping[Site, tuple[int, float]] | None = None,
+    scale: Mapping[tuple[Site, int], tuple[int, float]] | None = None,
     seed: int | None = None,
     copy_of: nn.Module | None = None,
 ) -> Graph:
@@ -714,11 +724,13 @@ def _argument(position: int | str, args: Any, kwargs: Any) -> Any:
     return args[position] if position < len(args) else None
 
 
+def _recorded() -> bool:
+    """Autograd is on, or will be: reentrant checkpoints run a forward without it and once more with it."""
+    return torch.is_grad_enabled() or marker.checkpoints() > 0
+
+
 def _followed(tensor: Tensor) -> bool:
-    """Autograd follows the tensor, or will: reentrant checkpoints run a forward without it and once more with it."""
-    if torch.is_grad_enabled():
-        return tensor.requires_grad
-    return marker.checkpoints() > 0
+    return tensor.requires_grad or not torch.is_grad_enabled()
 
 
 def _size(tensor: Tensor) -> float:
@@ -729,11 +741,28 @@ def _size(tensor: Tensor) -> float:
 
 
 def _peak(tensor: Tensor) -> float:
-    return float("nan") if tensor.is_meta or not tensor.numel() else float(tensor.detach().abs().max())
+    if tensor.is_meta or not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return float("nan")
+    return float(tensor.detach().abs().max())
 
 
-def _source() -> str:
+def _place() -> tuple[str, int]:
+    """The line that spelled an operation, and where on it."""
     frame = sys._getframe(1)
     while frame.f_back is not None and any(part in Path(frame.f_code.co_filename).as_posix() for part in HIDDEN_FRAMES):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return place_of(frame)
+
+
+def place_of(frame: types.FrameType) -> tuple[str, int]:
+    """The line that a frame is at, as file:line, and the column of the expression."""
+    columns = _columns(frame.f_code)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}", columns[frame.f_lasti // 2] if columns else frame.f_lasti
+
+
+@functools.cache
+def _columns(code: types.CodeType) -> tuple[int, ...]:
+    """Where every instruction's expression ends on its line; before Python 3.11 nobody knows."""
+    if sys.version_info < (3, 11):
+        return ()
+    return tuple(10_000 * (end or 0) + (start or 0) for _, _, start, end in code.co_positions())

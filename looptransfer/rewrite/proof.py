@@ -22,6 +22,7 @@ class Proof:
     """What the checks have shown beside the plan's being right."""
 
     on_stream: dict[str, int]  # parameters that escape every ε and are used again and again: how often
+    matrices: tuple[str, ...]  # those of them that act as matrices, and not as tables
     varies: bool  # other weights and random numbers gave other visits
 
 
@@ -56,8 +57,11 @@ def prove(twin: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan) -> 
         _check_equality(twin, example_inputs, groups, runs)
     uses = {name: found.graph.repeats(name) for name in sorted(silent.graph.reaching)}
     visits = {group.handle: group.visits for group in groups}
+    acting = {name.split("+")[0] for name in found.matrices_on(range(len(found.graph.nodes)))}
+    on_stream = {name: times for name, times in uses.items() if times > 1}
     return Proof(
-        {name: times for name, times in uses.items() if times > 1},
+        on_stream,
+        tuple(name for name in on_stream if name in acting),
         varies=visits != {branch.handle: branch.visits for branch in plan.branches},
     )
 
@@ -70,20 +74,18 @@ def _with(twin: nn.Module, multipliers: dict[Handle, float]) -> nn.Module:
     return scaled
 
 
-def _check_equality(
-    twin: nn.Module, example_inputs: ExampleInputs, groups: list[Group], runs: Counter[tuple[str, tuple[str, ...]]]
-) -> None:
-    scale: dict[Site, tuple[int, float]] = {}
+def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, groups: list[Group], runs: Counter[Site]) -> None:
+    scale: dict[tuple[Site, int], tuple[int, float]] = {}
     multipliers: dict[Handle, float] = {}
     for number, together in enumerate(_added_together(groups)):
         multiplier = 0.25 + 0.5 * math.modf(0.618 * number)[0]
         for group in together:
             multipliers[group.handle] = multiplier
-            scale |= {(*add.site, add.occurrence): (add.position, multiplier) for add in group.adds}
-    for (line, container), times in runs.items():  # other values may loop more often; all runs of a line may be alike
-        alike = {scale.get((line, container, occurrence)) for occurrence in range(times)}
+            scale |= {(add.site, add.occurrence): (add.position, multiplier) for add in group.adds}
+    for site, times in runs.items():  # other values may loop more often, and all runs of a site may be alike
+        alike = {scale.get((site, occurrence)) for occurrence in range(times)}
         if len(alike) == 1 and (one := alike.pop()):
-            scale[line, container, ANY] = one
+            scale[site, ANY] = one
     rewritten = record(_with(twin, multipliers), example_inputs, seed=SEED).results
     wanted = record(twin_of(twin), example_inputs, seed=SEED, scale=scale).results
     if not all_agree(rewritten, wanted, twin):

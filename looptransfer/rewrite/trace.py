@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from looptransfer.rewrite.graph import ExampleInputs, Graph, Sum, record
+from looptransfer.rewrite.graph import ExampleInputs, Graph, Site, Sum, record
 
 Kind = Literal["leaf", "composite", "inner", "gated", "fused", "time"]
 # Operations through which a skip is still a skip, though a scaled one.
@@ -42,8 +42,7 @@ class ResidualAdd:
     """
 
     kind: Kind
-    source: str  # file:line
-    container: tuple[str, ...]  # the modules running at the add, the outermost first
+    site: Site
     stream: int
     branch: int
     total: int
@@ -51,14 +50,21 @@ class ResidualAdd:
     parameters: frozenset[str]  # those that enter on that way, outside the branches inside it
     matrices: frozenset[str]  # those of them that act as matrices
     position: int = 1  # which operand of the addition is the branch
-    occurrence: int = 0  # which run of this line in these modules
+    occurrence: int = 0  # which run of its site
+    recorded: bool = True  # autograd was on
     followed: bool = True  # autograd follows the stream into the add
+    within: int | None = None  # the sum of the leaf in whose branch it makes a stream of its own
     peak: float = float("nan")  # max |branch|, where it was asked for
 
     @property
-    def site(self) -> tuple[str, tuple[str, ...]]:
-        """The line, in the modules that run it."""
-        return self.source, self.container
+    def source(self) -> str:
+        """The line, as file:line."""
+        return self.site[0]
+
+    @property
+    def container(self) -> tuple[str, ...]:
+        """The modules running at the add, the outermost first."""
+        return self.site[2]
 
 
 @dataclass
@@ -82,6 +88,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Tr
     found = Trace(record(model, example_inputs, **options))
     found.adds += [add for add in map(_Judge(found).judge, found.graph.sums) if add is not None]
     _tell_time(found)
+    _tell_gated(found)
     _tell_composites(found)
     _tell_nested(found)
     _note_parameters(found)
@@ -92,7 +99,7 @@ class _Judge:
     def __init__(self, found: Trace) -> None:
         self.found, self.graph = found, found.graph
         self.streams: set[int] = set()  # sums of residual adds
-        self.added: defaultdict[tuple[str, tuple[str, ...]], set[int]] = defaultdict(set)  # operands so far, by site
+        self.added: defaultdict[Site, set[int]] = defaultdict(set)  # operands so far
 
     def judge(self, total: Sum) -> ResidualAdd | None:
         add = self._residual(total)
@@ -133,8 +140,7 @@ class _Judge:
         self.streams.add(total.node)
         return ResidualAdd(
             kind,
-            total.source,
-            total.container,
+            total.site,
             stream,
             branch,
             total.node,
@@ -143,6 +149,7 @@ class _Judge:
             frozenset(),
             b,
             total.occurrence,
+            recorded=total.recorded,
             followed=total.gradient[s] if total.gradient else True,
             peak=total.peaks[b] if total.peaks else float("nan"),
         )
@@ -168,13 +175,13 @@ class _Judge:
                 node = self.graph.nodes[number]
                 if node.op in ELEMENTWISE and number not in self.streams:
                     queue += [n for alternative in node.proportional_to for n in alternative]
-                elif node.repeats is not None:
+                elif node.repeats is not None and number not in self.streams:
                     queue.append(node.repeats)
 
 
 def _tell_time(found: Trace) -> None:
     """A recurrence over time: one add after the other reads another slice of the same input."""
-    sites: defaultdict[tuple[str, tuple[str, ...]], list[ResidualAdd]] = defaultdict(list)
+    sites: defaultdict[Site, list[ResidualAdd]] = defaultdict(list)
     for add in found.of("leaf"):
         sites[add.site].append(add)
     for adds in sites.values():
@@ -189,6 +196,24 @@ def _tell_time(found: Trace) -> None:
             if apart and all(found.graph.precedes(a.total, b.total) for (a, _), (b, _) in pairwise(reading)):
                 for add, _ in reading:
                     add.kind = "time"
+
+
+def _tell_gated(found: Trace) -> None:
+    """Skips that are scaled after the add: (x + f(x))/2, and lerp written as f + z·(x - f)."""
+    nodes, leaves = found.graph.nodes, {add.total: add for add in found.of("leaf")}
+    for add in list(leaves.values()):
+        number, factor = add.stream, 1.0
+        while number not in leaves and [len(way) for way in nodes[number].proportional_to] == [1]:
+            factor *= nodes[number].factor
+            number = nodes[number].proportional_to[0][0]
+        if number in leaves and abs(factor - 1) > 1e-6:
+            add.kind = leaves[number].kind = "gated"
+    for total in found.graph.sums:
+        for place, operand in enumerate(total.operands if len(total.operands) == 2 else ()):
+            scaled = [n for way in nodes[total.operands[1 - place]].proportional_to for n in way]
+            difference = next((leaves[n] for n in scaled if n in leaves and nodes[n].op == "sub"), None)
+            if difference is not None and operand in found.graph.same(difference.branch):
+                difference.kind, difference.site = "gated", total.site
 
 
 def _slices_read(found: Trace, add: ResidualAdd) -> frozenset[tuple[int, int]]:
@@ -233,6 +258,9 @@ def _tell_nested(found: Trace) -> None:
             if not found.matrices_on(after):
                 outer.kind = "composite"
                 found.graph.nodes[outer.total].repeats = outer.branch
+            else:
+                for add in stream:
+                    add.within = outer.total
         elif outer.kind == "leaf":
             for add in stream:
                 add.kind = "inner"

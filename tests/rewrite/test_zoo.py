@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 import looptransfer as lt
 from looptransfer.rewrite.branches import find_groups
+from looptransfer.rewrite.graph import Site, place_of
 from looptransfer.rewrite.trace import trace
 from tests.models import noisy
 from tests.zoo import ZOO, Entry
 
-Run = tuple[str, tuple[str, ...], int]  # a line, the modules that ran it, which run of it there
+Run = tuple[Site, int]
 HIDDEN = (__file__, "torch/_tensor.py", "torch/overrides.py", "torch/_ops.py")
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "subtract"}
 PLANNED = [entry for entry in ZOO if entry.refusal is None]
@@ -129,7 +130,7 @@ class Multiplied(TorchFunctionMode):
         self.names = {id(module): name for name, module in model.named_modules()}
         self.factors, self.met = factors, set[Run]()
         self.running: list[str] = []
-        self.runs: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self.runs: Counter[Site] = Counter()
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -158,8 +159,8 @@ class Multiplied(TorchFunctionMode):
             return func(*args, **kwargs)
         operands = [*args, *(kwargs.pop(name) for name in ("input", "other") if name in kwargs)]
         if all(isinstance(one, Tensor) for one in operands) and is_spread(*(one.shape for one in operands[:2])):
-            where = (spelled_at(), tuple(self.running))
-            run = (*where, self.runs[where])
+            where = (*spelled_at(), tuple(self.running))
+            run = (where, self.runs[where])
             self.runs[where] += 1
             if run in self.factors:
                 self.met.add(run)
@@ -179,11 +180,11 @@ def is_spread(first: torch.Size, second: torch.Size) -> bool:
     return torch.broadcast_shapes(first, second) in {first, second}
 
 
-def spelled_at() -> str:
+def spelled_at() -> tuple[str, int]:
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.endswith(HIDDEN):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return place_of(frame)
 
 
 def seed() -> None:
@@ -204,7 +205,7 @@ def factors_of(entry: Entry, plain: nn.Module) -> dict[Run, tuple[int, float]]:
     factors: dict[Run, tuple[int, float]] = {}
     for branch, group in groups.items():
         known = [add for add in group.adds if add.source != "declared"]
-        factors |= {(add.source, add.container, add.occurrence): (add.position, sizes[branch]) for add in known}
+        factors |= {(add.site, add.occurrence): (add.position, sizes[branch]) for add in known}
         if not known:
             plain.get_submodule(branch).register_forward_hook(lambda _, args, out, size=sizes[branch]: out * size)
     return factors
