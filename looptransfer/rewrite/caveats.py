@@ -102,7 +102,7 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
             (a, b) for a, b in pairwise(group.adds) if a.total == b.stream or found.graph.precedes(a.total, b.stream)
         ]
         cut = [add for add in group.adds if not add.recorded]
-        cut += [later for earlier, later in follow if earlier.recorded and not later.followed]
+        cut += [later for earlier, later in follow if earlier.recorded and _cut_between(found, earlier, later)]
         if cut:
             return (
                 f"loops cut by detach or no_grad: {len(cut)} of {len(group.adds)} visits at {group.adds[0].source} "
@@ -112,13 +112,19 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
     return None
 
 
+def _cut_between(found: Trace, earlier: ResidualAdd, later: ResidualAdd) -> bool:
+    nodes, graph = found.graph.nodes, found.graph
+    between = [earlier.total, *graph.way(earlier.total, later.total)]
+    return any(nodes[n].cut for n in between if n != later.total)
+
+
 def _prelude(groups: list[Group]) -> str | None:
     visits = {group.visits for group in groups}
     if len(visits) < 2:
         return None
     return (
-        f"visits differ ({', '.join(map(str, sorted(visits)))}): layers outside the loop count in L with their own "
-        "visits. That is our extension; the paper leaves models with prelude and coda open"
+        f"visits differ ({', '.join(map(str, sorted(visits)))}): layers outside the loop and streams inside a branch "
+        "count in L with their own visits. That is our extension; the paper leaves models with prelude and coda open"
     )
 
 

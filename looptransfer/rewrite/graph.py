@@ -92,6 +92,8 @@ class Node:
     proportional_to: tuple[tuple[int, ...], ...] = ()  # alternatives; the nodes of one alternative scale together
     factor: float = 1.0  # the constant in that proportion
     weights: tuple[float, ...] = ()  # of each node of an alternative, where they are not 1
+    followed: bool = False  # autograd follows it
+    cut: bool = False  # it does, and some operation took it without
     index: bool = False  # whole numbers or truth values: it chooses, and is no amount
     noise: bool = False  # random numbers and what is made of them alone: a dropout mask
     slices: frozenset[tuple[int, int]] = frozenset()  # (source, offset) where it reads a part of it
@@ -112,7 +114,6 @@ class Sum:
     site: Site
     occurrence: int  # which run of that site
     recorded: bool  # autograd was on
-    gradient: tuple[bool, ...]  # whether autograd follows the operand
     peaks: tuple[float, ...]  # max |operand|, where asked for; NaN where there are no numbers
 
     @property
@@ -266,6 +267,7 @@ class Recorder(TorchDispatchMode):
         inputs = tensors((args, kwargs))
         before = [self._node_of(tensor) for tensor in inputs]
         shapes = [tensor.shape for tensor in inputs]
+        self._note_cuts(func, inputs, before)
         parts = frozenset(
             (number, int(tensor.storage_offset()))
             for number, tensor in zip(before, inputs, strict=True)
@@ -292,6 +294,15 @@ class Recorder(TorchDispatchMode):
                     self.nodes[-1].index, self.nodes[-1].reaching = True, 0
         self._look_for_sum(func, name, args, kwargs, inputs, before, shapes, out, site, peaks)
         return out
+
+    def _note_cuts(self, func: Any, inputs: list[Tensor], before: list[int | None]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for tensor, number in zip(inputs, before, strict=True):
+            if number is not None and tensor.requires_grad:
+                self.nodes[number].followed = True
+            elif number is not None and self.nodes[number].followed and func is not torch.ops.aten.detach.default:
+                self.nodes[number].cut = True
 
     def _site(self) -> tuple[Site, int]:
         line, place = _place()
@@ -337,6 +348,8 @@ class Recorder(TorchDispatchMode):
             node.matrices = frozenset(self._part(one, sources, parts) for one in learned & self.wide)
         zeros = [self.nodes[number].zero for number in sources if self.nodes[number].data]
         product = name in PRODUCTS or name == "div"
+        if name == "addcmul" and len(sources) == 3 and any(self.nodes[n].zero for n in sources[1:]):
+            node.reaching = self.nodes[sources[0]].reaching
         node.zero = (name == "mul" and _holds_zero(args)) or (product and any(zeros))
         drawn = any(word in name for word in DRAWS) or any(self.nodes[number].noise for number in sources)
         node.noise = drawn and not node.data and not node.parameters
@@ -420,27 +433,24 @@ class Recorder(TorchDispatchMode):
         scaled: tuple[bool, ...]
         whole = (True,) * max(len(before), 64)
         if site is not None:
-            operands, held = before, list(inputs)
+            operands = before
             scaled, fused = (False, kwargs.get("alpha", 1) * (1 if name == "add" else -1) != 1), False
             whole = tuple(shape == out.shape for shape in shapes)
         elif name == "sum" and before and before[0] is not None and self.nodes[before[0]].op in {"stack", "cat"}:
-            operands, held = list(self.nodes[before[0]].sources), []
+            operands = list(self.nodes[before[0]].sources)
             scaled, fused = (False,) * len(operands), True
         elif foreign:
-            operands, held = [n for n, shape in zip(before, shapes, strict=True) if shape == out.shape], []
+            operands = [n for n, shape in zip(before, shapes, strict=True) if shape == out.shape]
             scaled, fused, name = (False,) * len(operands), True, f"{func.namespace}::{name}"
         elif name in FUSED_SUMS and shapes[0] == out.shape:
-            operands, held = before, []
+            operands = before
             scaled, fused = (name == "lerp",) * len(before), True
         else:
             return
         known = tuple(number for number in operands if number is not None)
         if total is None or len(known) != len(operands) or not any(self.nodes[number].data for number in known):
             return
-        gradient = tuple(_followed(tensor) for tensor in held)
-        self.sums.append(
-            Sum(total, known, scaled, whole, fused, name, *(site or self._site()), _recorded(), gradient, peaks)
-        )
+        self.sums.append(Sum(total, known, scaled, whole, fused, name, *(site or self._site()), _recorded(), peaks))
 
     def _look_into_kernel(
         self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], before: list[int | None], out: Any
@@ -727,10 +737,6 @@ def _argument(position: int | str, args: Any, kwargs: Any) -> Any:
 def _recorded() -> bool:
     """Autograd is on, or will be: reentrant checkpoints run a forward without it and once more with it."""
     return torch.is_grad_enabled() or marker.checkpoints() > 0
-
-
-def _followed(tensor: Tensor) -> bool:
-    return tensor.requires_grad or not torch.is_grad_enabled()
 
 
 def _size(tensor: Tensor) -> float:

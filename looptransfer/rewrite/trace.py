@@ -49,10 +49,10 @@ class ResidualAdd:
     way: frozenset[int]  # the nodes from the stream to the branch
     parameters: frozenset[str]  # those that enter on that way, outside the branches inside it
     matrices: frozenset[str]  # those of them that act as matrices
+    roots: frozenset[int] = frozenset()  # what the stream and the branch both come from
     position: int = 1  # which operand of the addition is the branch
     occurrence: int = 0  # which run of its site
     recorded: bool = True  # autograd was on
-    followed: bool = True  # autograd follows the stream into the add
     within: int | None = None  # the sum of the leaf in whose branch it makes a stream of its own
     peak: float = float("nan")  # max |branch|, where it was asked for
 
@@ -91,6 +91,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Tr
     _tell_gated(found)
     _tell_composites(found)
     _tell_nested(found)
+    _tell_read_outs(found)
     _note_parameters(found)
     return found
 
@@ -121,7 +122,9 @@ class _Judge:
                 continue
             if not self.graph.nodes[root].data and (root in self.added[total.site] or self.streams & set(way)):
                 continue  # a table or a bias has become an ancestor of everything by the second visit
-            return self._add(total, s, b, frozenset(way), gated)
+            add = self._add(total, s, b, frozenset(way), gated)
+            add.roots = frozenset([root])
+            return add
         return None
 
     @staticmethod
@@ -147,10 +150,10 @@ class _Judge:
             way,
             frozenset(),
             frozenset(),
+            frozenset(),
             b,
             total.occurrence,
             recorded=total.recorded,
-            followed=total.gradient[s] if total.gradient else True,
             peak=total.peaks[b] if total.peaks else float("nan"),
         )
 
@@ -267,6 +270,15 @@ def _tell_nested(found: Trace) -> None:
         for add in inside:
             if add.kind in {"gated", "time", "fused", "composite"} and outer.kind == "leaf":
                 add.kind = "inner"
+
+
+def _tell_read_outs(found: Trace) -> None:
+    """A weighted sum of states beside the stream, as in halting, has the form of a gate and leads nowhere."""
+    leaves = found.of("leaf")
+    states = {n for leaf in leaves for n in (leaf.total, *found.graph.same(leaf.stream))}
+    for add in found.of("gated"):
+        if add.roots & states and not any(found.graph.precedes(add.total, leaf.total) for leaf in leaves):
+            add.kind = "composite"
 
 
 def _follows(found: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:

@@ -85,6 +85,10 @@ def test_what_the_rule_was_not_derived_for_is_warned_of_and_nothing_else(entry: 
     assert sorted(heads) == sorted(entry.warns)
 
 
+# What a model's own forward adds is a layer each; the same forward of a module inside a model is a block.
+OWN_FORWARD = {"inline in the model itself and marked", "the model is the block"}
+
+
 class Wrapper(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -94,7 +98,7 @@ class Wrapper(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-@each(PLANNED, "wrapped")
+@each([entry for entry in PLANNED if entry.name not in OWN_FORWARD], "wrapped")
 def test_a_module_around_the_model_changes_no_multiplier(entry: Entry) -> None:
     kwargs = dict(entry.kwargs)
     if "branches" in kwargs:
