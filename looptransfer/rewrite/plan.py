@@ -26,6 +26,7 @@ REASONS = {
     "gated": "the skip is scaled",
     "fused": "the operation that adds computes the branch",
     "time": "a recurrence over time",
+    "read-out": "a weighted sum of states that does not come back into the stream",
     "leaf": "not declared as a branch",
 }
 

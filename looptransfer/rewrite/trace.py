@@ -15,7 +15,7 @@ from torch import nn
 
 from looptransfer.rewrite.graph import ExampleInputs, Graph, Site, Sum, record
 
-Kind = Literal["leaf", "composite", "inner", "gated", "fused", "time"]
+Kind = Literal["leaf", "composite", "inner", "gated", "fused", "time", "read-out"]
 # Operations through which a skip is still a skip, though a scaled one.
 ELEMENTWISE = {
     "mul",
@@ -38,7 +38,8 @@ class ResidualAdd:
 
     leaf: the branch is to be scaled. composite: the branch holds the stream itself (an input injection, a long skip).
     inner: it stands alone inside a leaf's branch and never becomes the stream. gated: the skip is scaled. fused: the
-    branch is computed by the very operation that adds it. time: a recurrence over time, not depth.
+    branch is computed by the very operation that adds it. time: a recurrence over time, not depth. read-out: a sum
+    of states that does not come back into the stream.
     """
 
     kind: Kind
@@ -278,7 +279,7 @@ def _tell_read_outs(found: Trace) -> None:
     states = {n for leaf in leaves for n in (leaf.total, *found.graph.same(leaf.stream))}
     for add in found.of("gated"):
         if add.roots & states and not any(found.graph.precedes(add.total, leaf.total) for leaf in leaves):
-            add.kind = "composite"
+            add.kind = "read-out"
 
 
 def _follows(found: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:
