@@ -2,8 +2,8 @@
 
     python benchmarks/on_stream.py
 
-Three looped models, rewritten with ε = 1/(N√L): post-norm blocks (gains on the stream), a norm at the end of every loop,
-an adapter at the loop's entry. AdamW takes one step, or ten, at a fixed base LR with only the parameters on the stream
+Three looped models, rewritten with ε = 1/(N√L): post-norm blocks (gains on the stream), a norm at the end of
+every loop, an adapter at the loop's entry. AdamW takes one step, or ten, at a fixed base LR with only the parameters on the stream
 trained, and then with all; printed is the growth exponent in N of the RMS change of the output: 0 is right, 1 is what ε
 is there to prevent. Intervals: 90 % t over seeds.
 """
@@ -83,7 +83,9 @@ def exponent(kind: str, on_stream: str, only: bool, steps: int) -> str:
         slopes.append(np.polyfit(np.log2(loops), np.log2(changes), 1)[0])
         last.append(changes[-1])
     interval = t_interval(slopes, 0.90)
-    return f"N^{np.mean(slopes):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}], {math.fsum(last) / SEEDS:.3f} at N = 64"
+    return (
+        f"N^{np.mean(slopes):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}], {math.fsum(last) / SEEDS:.3f} at N = 64"
+    )
 
 
 if __name__ == "__main__":
@@ -92,4 +94,7 @@ if __name__ == "__main__":
         for only in (True, False):
             for steps in (1, 10):
                 shown = "  ".join(f"{how}: {exponent(kind, how, only, steps)}" for how in ("leave", "scale"))
-                print(f"{kind:10} {'on stream only' if only else 'all parameters':15} {steps:2} steps  {shown}", flush=True)
+                print(
+                    f"{kind:10} {'on stream only' if only else 'all parameters':15} {steps:2} steps  {shown}",
+                    flush=True,
+                )
