@@ -22,7 +22,7 @@ REPORT = Path(__file__).parent.parent / "reports" / "rewrite" / "README.md"
 HEAD = """# Which models are rewritten, and how
 
 Made by `python benchmarks/rewrite_models.py` in {seconds:.0f} s: torch {torch}{packages}; one thread, weights and
-inputs of fixed seeds, float64. {right} models are rewritten as the theory asks for, {refused} are refused with a reason.
+inputs of fixed seeds, float64. {right} models are rewritten as the theory asks, {refused} are refused with a reason.
 
 Each model is a small one of its build (`tests/zoo.py`). N and L are what `parametrize` counts, and equal what was
 written down by hand. *Distance* is the largest difference, in outputs and in gradients of all parameters, in train and

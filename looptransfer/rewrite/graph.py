@@ -233,14 +233,21 @@ class Recorder(TorchDispatchMode):
         if name is not None:
             self.running.append(name)
             self.calls[Handle(name)] += 1
-            for own, parameter in module._parameters.items():  # FSDP puts others in their place for the forward
-                if parameter is not None and _key(parameter) not in self.owner and (id(module), own) in self.homes:
-                    self._own(parameter, Node(parameters=frozenset([self.homes[id(module), own]])))
+            for own, parameter in module._parameters.items():
+                if parameter is not None and (id(module), own) in self.homes:
+                    self._learn(parameter, self.homes[id(module), own])
         elif id(module) in self.strangers:
             raise InputError(
                 f"a copy of the model runs a {type(module).__name__} of the original: some function or closure kept on "
                 "the model holds it, so that deepcopy (and a trace on a copy) misses it. Make it a method"
             )
+
+    def _learn(self, parameter: Tensor, name: str) -> None:
+        """FSDP gathers a parameter into another tensor for the forward."""
+        number = self._node_of(parameter)
+        if number is None or not self.nodes[number].parameters:
+            position = self.parameters.index(name)
+            self._own(parameter, Node(parameters=frozenset([name]), reaching=1 << position))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self.names.get(id(module))
