@@ -245,7 +245,7 @@ class Recorder(TorchDispatchMode):
     def _learn(self, parameter: Tensor, name: str) -> None:
         """FSDP gathers a parameter into another tensor for the forward."""
         number = self._node_of(parameter)
-        if number is None or not self.nodes[number].parameters:
+        if number is None or self.nodes[number].parameters != {name}:
             position = self.parameters.index(name)
             self._own(parameter, Node(parameters=frozenset([name]), reaching=1 << position))
 
