@@ -18,7 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from looptransfer.rewrite.branches import find_groups
-from looptransfer.rewrite.graph import Site, place_of
+from looptransfer.rewrite.graph import Site
+from looptransfer.rewrite.record import place_of
 from looptransfer.rewrite.trace import trace
 from tests.models import noisy
 from tests.zoo import Entry
@@ -83,7 +84,7 @@ class Multiplied(TorchFunctionMode):
             return func(*args, **kwargs)
         operands = [*args, *(kwargs.pop(name) for name in ("input", "other") if name in kwargs)]
         if all(isinstance(one, Tensor) for one in operands) and is_spread(*(one.shape for one in operands[:2])):
-            where = (*spelled_at(), tuple(self.running))
+            where = Site(*spelled_at(), tuple(self.running))
             run = (where, self.runs[where])
             self.runs[where] += 1
             if run in self.factors:
@@ -128,7 +129,7 @@ def factors_of(entry: Entry, plain: nn.Module) -> dict[Run, tuple[int, float]]:
     assert groups.keys() == sizes.keys()
     factors: dict[Run, tuple[int, float]] = {}
     for branch, group in groups.items():
-        known = [add for add in group.adds if add.source != "declared"]
+        known = [add for add in group.adds if add.site.source != "declared"]
         factors |= {(add.site, add.occurrence): (add.position, sizes[branch]) for add in known}
         if not known:
             plain.get_submodule(branch).register_forward_hook(lambda _, args, out, size=sizes[branch]: out * size)

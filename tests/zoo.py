@@ -1056,6 +1056,122 @@ add(
 )
 add("masks that are added", "inside a branch", lambda: Looped([MaskedBlock()]), *per_block("blocks", ["f"], 3))
 
+# -- streams beside each other, and what they share
+
+
+class ReadAndWrite(nn.Module):
+    """A small state reads from the large one, works, and writes back, again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.work, self.write = mlp(), PreNormBlock(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.mean(-2, keepdim=True).expand_as(x).clone()
+        for _ in range(3):
+            z = z + self.read(z + x)
+            z = self.work(z)
+            x = x + self.write(x + z)
+        return x
+
+
+class Follower(nn.Module):
+    """A second stream collects what a branch makes of the first, after every loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.collect = PreNormBlock(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for _ in range(4):
+            x = self.block(x)
+            y = y + self.collect(x)
+        return y
+
+
+class OneProjectionForBoth(nn.Module):
+    """Two branches of one layer share their first matrix: it acts once per visit, not twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(WIDTH, 2 * WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            a, b = self.into(x).chunk(2, -1)
+            x = x + self.first(a.tanh()) + self.second(b.tanh())
+        return x
+
+
+class NumberedParts(nn.Module):
+    """Two attentions and an MLP in one block, told apart by numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1, self.attn2, self.ff = Mixer(), Mixer(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn1(x)
+        x = x + self.attn2(x)
+        return x + self.ff(x)
+
+
+class TableInAttention(nn.Module):
+    """All blocks project one table of positions and score with it: the table is no layer that they share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, WIDTH))
+        self.keys = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.values = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            for key, value in zip(self.keys, self.values, strict=True):
+                weights = (x @ key(self.table).T).softmax(-1)
+                x = x + value(weights @ x)
+        return x
+
+
+class StackedAndCast(nn.Module):
+    """All layers' weights in one tensor, cast before they are taken apart or after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(2, WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            for layer in range(2):
+                weight = (self.stack * 0.5)[layer].clone()
+                x = x + lt.residual(x.tanh() @ weight)
+        return x
+
+
+add(
+    "reading and writing",
+    "streams",
+    ReadAndWrite,
+    ("read", "read", 3),
+    *per_block(["work"], BOTH, 3),
+    ("write", "write", 3),
+)
+add("a second stream", "streams", Follower, *per_block(["block"], BOTH, 4), ("collect", "collect", 4))
+add(
+    "one projection for two branches",
+    "streams",
+    OneProjectionForBoth,
+    ("first", "first", 3),
+    ("second", "second", 3),
+    layers=1,
+)
+add("numbered parts", "streams", lambda: Looped([NumberedParts(), NumberedParts()]),
+    *per_block("blocks", ["attn1", "attn2", "ff"], 3, 2))  # fmt: skip
+add("a table in attention", "streams", TableInAttention, *(("values." + i, "values." + i, 3) for i in "01"))
+add("stacked weights, cast", "streams", StackedAndCast, (":branch", ":branch", 3), layers=2)
+
 # -- Hugging Face, x-transformers, PEFT
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from looptransfer.errors import InputError, ScalingWarning
-from looptransfer.rewrite.graph import ExampleInputs, named_parameters, plain_names, twin_of
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
+from looptransfer.rewrite.names import named_parameters, plain_names
 from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan, looped_visits, make_plan
 from looptransfer.rewrite.proof import Proof, prove
+from looptransfer.rewrite.record import ExampleInputs
 from looptransfer.rewrite.trace import trace
+from looptransfer.rewrite.twin import twin_of
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
 PLAN = "_looptransfer_plan"  # on the model

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.graph import Graph, Handle, Node, module_of, named_parameters
+from looptransfer.rewrite.graph import Graph, Handle, Node, Site
+from looptransfer.rewrite.names import module_of, named_parameters
 from looptransfer.rewrite.trace import Kind, ResidualAdd, Trace
 
 # Operations whose result is proportional to the learned tensors that enter there, weight and bias together.
@@ -72,15 +73,15 @@ def _traced(found: Trace) -> list[Group]:
         cut = _cut(found.graph, add, add.branch, usable)
         if cut is None:
             raise InputError(
-                f"the residual branch added at {add.source} is not the output of a module of its own, so it cannot be "
-                f"multiplied on its way to the stream. Mark it there: x + looptransfer.residual(…). {DECLARE}"
+                f"the residual branch added at {add.site.source} is not the output of a module of its own, so it "
+                f"cannot be multiplied on its way to the stream. Mark it there: x + looptransfer.residual(…). {DECLARE}"
             )
         route = {add.total} | {n for _, way in cut for n in way}
         for handle, way in cut:
             if any(found.graph.users(n) - route for n in way) or way[-1] in found.graph.outputs:
                 raise InputError(
-                    f"the residual branch added at {add.source} also feeds something else, so it cannot be multiplied "
-                    f"on its way to the stream. Mark it at the add: x + looptransfer.residual(…). {DECLARE}"
+                    f"the residual branch added at {add.site.source} also feeds something else, so it cannot be "
+                    f"multiplied on its way to the stream. Mark it at the add: x + looptransfer.residual(…). {DECLARE}"
                 )
             group = groups.setdefault(handle, Group(handle, []))
             if add not in group.adds[-1:]:  # chunks are handed over apart and added together
@@ -171,7 +172,7 @@ def _cut(
 ) -> list[tuple[Handle, tuple[int, ...]]] | None:
     """The nearest handles that scale the branch together, each with the nodes from the add back to it."""
     way = (*way, number)
-    fit = [h for h in graph.nodes[number].handles if h in usable and (h.mark or h.module not in add.container)]
+    fit = [h for h in graph.nodes[number].handles if h in usable and (h.mark or h.module not in add.site.container)]
     if fit:
         return [(next((h for h in fit if h.mark), fit[-1]), way)]
     if number not in add.way:
@@ -228,7 +229,7 @@ def _standing_for_itself(
     handle: Handle, places: list[int], parameters: frozenset[str], matrices: frozenset[str]
 ) -> Group:
     """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
-    adds = [ResidualAdd("leaf", (DECLARED, 0, ()), n, n, n, frozenset([n]), parameters, matrices) for n in places]
+    adds = [ResidualAdd("leaf", Site(DECLARED, 0, ()), n, n, n, frozenset([n]), parameters, matrices) for n in places]
     return Group(handle, adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
 
 
@@ -248,19 +249,19 @@ def _refuse_what_cannot_be_scaled(found: Trace) -> None:
         )
     if time:
         raise InputError(
-            f"each visit of the residual add at {time[0].source} reads another slice of the input: that is a "
+            f"each visit of the residual add at {time[0].site.source} reads another slice of the input: that is a "
             f"recurrence over time, not over depth, and its length is no loop count. {DECLARE}"
         )
     if gated:
         raise InputError(
-            f"the skip added at {gated[0].source} is scaled (a gate as in GRU and highway, lerp, or a constant as in "
-            "DeepNorm), and the rule is derived for x + f(x): its 1/N is not known to hold. To scale the branch all "
+            f"the skip added at {gated[0].site.source} is scaled (a gate as in GRU and highway, lerp, or a constant as "
+            "in DeepNorm), and the rule is derived for x + f(x): its 1/N is not known to hold. To scale the branch all "
             f"the same, mark it: looptransfer.residual(…). {DECLARE}"
         )
     if fused:
         raise InputError(
-            f"the operation at {fused[0].source} computes a residual branch and adds it at once, so the branch cannot "
-            f"be multiplied on its way. Write it as x + looptransfer.residual(…). {DECLARE}"
+            f"the operation at {fused[0].site.source} computes a residual branch and adds it at once, so the branch "
+            f"cannot be multiplied on its way. Write it as x + looptransfer.residual(…). {DECLARE}"
         )
 
 
@@ -275,12 +276,17 @@ def _count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> None:
     """
     canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
     depth: dict[tuple[str, int], int] = {}  # (matrix, sum) -> the chain that ends there
-    runs: defaultdict[tuple[str, int | None], list[int]] = defaultdict(list)
+    runs: defaultdict[tuple[str, int | None], list[tuple[int, set[int]]]] = defaultdict(list)
     for add in sorted({id(a): a for g in groups for a in g.adds}.values(), key=lambda one: one.total):
         for name in add.matrices:
-            earlier = [depth[name, t] for t in runs[name, add.within] if found.graph.precedes(t, add.total)]
-            depth[name, add.total] = 1 + max(earlier, default=0)
-            runs[name, add.within].append(add.total)
+            applied = {n for n in add.way if name in found.graph.nodes[n].matrices} or {add.total}
+            earlier = [
+                depth[name, t] + (not applied <= before)  # one application may serve several branches
+                for t, before in runs[name, add.within]
+                if found.graph.precedes(t, add.total)
+            ]
+            depth[name, add.total] = max(earlier, default=1)
+            runs[name, add.within].append((add.total, applied))
     longest: Counter[str] = Counter()
     for (name, _), length in depth.items():
         longest[name] = max(longest[name], length)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from looptransfer.rewrite.branches import Group, factors, gates
+from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.trace import ResidualAdd, Trace
 
 NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm", "rsqrt", "var", "std"}
@@ -27,7 +28,7 @@ def find_caveats(model: nn.Module, found: Trace, groups: list[Group], preserved:
 
 def _unused(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
     inside = tuple(group.handle.module + "." for group in groups if group.handle.mark is None)
-    wide = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+    wide = [name for name, parameter in named_parameters(model).items() if parameter.ndim >= 2]
     idle = [name for name in wide if name not in found.graph.touched and not name.startswith(inside)]
     if not idle:
         return None
@@ -38,7 +39,7 @@ def _unused(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
 
 
 def _injection(found: Trace) -> str | None:
-    sources = list(dict.fromkeys(add.source for add in found.of("composite")))
+    sources = list(dict.fromkeys(add.site.source for add in found.of("composite")))
     if not sources:
         return None
     return (
@@ -56,7 +57,7 @@ def _post_norm(found: Trace) -> str | None:
     if not normed or len(normed) < len(leaves) // 2:  # no more than a norm at the end of each loop
         return None
     return (
-        f"post-norm: the sum at {normed[0].source} is normalised before it goes on, and the rule was derived for "
+        f"post-norm: the sum at {normed[0].site.source} is normalised before it goes on, and the rule was derived for "
         "pre-norm. The 1/N for branch matrices was seen to hold there; the √L was not checked, and the gains of norms "
         "on the stream grow in effect with N (see on_stream)"
     )
@@ -94,7 +95,7 @@ def _depth_scaling(found: Trace, groups: list[Group]) -> str | None:
 def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
     if not torch.is_grad_enabled():
         return None
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in named_parameters(model).items() if parameter.requires_grad}
     for group in groups:
         if not group.parameters & trained:
             continue
@@ -105,9 +106,9 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
         cut += [later for earlier, later in follow if earlier.recorded and _cut_between(found, earlier, later)]
         if cut:
             return (
-                f"loops cut by detach or no_grad: {len(cut)} of {len(group.adds)} visits at {group.adds[0].source} "
-                "get no gradient from later ones (truncated backpropagation). N counts every visit of the forward; the "
-                "rule was derived for gradients through all of them"
+                f"loops cut by detach or no_grad: {len(cut)} of {len(group.adds)} visits at "
+                f"{group.adds[0].site.source} get no gradient from later ones (truncated backpropagation). N counts "
+                "every visit of the forward; the rule was derived for gradients through all of them"
             )
     return None
 

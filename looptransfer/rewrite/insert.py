@@ -14,7 +14,8 @@ from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite import marker
-from looptransfer.rewrite.graph import Handle, module_of
+from looptransfer.rewrite.graph import Handle
+from looptransfer.rewrite.names import module_of
 
 OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε
 MARKS = "_looptransfer_marks"  # on a module whose forward sets marks: which mark -> ε

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from torch import nn
 
 from looptransfer.rewrite.branches import Group
-from looptransfer.rewrite.graph import module_of
+from looptransfer.rewrite.names import module_of
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
 
@@ -38,14 +38,15 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
     return [block_of(*one) for one in zip(places, holders, units, groups, strict=True)]
 
 
-def count_layers(blocks: list[str], groups: list[Group]) -> int:
+def count_layers(model: nn.Module, blocks: list[str], groups: list[Group]) -> int:
     """L: blocks of which every branch shares a matrix with a branch of the other are one block twice.
 
-    Runs of one mark in the model's own forward that have no matrix in common are different layers.
+    Runs of one mark outside an element of a list that have no matrix in common are different layers.
     """
     parts: defaultdict[tuple[str, int], list[frozenset[str]]] = defaultdict(list)
     for block, group in zip(blocks, groups, strict=True):
-        for place, names in enumerate(_apart(group) if block == str(group.handle) else [_together(group)]):
+        driver = group.handle.mark is not None and not _in_list(model, block)
+        for place, names in enumerate(_apart(group) if driver else [_together(group)]):
             parts[block, place].append(names)
     unique: list[list[frozenset[str]]] = []
     for branches in parts.values():
@@ -73,7 +74,7 @@ def _tied(these: list[frozenset[str]], those: list[frozenset[str]]) -> bool:
 
 def _holder(model: nn.Module, group: Group) -> str:
     """The module whose forward adds the branch; in the model itself or through a list, what hands the branch over."""
-    container = group.adds[0].container[-1] if group.adds[0].container else ""
+    container = group.adds[0].site.container[-1] if group.adds[0].site.container else ""
     if not container:
         return group.handle.module or str(group.handle)
     return group.handle.module if _element(model, container, group.handle.module) else container
@@ -86,7 +87,11 @@ def _path(name: str) -> list[str]:
 
 
 def _in_list(model: nn.Module, name: str) -> bool:
-    return "." in name and isinstance(model.get_submodule(name.rpartition(".")[0]), (*LISTS, nn.Sequential))
+    return (
+        "." in name
+        and ":" not in name
+        and isinstance(model.get_submodule(name.rpartition(".")[0]), (*LISTS, nn.Sequential))
+    )
 
 
 def _can_be_block(model: nn.Module, name: str) -> bool:
@@ -110,14 +115,14 @@ def _unit(model: nn.Module, around: str, holder: str) -> str:
 
 
 def _numbered(model: nn.Module, holders: list[str], groups: list[Group]) -> set[str]:
-    """Modules that add the branches of numbered twins, attn0 and attn1: those are layers, not parts of one."""
-    seen: Counter[tuple[str, str, str]] = Counter()
+    """Modules whose branches are all numbered twins, attn0 and attn1, mlp0 and mlp1: layers, not parts of one block."""
+    stems: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
     for holder, group in zip(holders, groups, strict=True):
         module = module_of(model, group.handle.module)
-        if group.handle.mark is None and next(module.parameters(), None) is not None:
-            stem = re.sub(r"\d+", "", group.handle.module.removeprefix(holder))
-            seen[holder, stem, type(module).__qualname__] += 1
-    return {holder for (holder, _, _), times in seen.items() if times > 1}
+        stem = re.sub(r"\d+", "", group.handle.module.removeprefix(holder))
+        learned = group.handle.mark is None and next(module.parameters(), None) is not None
+        stems[holder][stem if learned else str(group.handle), type(module).__qualname__] += 1
+    return {holder for holder, seen in stems.items() if min(seen.values()) > 1 and not _in_list(model, holder)}
 
 
 def _differ(model: nn.Module, names: set[str]) -> bool:

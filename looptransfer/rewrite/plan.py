@@ -183,7 +183,7 @@ def make_plan(
             "Check that the example inputs reach the looped layers and that the model was not compiled"
         )
     blocks = find_blocks(model, groups)
-    layers = layers or count_layers(blocks, groups)
+    layers = layers or count_layers(model, blocks, groups)
     drafts = tuple(_branch(model, found, group, block) for group, block in zip(groups, blocks, strict=True))
     plan = ScalingPlan(
         rule,
@@ -226,7 +226,7 @@ def _branch(model: nn.Module, found: Trace, group: Group, block: str) -> Branch:
         module=handle.module,
         output=handle.output,
         mark=handle.mark,
-        source=group.adds[0].source,
+        source=group.adds[0].site.source,
         visits=group.visits,
         multiplier=1.0,
         parameters=tuple(sorted(group.parameters)),
@@ -238,7 +238,7 @@ def _branch(model: nn.Module, found: Trace, group: Group, block: str) -> Branch:
 
 def _left_alone(found: Trace, groups: list[Group]) -> tuple[LeftAlone, ...]:
     taken = {id(add) for group in groups for add in group.adds}
-    others = Counter((add.source, add.kind) for add in found.adds if id(add) not in taken)
+    others = Counter((add.site.source, add.kind) for add in found.adds if id(add) not in taken)
     return tuple(LeftAlone(source, REASONS[kind]) for source, kind in others)
 
 

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.branches import DECLARE, DECLARED, Group, find_groups
-from looptransfer.rewrite.graph import ANY, ExampleInputs, Handle, Site, record, twin_of
+from looptransfer.rewrite.graph import ANY, Handle, Site
 from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rewrite.record import ExampleInputs, record
 from looptransfer.rewrite.trace import trace
+from looptransfer.rewrite.twin import twin_of
 
 SEED = 1  # of what a model draws while it is put to the proof
 
@@ -40,12 +42,12 @@ def prove(twin: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan) -> 
     """
     found = trace(twin_of(twin), example_inputs, seed=SEED)
     groups = find_groups(twin, found, [branch.module for branch in plan.branches] if plan.declared else None)
-    recognised = [group for group in groups if group.adds[0].source != DECLARED]
+    recognised = [group for group in groups if group.adds[0].site.source != DECLARED]
 
     silent = trace(_with(twin, {group.handle: 0.0 for group in groups}), example_inputs, seed=SEED, peaks=True)
     expected = {add.site for group in recognised for add in group.adds}
     adds = [add for add in silent.adds if add.site in expected and add.kind != "composite"]
-    leaking = sorted({add.source for add in adds if not (add.peak == 0 or math.isnan(add.peak))})
+    leaking = sorted({add.site.source for add in adds if not (add.peak == 0 or math.isnan(add.peak))})
     if leaking or {add.site for add in adds} != expected:
         raise InputError(
             "with every multiplier at 0 the stream still receives something at: "

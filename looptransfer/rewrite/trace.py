@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from looptransfer.rewrite.graph import ExampleInputs, Graph, Site, Sum, record
+from looptransfer.rewrite.graph import Graph, Site, Sum
+from looptransfer.rewrite.record import ExampleInputs, record
 
 Kind = Literal["leaf", "composite", "inner", "gated", "fused", "time", "read-out"]
 # Operations through which a skip is still a skip, though a scaled one.
@@ -56,16 +57,6 @@ class ResidualAdd:
     recorded: bool = True  # autograd was on
     within: int | None = None  # the sum of the leaf in whose branch it makes a stream of its own
     peak: float = float("nan")  # max |branch|, where it was asked for
-
-    @property
-    def source(self) -> str:
-        """The line, as file:line."""
-        return self.site[0]
-
-    @property
-    def container(self) -> tuple[str, ...]:
-        """The modules running at the add, the outermost first."""
-        return self.site[2]
 
 
 @dataclass
@@ -206,11 +197,12 @@ def _tell_gated(found: Trace) -> None:
     """Skips that are scaled after the add: (x + f(x))/2, and lerp written as f + z·(x - f)."""
     nodes, leaves = found.graph.nodes, {add.total: add for add in found.of("leaf")}
     for add in list(leaves.values()):
-        number, factor = add.stream, 1.0
+        number, factor, masked = add.stream, 1.0, False
         while number not in leaves and [len(way) for way in nodes[number].proportional_to] == [1]:
-            factor *= nodes[number].factor
+            factor *= nodes[number].factor if nodes[number].even else 1.0
+            masked |= nodes[number].masked
             number = nodes[number].proportional_to[0][0]
-        if number in leaves and abs(factor - 1) > 1e-6:
+        if number in leaves and not masked and abs(factor - 1) > 1e-6:
             add.kind = leaves[number].kind = "gated"
     for total in found.graph.sums:
         for place, operand in enumerate(total.operands if len(total.operands) == 2 else ()):
@@ -247,15 +239,23 @@ def _tell_composites(found: Trace) -> None:
 def _tell_nested(found: Trace) -> None:
     """What becomes of residual adds inside the branch of another one.
 
-    An add that stands alone there and feeds nothing else is part of that branch: inner. Adds that follow each other
-    make a stream of their own and are leaves; the outer add is one too if a matrix of its own comes after them, and
-    else only hands that stream on: composite.
+    A stream that only passes through is not nested. An add that stands alone there and feeds nothing else is part of
+    that branch: inner. Adds that follow each other make a stream of their own and are leaves; the outer add is one too
+    if a matrix of its own comes after them, and else only hands that stream on: composite.
     """
     users = {add.total: found.graph.users(add.total) for add in found.adds}
+    followers: defaultdict[int, list[ResidualAdd]] = defaultdict(list)
+    for add in found.adds:
+        for n in found.graph.same(add.stream):
+            followers[n].append(add)
     for outer in found.of("leaf"):
         inside = [add for add in found.adds if add.total in outer.way and add is not outer]
         inside = [add for add in inside if users[add.total] <= outer.way | {outer.total}]
-        stream = [add for add in inside if add.kind == "leaf"]
+        stream = [
+            add
+            for add in _streams_begun(found, outer, inside)
+            if all(any(later is one for one in inside) for later in followers[add.total])
+        ]
         if any(_follows(found, a, b) for a, b in pairwise(stream)):
             within = frozenset[int]().union(*(add.way for add in inside))
             after = [n for n in outer.way - within if any(found.graph.precedes(add.total, n) for add in stream)]
@@ -271,6 +271,20 @@ def _tell_nested(found: Trace) -> None:
         for add in inside:
             if add.kind in {"gated", "time", "fused", "composite"} and outer.kind == "leaf":
                 add.kind = "inner"
+
+
+def _streams_begun(found: Trace, outer: ResidualAdd, inside: list[ResidualAdd]) -> list[ResidualAdd]:
+    """The leaves among adds in a branch whose stream begins there, or is the outer one's own."""
+    totals = {add.total for add in found.adds}
+    own = {add.total for add in inside if add.kind != "leaf"} | outer.roots
+    begun = []
+    for add in inside:
+        chain = list(found.graph.same(add.stream))
+        met = next((place for place, n in enumerate(chain) if n in own or n in totals or n not in outer.way), None)
+        if add.kind == "leaf" and (met is None or chain[met] in own):
+            begun.append(add)
+            own.add(add.total)
+    return begun
 
 
 def _tell_read_outs(found: Trace) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from looptransfer.errors import InputError, VerificationError
 from looptransfer.rewrite.apply import PLAN, planned, with_proof
 from looptransfer.rewrite.branches import Group, factors, find_groups
-from looptransfer.rewrite.graph import ExampleInputs, call_arguments, randomise, state_kept, tensors, twin_of
 from looptransfer.rewrite.insert import clear_multipliers
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rewrite.proof import all_agree, prove
+from looptransfer.rewrite.record import ExampleInputs, call_arguments, tensors
 from looptransfer.rewrite.trace import Trace, trace
+from looptransfer.rewrite.twin import randomise, state_kept, twin_of
 
 TOLERANCE = 1e-3  # relative, of a multiplier
 

@@ -3,15 +3,17 @@ import torch
 from torch import nn
 
 import looptransfer as lt
-from looptransfer.rewrite.graph import Handle, call_arguments, twin_of
+from looptransfer.rewrite.graph import Handle
+from looptransfer.rewrite.record import call_arguments
 from looptransfer.rewrite.trace import Trace, trace
+from looptransfer.rewrite.twin import twin_of
 from tests import models
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
 
 
 def kinds(seen: Trace) -> list[tuple[str, str]]:
     """Kind of every add, in order, with the line that spelled it."""
-    return [(add.kind, line_of(add.source)) for add in seen.adds]
+    return [(add.kind, line_of(add.site.source)) for add in seen.adds]
 
 
 @pytest.mark.parametrize(
@@ -41,12 +43,12 @@ def test_the_modules_that_hand_the_branch_over_come_innermost_first() -> None:
     seen = trace(models.ResidualMLP(loops=1).double(), inputs(4, WIDTH))
     (add,) = seen.adds
     assert seen.graph.nodes[add.branch].handles == [Handle("f.3"), Handle("f")]
-    assert add.container == ("",)
+    assert add.site.container == ("",)
 
 
 def test_the_containers_of_an_add_come_outermost_first() -> None:
     seen = trace(small_decoder(layers=2, loops=1), tokens())
-    assert [add.container for add in seen.adds] == [("", f"layers.{i}") for i in (0, 0, 1, 1)]
+    assert [add.site.container for add in seen.adds] == [("", f"layers.{i}") for i in (0, 0, 1, 1)]
 
 
 def test_the_parameters_of_a_branch_include_its_norm_and_nothing_of_other_branches() -> None:

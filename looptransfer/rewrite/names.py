@@ -1,0 +1,41 @@
+"""Modules and parameters by names that wrappers around them do not change."""
+
+from torch import nn
+
+from looptransfer.errors import InputError
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its name; wrappers of activation checkpointing and torch.compile add nothing to it."""
+    named: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        named[_plain(name)] = module  # of a wrapper and what it wraps, the latter comes last
+    return named
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by its name, as `plain_names` has it."""
+    return {_plain(name): parameter for name, parameter in model.named_parameters()}
+
+
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of a name that a plan gives.
+
+    Raises:
+        InputError: there is none any more.
+    """
+    module = plain_names(model).get(name)
+    if module is None:
+        raise InputError(f"the plan names the module {name}, which this {type(model).__name__} does not have")
+    return module
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in {"_orig_mod", "_checkpoint_wrapped_module"})
+
+
+def homes(model: nn.Module) -> dict[tuple[int, str], str]:
+    """Where parameters live: (module, attribute) -> the parameter's name."""
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    held = [(module, own, p) for module in model.modules() for own, p in module._parameters.items() if p is not None]
+    return {(id(module), own): names[id(parameter)] for module, own, parameter in held}
