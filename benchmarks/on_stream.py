@@ -9,6 +9,7 @@ what ε is there to prevent. Intervals: 90 % t over seeds. Takes six minutes on 
 """
 
 import math
+import time
 import warnings
 
 import numpy as np
@@ -89,7 +90,8 @@ def exponent(kind: str, on_stream: str, only: bool, steps: int) -> str:
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, AdamW, base LR {LR}, seeds 0–{SEEDS - 1}; RMS change of the output")
+    started = time.monotonic()
+    print(f"python benchmarks/on_stream.py: torch {torch.__version__}, AdamW, base LR {LR}, seeds 0–{SEEDS - 1}")
     for kind in ("post-norm", "loop norm", "adapter"):
         for only in (True, False):
             for steps in (1, 10):
@@ -98,3 +100,4 @@ if __name__ == "__main__":
                     f"{kind:10} {'on stream only' if only else 'all parameters':15} {steps:2} steps  {shown}",
                     flush=True,
                 )
+    print(f"took {time.monotonic() - started:.0f} s")

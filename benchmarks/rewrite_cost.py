@@ -94,8 +94,12 @@ def measure_tracing() -> None:
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} turns")
+    started = time.monotonic()
+    print(
+        f"python benchmarks/rewrite_cost.py: torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} turns"
+    )
     measure_planning()  # first: it reports the peak memory of the whole process
     measure_tracing()
     measure(compiled=False)
     measure(compiled=True)
+    print(f"took {time.monotonic() - started:.0f} s")
