@@ -95,9 +95,8 @@ def measure_tracing() -> None:
 
 if __name__ == "__main__":
     started = time.monotonic()
-    print(
-        f"python benchmarks/rewrite_cost.py: torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} turns"
-    )
+    settings = f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS} turns"
+    print(f"python benchmarks/rewrite_cost.py: {settings}")
     measure_planning()  # first: it reports the peak memory of the whole process
     measure_tracing()
     measure(compiled=False)

@@ -8,6 +8,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ HIDDEN_FRAMES: tuple[str, ...] = (
     "torch/functional.py",
 )
 HIDDEN_FRAMES += ("rewrite/record.py", "torch/utils/_contextlib.py", "torch/_library/", "torch/autograd/function.py")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One operation, before it runs."""
+
+    func: Any
+    name: str  # without overload and trailing underscore
+    args: Any
+    kwargs: Any
+    inputs: list[Tensor]
+    before: list[int | None]  # the node of each input
+    shapes: list[torch.Size]
+    written: list[Tensor]
+    sources: list[int]  # the nodes that the result is made of
+    parts: frozenset[tuple[int, int]]  # (node, offset) of inputs that are part of a storage
 
 
 class Recorder(TorchDispatchMode):
@@ -139,45 +156,42 @@ class Recorder(TorchDispatchMode):
             self.nodes[number].handles.append(handle)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        inputs = tensors((args, kwargs))
-        before = [self._node_of(tensor) for tensor in inputs]
-        shapes = [tensor.shape for tensor in inputs]
-        self._note_cuts(func, inputs, before)
-        parts = frozenset(
-            (number, int(tensor.storage_offset()))
-            for number, tensor in zip(before, inputs, strict=True)
-            if number is not None and not _whole(tensor)
-        )
-        name, writes = _schema(func)
-        plain_sum = name in SUMS and len(before) == 2 and _broadcasts(shapes)
+        call = self._call(func, args, kwargs or {})
+        self._note_cuts(call)
+        plain_sum = call.name in SUMS and len(call.before) == 2 and _broadcasts(call.shapes)
         site = self._site() if plain_sum else None
         scaled = self.scale.get(site, self.scale.get((site[0], ANY))) if site and self.scale else None
-        peaks = tuple(_peak(tensor) for tensor in inputs) if plain_sum and self.peaks else ()
-        out = func(*(_with_multiplier(args, *scaled, in_place=bool(writes)) if scaled else args), **kwargs)
-        written = [tensor for position in writes for tensor in tensors(_argument(position, args, kwargs))]
-        overwritten = {_key(tensor) for tensor in written if name in {"copy", "zero", "fill"} and _whole(tensor)}
-        sources = [
-            number
-            for number, tensor in zip(before, inputs, strict=True)
-            if number is not None and name not in SHAPED_LIKE and _key(tensor) not in overwritten
-        ]
-        results = {_key(tensor): tensor for tensor in [*written, *tensors(out)]}
+        peaks = tuple(_peak(tensor) for tensor in call.inputs) if plain_sum and self.peaks else ()
+        given = _with_multiplier(args, *scaled, in_place=bool(call.written)) if scaled else args
+        out = func(*given, **call.kwargs)
+        written = {_key(tensor) for tensor in call.written}
+        results = {_key(tensor): tensor for tensor in [*call.written, *tensors(out)]}
         for key, tensor in results.items():  # a view shares its base's key, and so its node
-            if key not in self.owner or any(key == _key(one) for one in written):
-                self._own(tensor, self._derive(name, args, kwargs, sources, before, parts))
+            if key not in self.owner or key in written:
+                self._own(tensor, self._derive(call))
                 if not (tensor.is_floating_point() or tensor.is_complex()):
                     self.nodes[-1].index, self.nodes[-1].reaching = True, 0
-        self._look_for_sum(func, name, args, kwargs, inputs, before, shapes, out, site, peaks)
+        self._look_for_sum(call, out, site, peaks)
         return out
 
-    def _note_cuts(self, func: Any, inputs: list[Tensor], before: list[int | None]) -> None:
+    def _call(self, func: Any, args: Any, kwargs: Any) -> _Call:
+        inputs = tensors((args, kwargs))
+        before = [self._node_of(tensor) for tensor in inputs]
+        name, writes = _schema(func)
+        written = [tensor for position in writes for tensor in tensors(_argument(position, args, kwargs))]
+        overwritten = {_key(tensor) for tensor in written if name in {"copy", "zero", "fill"} and _whole(tensor)}
+        known = [(n, tensor) for n, tensor in zip(before, inputs, strict=True) if n is not None]
+        sources = [n for n, tensor in known if name not in SHAPED_LIKE and _key(tensor) not in overwritten]
+        parts = frozenset((n, int(tensor.storage_offset())) for n, tensor in known if not _whole(tensor))
+        return _Call(func, name, args, kwargs, inputs, before, [t.shape for t in inputs], written, sources, parts)
+
+    def _note_cuts(self, call: _Call) -> None:
         if not torch.is_grad_enabled():
             return
-        for tensor, number in zip(inputs, before, strict=True):
+        for tensor, number in zip(call.inputs, call.before, strict=True):
             if number is not None and tensor.requires_grad:
                 self.nodes[number].followed = True
-            elif number is not None and self.nodes[number].followed and func is not torch.ops.aten.detach.default:
+            elif number is not None and self.nodes[number].followed and call.func is not torch.ops.aten.detach.default:
                 self.nodes[number].cut = True
 
     def _site(self) -> tuple[Site, int]:
@@ -200,15 +214,8 @@ class Recorder(TorchDispatchMode):
         self.nodes.append(node)
         self.owner[_key(tensor)] = (len(self.nodes) - 1, tensor.untyped_storage())
 
-    def _derive(
-        self,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        sources: list[int],
-        before: list[int | None],
-        parts: frozenset[tuple[int, int]],
-    ) -> Node:
+    def _derive(self, call: _Call) -> Node:
+        name, sources, parts = call.name, call.sources, call.parts
         node = Node(op=name, sources=tuple(sources), slices=parts)
         learned: set[str] = set()
         for number in sources:
@@ -229,10 +236,10 @@ class Recorder(TorchDispatchMode):
         product = name in PRODUCTS or name == "div"
         if name == "addcmul" and len(sources) == 3 and any(self.nodes[n].zero for n in sources[1:]):
             node.reaching = self.nodes[sources[0]].reaching
-        node.zero = (name == "mul" and _holds_zero(args)) or (product and any(zeros))
+        node.zero = (name == "mul" and _holds_zero(call.args)) or (product and any(zeros))
         drawn = any(word in name for word in DRAWS) or any(self.nodes[number].noise for number in sources)
         node.noise = drawn and not node.data and not node.parameters
-        self._note_proportion(node, name, args, kwargs, sources, before)
+        self._note_proportion(node, call)
         of_zeros = bool(zeros) and all(zeros) and bool(node.proportional_to)
         if node.zero or (of_zeros and (name not in SUMS or len(zeros) == len(sources))):
             node.zero, node.reaching = True, 0
@@ -244,16 +251,15 @@ class Recorder(TorchDispatchMode):
         names = self.nodes[number].weights_of
         return frozenset(f"{name}+{offsets[0]}" if offsets and "+" not in name else name for name in names)
 
-    def _note_proportion(
-        self, node: Node, name: str, args: Any, kwargs: Any, sources: list[int], before: list[int | None]
-    ) -> None:
+    def _note_proportion(self, node: Node, call: _Call) -> None:
         """What the result repeats or is proportional to. Python's sum() begins with 0 + x."""
+        name, sources, before = call.name, call.sources, call.before
         held = [number for number in sources if self.nodes[number].data and not self.nodes[number].index]
         first = before[0] if before else None
         if name == "copy":
             held = held[-1:] if len(sources) == 1 else held
             node.repeats = held[0] if len(sources) == 1 and held else None
-        elif sources and (name in IDENTITIES or (name in SUMS and len(sources) == 1 and _holds_zero(args))):
+        elif sources and (name in IDENTITIES or (name in SUMS and len(sources) == 1 and _holds_zero(call.args))):
             node.repeats = sources[0]
         elif name == "mul" and len(sources) == 2 and self.nodes[sources[1]].noise:
             node.repeats, node.masked = sources[0], True  # how dropout is spelled on a CPU
@@ -262,10 +268,10 @@ class Recorder(TorchDispatchMode):
         elif name == "neg":
             node.proportional_to, node.factor = (tuple(held),), -1.0
         elif name in {"mul", "div"} and held:
-            self._note_product(node, name, args, sources, held)
+            self._note_product(node, call, held)
         elif name in SUMS and len(held) == 2:
             sign = 1.0 if name == "add" else -1.0
-            node.proportional_to, node.weights = (tuple(held),), (1.0, sign * float(kwargs.get("alpha", 1)))
+            node.proportional_to, node.weights = (tuple(held),), (1.0, sign * float(call.kwargs.get("alpha", 1)))
         elif name in PRODUCTS and not (name == "convolution" and len(sources) > 2):
             node.proportional_to = tuple((number,) for number in held)
         elif name in COLLECTIONS or name == "copy":
@@ -275,7 +281,8 @@ class Recorder(TorchDispatchMode):
         elif name.startswith("_scaled_dot_product") and before[2] is not None and before[2] not in before[:2]:
             node.proportional_to = ((before[2],),)
 
-    def _note_product(self, node: Node, name: str, args: Any, sources: list[int], held: list[int]) -> None:
+    def _note_product(self, node: Node, call: _Call, held: list[int]) -> None:
+        name, args, sources = call.name, call.args, call.sources
         second = args[1] if len(args) > 1 else None
         if name == "div" and len(sources) == 2 and self.nodes[sources[1]].data:
             held = held[:1] if sources[0] != sources[1] and self.nodes[sources[0]].data else []
@@ -291,22 +298,11 @@ class Recorder(TorchDispatchMode):
 
     # -- sums
 
-    def _look_for_sum(
-        self,
-        func: Any,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        inputs: list[Tensor],
-        before: list[int | None],
-        shapes: list[torch.Size],
-        out: Any,
-        site: tuple[Site, int] | None,
-        peaks: tuple[float, ...],
-    ) -> None:
-        foreign = func.namespace not in {"aten", "prims", "prim"} or name in OPAQUE
+    def _look_for_sum(self, call: _Call, out: Any, site: tuple[Site, int] | None, peaks: tuple[float, ...]) -> None:
+        name, before, shapes = call.name, call.before, call.shapes
+        foreign = call.func.namespace not in {"aten", "prims", "prim"} or name in OPAQUE
         if foreign:
-            self._look_into_kernel(func, args, kwargs, inputs, before, out)
+            self._look_into_kernel(call, out)
         if not isinstance(out, Tensor) or not (out.is_floating_point() or out.is_complex()):
             return
         total = self._node_of(out)
@@ -314,14 +310,14 @@ class Recorder(TorchDispatchMode):
         whole = (True,) * max(len(before), 64)
         if site is not None:
             operands = before
-            scaled, fused = (False, kwargs.get("alpha", 1) * (1 if name == "add" else -1) != 1), False
+            scaled, fused = (False, call.kwargs.get("alpha", 1) * (1 if name == "add" else -1) != 1), False
             whole = tuple(shape == out.shape for shape in shapes)
         elif name == "sum" and before and before[0] is not None and self.nodes[before[0]].op in {"stack", "cat"}:
             operands = list(self.nodes[before[0]].sources)
             scaled, fused = (False,) * len(operands), True
         elif foreign:
             operands = [n for n, shape in zip(before, shapes, strict=True) if shape == out.shape]
-            scaled, fused, name = (False,) * len(operands), True, f"{func.namespace}::{name}"
+            scaled, fused, name = (False,) * len(operands), True, f"{call.func.namespace}::{name}"
         elif name in FUSED_SUMS and shapes[0] == out.shape:
             operands = before
             scaled, fused = (name == "lerp",) * len(before), True
@@ -332,24 +328,22 @@ class Recorder(TorchDispatchMode):
             return
         self.sums.append(Sum(total, known, scaled, whole, fused, name, *(site or self._site()), _recorded(), peaks))
 
-    def _look_into_kernel(
-        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], before: list[int | None], out: Any
-    ) -> None:
+    def _look_into_kernel(self, call: _Call, out: Any) -> None:
         """With its parameters at zero, a kernel that hands its input back adds a residual branch of its own."""
-        learned = {id(t) for t, n in zip(inputs, before, strict=True) if n is not None and self.nodes[n].parameters}
-        learned &= {id(t) for t, n in zip(inputs, before, strict=True) if n is not None and not self.nodes[n].data}
+        known = [(t, self.nodes[n]) for t, n in zip(call.inputs, call.before, strict=True) if n is not None]
+        learned = {id(tensor) for tensor, node in known if node.parameters and not node.data}
         first = next(iter(tensors(out)), None)
-        if not learned or first is None or first.is_meta or func._schema.is_mutable:
+        if not learned or first is None or first.is_meta or call.func._schema.is_mutable:
             return
 
         def silent(leaf: Any) -> Any:
             return torch.zeros_like(leaf) if id(leaf) in learned else leaf
 
-        silenced = torch.utils._pytree.tree_map(silent, (args, kwargs))
+        silenced = torch.utils._pytree.tree_map(silent, (call.args, call.kwargs))
         with torch.no_grad():
-            result = next(iter(tensors(func(*silenced[0], **silenced[1]))))
-        data = [t for t, n in zip(inputs, before, strict=True) if n is not None and self.nodes[n].data]
-        if any(t.shape == result.shape and torch.equal(t.to(result.dtype), result) for t in data):
+            result = next(iter(tensors(call.func(*silenced[0], **silenced[1]))))
+        data = [tensor for tensor, node in known if node.data and tensor.shape == result.shape]
+        if any(torch.equal(tensor.to(result.dtype), result) for tensor in data):
             self.fused_kernels.append(_place()[0])
 
     def finish(self) -> Graph:
@@ -407,7 +401,8 @@ def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception
     what = f"{type(error).__name__}: {error}"
     args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
     try:
-        model(*args, **kwargs)
+        with state_kept(model):
+            model(*args, **kwargs)
     except Exception:
         return InputError(
             f"the model rejects the example inputs: {what}. "
