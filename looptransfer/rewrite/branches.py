@@ -1,32 +1,20 @@
-"""Where each residual branch can be taken hold of, how often it is visited, and where its last map is."""
+"""Where each residual branch can be taken hold of, and how often it is visited."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.graph import Graph, Handle, Node, Site
+from looptransfer.rewrite.graph import Graph, Handle, Site
 from looptransfer.rewrite.names import module_of, named_parameters
 from looptransfer.rewrite.trace import Kind, ResidualAdd, Trace
 
-# Operations whose result is proportional to the learned tensors that enter there, weight and bias together.
-MAPS = {"addmm", "mm", "bmm", "mul", "convolution", "add", "native_layer_norm", "native_group_norm", "_fused_rms_norm"}
-MAPS |= {"native_batch_norm", "baddbmm", "linear"}
 DECLARED = "declared"  # the source of a branch that only the user knows
 REFUSED: tuple[Kind, ...] = ("gated", "fused", "time")
 DECLARE = "Or name the modules whose outputs are the branches: parametrize(…, branches=[…]), by name or glob"
-
-
-@dataclass(frozen=True)
-class End:
-    """The last learned map of a branch, and the constant factor from there to the stream."""
-
-    node: int
-    factor: float
-    parameters: frozenset[str]  # none: the branch ends in something that is no learned map
 
 
 @dataclass
@@ -39,7 +27,6 @@ class Group:
     visits: int = 0
     nodes: set[int] = field(default_factory=set)  # where the handle handed the branch over
     routes: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)  # from each add, and its own factor
-    ends: list[End] = field(default_factory=list)
 
 
 def find_groups(model: nn.Module, found: Trace, declared: list[str] | None) -> list[Group]:
@@ -58,8 +45,6 @@ def find_groups(model: nn.Module, found: Trace, declared: list[str] | None) -> l
         _refuse_what_cannot_be_scaled(found)
         groups = _traced(found)
     _count_visits(model, found, groups)
-    for group in groups:
-        group.ends = [end for route in group.routes for end in _ends(found, group, *route)]
     return groups
 
 
@@ -103,7 +88,7 @@ def _marks_left_over(found: Trace, groups: Iterable[Handle]) -> list[Handle]:
     marks = {handle for handle in found.graph.calls if handle.mark is not None} - set(groups)
     others = [add for add in found.adds if add.kind in {"inner", "composite"}]
     nodes = found.graph.nodes
-    idle = {h for add in others for n in _proportional(found.graph, add.branch, add.way) for h in nodes[n].handles}
+    idle = {h for add in others for n in proportional(found.graph, add.branch, add.way) for h in nodes[n].handles}
     for handle in marks & idle:
         around = [h for h in groups if h.mark == handle.mark and (handle.module + ".").startswith(h.module)]
         if around:
@@ -122,7 +107,7 @@ def _scalable(found: Trace) -> list[ResidualAdd]:
 
 def _marks(found: Trace, add: ResidualAdd) -> bool:
     """The user marked what is added there."""
-    handles = [h for n in _proportional(found.graph, add.branch, add.way) for h in found.graph.nodes[n].handles]
+    handles = [h for n in proportional(found.graph, add.branch, add.way) for h in found.graph.nodes[n].handles]
     return any(handle.mark is not None for handle in handles)
 
 
@@ -141,7 +126,7 @@ def _usable(found: Trace) -> set[Handle]:
     handed: defaultdict[Handle, set[int]] = defaultdict(set)
     common: dict[Handle, frozenset[str]] = {}
     for add in _scalable(found):
-        for node in _proportional(found.graph, add.branch, add.way):
+        for node in proportional(found.graph, add.branch, add.way):
             for handle in found.graph.nodes[node].handles:
                 handed[handle].add(node)
                 common[handle] = common.get(handle, add.matrices) & add.matrices
@@ -156,7 +141,7 @@ def _usable(found: Trace) -> set[Handle]:
     return marked | {h for h in handed if h.module and common[h] and times(h) == calls(h)}
 
 
-def _proportional(graph: Graph, number: int, inside: frozenset[int]) -> Iterator[int]:
+def proportional(graph: Graph, number: int, inside: frozenset[int]) -> Iterator[int]:
     """A node and all that it is proportional to, inside a branch."""
     queue, seen = [number], set[int]()
     while queue:
@@ -216,7 +201,7 @@ def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
     if not handles:
         raise InputError(f"branches holds {name}, which returns no tensor; name a module whose output is the branch")
     places = _places(found, handles[0])
-    adds = [add for add in found.of("leaf") if set(places) & set(_proportional(graph, add.branch, add.way))]
+    adds = [add for add in found.of("leaf") if set(places) & set(proportional(graph, add.branch, add.way))]
     if adds:
         return Group(handles[0], adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
     canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
@@ -295,115 +280,3 @@ def _count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> None:
         group.visits = max((longest[name] for add in group.adds for name in add.matrices), default=1)
         owned = [] if group.handle.mark is not None else list(module_of(model, group.handle.module).parameters())
         group.parameters = acting | {canonical[id(parameter)] for parameter in owned}
-
-
-def _ends(found: Trace, group: Group, weight: float, route: tuple[int, ...]) -> list[End]:
-    """Follow a branch from its add back to its last learned maps."""
-    walk = _Walk(found, frozenset[int]().union(*(add.way for add in group.adds)))
-    outside = weight * walk.share(route[0], route[-1])
-    return [End(number, outside * share, walk.learned(number)) for number, share in walk.shares(route[-1]).items()]
-
-
-class _Walk:
-    """From a node back to the learned maps that it is a sum of, with the constant share of each."""
-
-    def __init__(self, found: Trace, inside: frozenset[int]) -> None:
-        self.nodes, self.inside = found.graph.nodes, inside
-        self.known: dict[int, dict[int, float]] = {}
-
-    def shares(self, number: int) -> dict[int, float]:
-        if number not in self.known:
-            self.known[number] = self._shares(number)
-        return self.known[number]
-
-    def share(self, number: int, part: int) -> float:
-        """How much of one node there is in another that is proportional to it."""
-        if number == part:
-            return 1.0
-        node = self.nodes[number]
-        if number not in self.inside or number < part:
-            return 0.0
-        weights = node.weights or (1.0,) * max(map(len, node.proportional_to), default=0)
-        ways = [
-            sum(weight * self.share(source, part) for source, weight in zip(way, weights, strict=False))
-            for way in node.proportional_to
-        ]
-        return self._factor(node) * next((way for way in ways if way), 0.0)
-
-    def _factor(self, node: Node) -> float:
-        """Drop path divides by the share that it keeps, before its mask and in training only: no factor on average."""
-        before = abs(self.nodes[node.sources[0]].factor) if node.masked else 1.0
-        return node.factor / before if before > 1 else node.factor
-
-    def learned(self, number: int) -> frozenset[str]:
-        node = self.nodes[number]
-        return node.parameters if node.op in MAPS else frozenset()
-
-    def _shares(self, number: int) -> dict[int, float]:
-        node = self.nodes[number]
-        factor = self._factor(node)
-        if node.parameters:
-            mine = {number: factor}
-            if node.op == "add":  # a bias that is added apart: it and the map before it end the branch together
-                mine |= self._sum([s for s in node.sources if self.nodes[s].data], factor)
-            return mine
-        if number not in self.inside or not node.proportional_to:
-            return {number: factor}
-        ways = [self._sum(alternative, factor, node.weights) for alternative in node.proportional_to]
-        if len(ways) == 1:
-            return ways[0]
-        whole = [way for way in ways if all(self.learned(end) for end in way)]
-        return whole[0] if whole else {number: factor}  # a product of two things that both depend on data
-
-    def _sum(self, sources: Sequence[int], factor: float, weights: Sequence[float] = ()) -> dict[int, float]:
-        total: dict[int, float] = {}
-        for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True):
-            for end, share in self.shares(source).items():
-                total[end] = total.get(end, 0.0) + factor * weight * share
-        return total
-
-
-def factors(group: Group) -> tuple[float, ...]:
-    """The constant factors that stand on a branch between its last learned maps and the stream, each once."""
-    return tuple(sorted({float(f"{abs(end.factor):.9g}") for end in group.ends}))
-
-
-def last_maps(model: nn.Module, found: Trace, group: Group) -> tuple[tuple[str, ...], str]:
-    """The parameters that can take a branch's multiplier, or none and the reason why not."""
-    nodes = found.graph.nodes
-    idle = sorted(name for name in group.parameters - found.graph.touched if model.get_parameter(name).ndim >= 2)
-    if idle:
-        return (), f"{idle[0]} did not run in the trace (an expert that was not chosen?), and might end it another time"
-    names = frozenset[str]().union(*(end.parameters for end in group.ends))
-    if not group.ends or any(not end.parameters for end in group.ends):
-        return (), "it does not end in a learned map that its multiplier could go into, such as a norm without gain"
-    for end in group.ends:
-        direct = {name for s in nodes[end.node].sources for n in found.graph.same(s) for name in nodes[n].parameters}
-        computed = [
-            n for n in nodes[end.node].sources if not nodes[n].data and nodes[n].op and nodes[n].repeats is None
-        ]
-        if computed or not end.parameters <= direct:
-            return (), "the weights of its last map are computed from its parameters"
-    own = {end.node for end in group.ends}
-    for number, node in enumerate(nodes):
-        if node.data and node.parameters & names and number not in own and found.graph.live >> number & 1:
-            return (), f"{', '.join(sorted(node.parameters & names))} of its last map is used elsewhere too"
-    return tuple(sorted(names)), ""
-
-
-def gates(found: Trace, group: Group) -> frozenset[str]:
-    """Learned factors on the branch, after its last matrix: LayerScale, ReZero."""
-    nodes = found.graph.nodes
-    inside = frozenset[int]().union(*(add.way for add in group.adds))
-    found_gates = frozenset[str]()
-    for _, route in group.routes:
-        for number in route[:-1]:
-            found_gates |= nodes[number].parameters if nodes[number].op in {"mul", "div"} else frozenset()
-    for end in group.ends:
-        node = nodes[end.node]
-        below = node.proportional_to[0][0] if node.op == "mul" and node.proportional_to else None
-        while below in inside and len(nodes[below].proportional_to) == 1 and not nodes[below].matrices:
-            below = nodes[below].proportional_to[0][0]
-        if below in inside and nodes[below].matrices:  # a norm's gain stands on something that is no map
-            found_gates |= end.parameters
-    return found_gates

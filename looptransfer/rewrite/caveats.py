@@ -5,7 +5,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from looptransfer.rewrite.branches import Group, factors, gates
+from looptransfer.rewrite.branches import Group
+from looptransfer.rewrite.ends import factors, gates
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.trace import ResidualAdd, Trace
 
@@ -73,9 +74,9 @@ def _normed(found: Trace, add: ResidualAdd, later: list[ResidualAdd], carried: s
 
 def _depth_scaling(found: Trace, groups: list[Group]) -> str | None:
     named = [
-        f"{group.handle} × {factors(group)[0]:g}"
-        for group in groups
-        if group.ends and all(abs(factor - 1) > 1e-6 for factor in factors(group))
+        f"{group.handle} × {constants[0]:g}"
+        for group, constants in ((group, factors(found, group)) for group in groups)
+        if constants and all(abs(constant - 1) > 1e-6 for constant in constants)
     ]
     learned = sorted(frozenset[str]().union(*(gates(found, group) for group in groups)))
     what = [f"a constant factor ({named[0]}, as residual_multiplier in some configurations)"] if named else []

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.branches import Group, factors, find_groups, last_maps
+from looptransfer.rewrite.branches import Group, find_groups
 from looptransfer.rewrite.caveats import find_caveats
+from looptransfer.rewrite.ends import factors, last_maps
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.layers import count_layers, find_blocks
 from looptransfer.rewrite.trace import Trace
@@ -232,7 +233,7 @@ def _branch(model: nn.Module, found: Trace, group: Group, block: str) -> Branch:
         parameters=tuple(sorted(group.parameters)),
         last_map=names,
         unfoldable=unfoldable,
-        factors=factors(group),
+        factors=factors(found, group),
     )
 
 

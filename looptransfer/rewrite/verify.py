@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from looptransfer.errors import InputError, VerificationError
 from looptransfer.rewrite.apply import PLAN, planned, with_proof
-from looptransfer.rewrite.branches import Group, factors, find_groups
+from looptransfer.rewrite.branches import Group, find_groups
+from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.insert import clear_multipliers
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rewrite.proof import all_agree, prove
@@ -80,7 +81,7 @@ def _disagreements(plan: ScalingPlan, found: Trace, groups: list[Group], trainin
 
 def _measured(branch: Branch, wanted: float, found: Trace, group: Group) -> str | None:
     """What stands on a branch instead of the multiplier that is wanted; None where it is that one."""
-    ours = factors(group)
+    ours = factors(found, group)
     first = ours[0] / branch.factors[0] if ours and branch.factors and branch.factors[0] else 0.0
     for own in branch.factors:  # there may be more by now, of adapters put on the last map
         if not any(_near(factor, own * wanted) for factor in ours):

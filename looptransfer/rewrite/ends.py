@@ -1,0 +1,138 @@
+"""Where a branch ends: its last learned maps, what can be folded into them, and what stands on them already."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from looptransfer.rewrite.branches import Group
+from looptransfer.rewrite.graph import Node
+from looptransfer.rewrite.trace import Trace
+
+# Operations whose result is proportional to the learned tensors that enter there, weight and bias together.
+MAPS = {"addmm", "mm", "bmm", "mul", "convolution", "add", "native_layer_norm", "native_group_norm", "_fused_rms_norm"}
+MAPS |= {"native_batch_norm", "baddbmm", "linear"}
+
+
+@dataclass(frozen=True)
+class End:
+    """The last learned map of a branch, and the constant factor from there to the stream."""
+
+    node: int
+    factor: float
+    parameters: frozenset[str]  # none: the branch ends in something that is no learned map
+
+
+def find_ends(found: Trace, group: Group) -> list[End]:
+    """Follow a branch from its adds back to its last learned maps."""
+    walk = _Walk(found, frozenset[int]().union(*(add.way for add in group.adds)))
+    ends = []
+    for weight, route in group.routes:
+        outside = weight * walk.share(route[0], route[-1])
+        ends += [End(n, outside * share, walk.learned(n)) for n, share in walk.shares(route[-1]).items()]
+    return ends
+
+
+class _Walk:
+    """From a node back to the learned maps that it is a sum of, with the constant share of each."""
+
+    def __init__(self, found: Trace, inside: frozenset[int]) -> None:
+        self.nodes, self.inside = found.graph.nodes, inside
+        self.known: dict[int, dict[int, float]] = {}
+
+    def shares(self, number: int) -> dict[int, float]:
+        if number not in self.known:
+            self.known[number] = self._shares(number)
+        return self.known[number]
+
+    def share(self, number: int, part: int) -> float:
+        """How much of one node there is in another that is proportional to it."""
+        if number == part:
+            return 1.0
+        node = self.nodes[number]
+        if number not in self.inside or number < part:
+            return 0.0
+        weights = node.weights or (1.0,) * max(map(len, node.proportional_to), default=0)
+        ways = [
+            sum(weight * self.share(source, part) for source, weight in zip(way, weights, strict=False))
+            for way in node.proportional_to
+        ]
+        return self._factor(node) * next((way for way in ways if way), 0.0)
+
+    def _factor(self, node: Node) -> float:
+        """Drop path divides by the share that it keeps, before its mask and in training only: no factor on average."""
+        before = abs(self.nodes[node.sources[0]].factor) if node.masked else 1.0
+        return node.factor / before if before > 1 else node.factor
+
+    def learned(self, number: int) -> frozenset[str]:
+        node = self.nodes[number]
+        return node.parameters if node.op in MAPS else frozenset()
+
+    def _shares(self, number: int) -> dict[int, float]:
+        node = self.nodes[number]
+        factor = self._factor(node)
+        if node.parameters:
+            mine = {number: factor}
+            if node.op == "add":  # a bias that is added apart: it and the map before it end the branch together
+                mine |= self._sum([s for s in node.sources if self.nodes[s].data], factor)
+            return mine
+        if number not in self.inside or not node.proportional_to:
+            return {number: factor}
+        ways = [self._sum(alternative, factor, node.weights) for alternative in node.proportional_to]
+        if len(ways) == 1:
+            return ways[0]
+        whole = [way for way in ways if all(self.learned(end) for end in way)]
+        return whole[0] if whole else {number: factor}  # a product of two things that both depend on data
+
+    def _sum(self, sources: Sequence[int], factor: float, weights: Sequence[float] = ()) -> dict[int, float]:
+        total: dict[int, float] = {}
+        for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True):
+            for end, share in self.shares(source).items():
+                total[end] = total.get(end, 0.0) + factor * weight * share
+        return total
+
+
+def factors(found: Trace, group: Group) -> tuple[float, ...]:
+    """The constant factors that stand on a branch between its last learned maps and the stream, each once."""
+    return tuple(sorted({float(f"{abs(end.factor):.9g}") for end in find_ends(found, group)}))
+
+
+def last_maps(model: nn.Module, found: Trace, group: Group) -> tuple[tuple[str, ...], str]:
+    """The parameters that can take a branch's multiplier, or none and the reason why not."""
+    nodes, ends = found.graph.nodes, find_ends(found, group)
+    idle = sorted(name for name in group.parameters - found.graph.touched if model.get_parameter(name).ndim >= 2)
+    if idle:
+        return (), f"{idle[0]} did not run in the trace (an expert that was not chosen?), and might end it another time"
+    names = frozenset[str]().union(*(end.parameters for end in ends))
+    if not ends or any(not end.parameters for end in ends):
+        return (), "it does not end in a learned map that its multiplier could go into, such as a norm without gain"
+    for end in ends:
+        direct = {name for s in nodes[end.node].sources for n in found.graph.same(s) for name in nodes[n].parameters}
+        computed = [
+            n for n in nodes[end.node].sources if not nodes[n].data and nodes[n].op and nodes[n].repeats is None
+        ]
+        if computed or not end.parameters <= direct:
+            return (), "the weights of its last map are computed from its parameters"
+    own = {end.node for end in ends}
+    for number, node in enumerate(nodes):
+        if node.data and node.parameters & names and number not in own and found.graph.live >> number & 1:
+            return (), f"{', '.join(sorted(node.parameters & names))} of its last map is used elsewhere too"
+    return tuple(sorted(names)), ""
+
+
+def gates(found: Trace, group: Group) -> frozenset[str]:
+    """Learned factors on the branch, after its last matrix: LayerScale, ReZero."""
+    nodes = found.graph.nodes
+    inside = frozenset[int]().union(*(add.way for add in group.adds))
+    found_gates = frozenset[str]()
+    for _, route in group.routes:
+        for number in route[:-1]:
+            found_gates |= nodes[number].parameters if nodes[number].op in {"mul", "div"} else frozenset()
+    for end in find_ends(found, group):
+        node = nodes[end.node]
+        below = node.proportional_to[0][0] if node.op == "mul" and node.proportional_to else None
+        while below in inside and len(nodes[below].proportional_to) == 1 and not nodes[below].matrices:
+            below = nodes[below].proportional_to[0][0]
+        if below in inside and nodes[below].matrices:  # a norm's gain stands on something that is no map
+            found_gates |= end.parameters
+    return found_gates
