@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import looptransfer as lt
-from tests.models import WIDTH, BareMLP, Looped, MLPBlock, ParallelBlock, inputs, small_decoder, tokens
+from tests.models import WIDTH, AlbertBlock, BareMLP, Looped, MLPBlock, ParallelBlock, inputs, small_decoder, tokens
 
 OPTIMIZERS = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD]
 Settings = dict[str, dict[str, Any]]
@@ -282,3 +282,32 @@ def test_a_model_whose_parts_were_rewritten_apart_is_refused() -> None:
         lt.parametrize(part, torch.ones(2, 3, WIDTH))
     with pytest.raises(lt.InputError, match="2 parts of the model were rewritten apart"):
         lt.param_groups(model, torch.optim.AdamW, lr=0.1)
+
+
+# -- parameters on the stream
+
+
+def post_norm_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = Looped([AlbertBlock()], loops=3)
+    lt.parametrize(model, torch.ones(2, 4, WIDTH))
+    return model
+
+
+def test_parameters_on_the_stream_get_the_lr_by_their_uses() -> None:
+    model = post_norm_model()
+    scale = {
+        p: group["lr_scale"] for group in lt.param_groups(model, torch.optim.AdamW, lr=0.1) for p in group["params"]
+    }
+    left = lt.param_groups(model, torch.optim.AdamW, lr=0.1, on_stream="leave")
+    gains = {model.blocks[0].norm.weight, model.blocks[0].attention.norm.bias}
+    assert {scale[gain] for gain in gains} == {1 / 3}
+    assert scale[model.blocks[0].ffn.weight] == 1
+    assert {group["lr_scale"] for group in left} == {1.0}
+    names = [group["name"] for group in lt.param_groups(model, torch.optim.AdamW, lr=0.1)]
+    assert "outside, no decay, on the stream 3×" in names
+
+
+def test_another_word_for_on_stream_is_refused() -> None:
+    with pytest.raises(lt.InputError, match="on_stream is 'ignore'; choose scale or leave"):
+        lt.param_groups(post_norm_model(), torch.optim.AdamW, lr=0.1, on_stream="ignore")

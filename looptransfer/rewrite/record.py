@@ -378,21 +378,23 @@ def record(
         InputError: the model rejects the example inputs; its own error is shown.
     """
     args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
+    if any(tensor.is_nested for tensor in tensors((args, kwargs))):
+        raise InputError("the example inputs hold a nested tensor, which the trace cannot follow; give a padded one")
     strangers = frozenset(map(id, copy_of.modules())) if copy_of is not None else frozenset()
     recorder = Recorder(model, (args, kwargs), peaks, scale or {}, strangers)
     torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
-    with _as_written(), state_kept(model), _module_hooks(recorder.enter, recorder.leave):
-        if seed is not None:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-        try:
+    try:
+        with _as_written(), state_kept(model), _module_hooks(recorder.enter, recorder.leave):
+            if seed is not None:
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed)
             with marker.observed(recorder.mark), recorder:
                 model(*args, **kwargs)
-        except InputError:
-            raise
-        except Exception as error:
-            raise _explained(model, example_inputs, error) from error
+    except InputError:
+        raise
+    except Exception as error:
+        raise _explained(model, example_inputs, error) from error
     return recorder.finish()
 
 

@@ -184,3 +184,19 @@ def test_a_skip_scaled_by_a_constant_tensor_is_no_residual_add() -> None:
 
     with pytest.raises(lt.InputError, match=r"the skip added at .* is scaled"):
         lt.parametrize(Decayed(), torch.ones(2, 8))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_inputs_are_refused_with_what_to_give() -> None:
+    ragged = torch.nested.nested_tensor([torch.ones(2, WIDTH), torch.ones(3, WIDTH)], layout=torch.jagged)
+    with pytest.raises(lt.InputError, match="a nested tensor, which the trace cannot follow; give a padded one"):
+        lt.parametrize(models.ResidualMLP(), ragged)
+
+
+def test_a_model_that_only_the_trace_cannot_run_is_told_from_wrong_inputs() -> None:
+    class Mapped(models.ResidualMLP):
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            return torch.vmap(lambda one: one + self.f(one))(h)
+
+    with pytest.raises(lt.InputError, match="the trace cannot follow this model, which runs without it"):
+        lt.parametrize(Mapped(), torch.ones(3, 2, WIDTH))
