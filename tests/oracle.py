@@ -130,6 +130,7 @@ def factors_of(entry: Entry, plain: nn.Module) -> dict[Run, tuple[int, float]]:
     factors: dict[Run, tuple[int, float]] = {}
     for branch, group in groups.items():
         known = [add for add in group.adds if add.site.source != "declared"]
+        known = known if len(known) == len(group.adds) else []
         factors |= {(add.site, add.occurrence): (add.position, sizes[branch]) for add in known}
         if not known:
             plain.get_submodule(branch).register_forward_hook(lambda _, args, out, size=sizes[branch]: out * size)

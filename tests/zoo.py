@@ -1150,6 +1150,31 @@ class StackedAndCast(nn.Module):
         return x
 
 
+class Latents(nn.Module):
+    """Learned queries that mix among themselves before they see any data: the first visit has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, WIDTH))
+        self.mix, self.look, self.norm = Mixer(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, data: Tensor) -> Tensor:
+        x = self.queries.expand(data.shape[0], -1, -1)
+        for _ in range(3):
+            x = x + self.mix(self.norm(x))
+            x = x + self.look((self.norm(x) @ data.transpose(-1, -2)).softmax(-1) @ data)
+        return x
+
+
+add("learned queries", "streams", Latents, refusal=NO_MODULE, line="x = x + self.mix(self.norm(x))")
+add(
+    "learned queries, declared",
+    "streams",
+    Latents,
+    ("mix", "mix", 3),
+    ("look", "look", 3),
+    kwargs={"branches": ["mix", "look"]},
+)
 add(
     "reading and writing",
     "streams",

@@ -201,13 +201,15 @@ def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
     if not handles:
         raise InputError(f"branches holds {name}, which returns no tensor; name a module whose output is the branch")
     places = _places(found, handles[0])
-    adds = [add for add in found.of("leaf") if set(places) & set(proportional(graph, add.branch, add.way))]
-    if adds:
-        return Group(handles[0], adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
+    known = {id(add): add for add in found.of("leaf")}
+    reached = {key: set(places) & set(proportional(graph, add.branch, add.way)) for key, add in known.items()}
+    adds = [known[key] for key, nodes in reached.items() if nodes]
     canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
     owned = {p: canonical[id(p)] for p in module_of(model, name).parameters()}
     matrices = frozenset(name for p, name in owned.items() if p.ndim >= 2)
-    return _standing_for_itself(handles[0], places, frozenset(owned.values()), matrices)
+    others = [n for n in places if not any(n in nodes for nodes in reached.values())]
+    group = _standing_for_itself(handles[0], others, frozenset(owned.values()), matrices)
+    return Group(handles[0], adds + group.adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
 
 
 def _standing_for_itself(
@@ -262,7 +264,13 @@ def _count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> None:
     canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
     depth: dict[tuple[str, int], int] = {}  # (matrix, sum) -> the chain that ends there
     runs: defaultdict[tuple[str, int | None], list[tuple[int, set[int]]]] = defaultdict(list)
+    own: defaultdict[int, set[str]] = defaultdict(set)
+    for group in groups:
+        always = frozenset[str].intersection(*(add.matrices for add in group.adds))
+        for add in group.adds:  # what acts now and then comes in with the stream, or beside what always acts
+            own[id(add)] |= always or add.matrices
     for add in sorted({id(a): a for g in groups for a in g.adds}.values(), key=lambda one: one.total):
+        add.matrices = frozenset(own[id(add)])
         for name in add.matrices:
             applied = {n for n in add.way if name in found.graph.nodes[n].matrices} or {add.total}
             earlier = [

@@ -42,10 +42,10 @@ def prove(twin: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan) -> 
     """
     found = trace(twin_of(twin), example_inputs, seed=SEED)
     groups = find_groups(twin, found, [branch.module for branch in plan.branches] if plan.declared else None)
-    recognised = [group for group in groups if group.adds[0].site.source != DECLARED]
+    recognised = [group for group in groups if all(add.site.source != DECLARED for add in group.adds)]
 
     silent = trace(_with(twin, {group.handle: 0.0 for group in groups}), example_inputs, seed=SEED, peaks=True)
-    expected = {add.site for group in recognised for add in group.adds}
+    expected = {add.site for group in groups for add in group.adds if add.site.source != DECLARED}
     adds = [add for add in silent.adds if add.site in expected and add.kind != "composite"]
     leaking = sorted({add.site.source for add in adds if not (add.peak == 0 or math.isnan(add.peak))})
     if leaking or {add.site for add in adds} != expected:

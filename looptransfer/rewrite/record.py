@@ -267,7 +267,7 @@ class Recorder(TorchDispatchMode):
             node.proportional_to = ((node.repeats,),)
         elif name == "neg":
             node.proportional_to, node.factor = (tuple(held),), -1.0
-        elif name in {"mul", "div"} and held:
+        elif name in {"mul", "div"} and (held or not node.data):
             self._note_product(node, call, held)
         elif name in SUMS and len(held) == 2:
             sign = 1.0 if name == "add" else -1.0
