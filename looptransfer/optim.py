@@ -57,10 +57,7 @@ def param_groups(
     Raises:
         InputError: another optimizer or word for on_stream, numbers out of range, or a model that was not rewritten.
     """
-    family = FAMILIES.get(optimizer)
-    if family is None:
-        known = ", ".join(cls.__name__ for cls in FAMILIES)
-        raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {known}, given as a class")
+    family = _family(optimizer)
     _check_settings(lr, eps, weight_decay)
     if on_stream not in {"leave", "scale"}:
         raise InputError(f"on_stream is {on_stream!r}; choose scale or leave")
@@ -78,10 +75,7 @@ def param_groups(
         depth = factors if branch else DepthFactors(1.0, 1.0, 1.0)
         fold = fold_factors(family, folded.get(id(parameter), 1.0))
         times = 1 if branch else uses.get(id(parameter), 1)
-        label = ("branches" if branch else "outside") + ("" if decayed else ", no decay")
-        label += f", folded ε = {folded[id(parameter)]:.6g}" if id(parameter) in folded else ""
-        label += "" if times == 1 else f", on the stream {times}×"
-        label += "" if width == 1 else f", width × {width:g}"
+        label = _label(branch, decayed, folded.get(id(parameter)), times, width)
         lr_scale = depth.lr * fold.lr / (width * times)
         settings = {"name": label, "lr": lr * lr_scale, "lr_scale": lr_scale, "params": []}
         decay = weight_decay * depth.weight_decay * fold.weight_decay * width
@@ -90,6 +84,22 @@ def param_groups(
             settings["eps"] = eps * depth.eps * fold.eps
         groups.setdefault(label, settings)["params"].append(parameter)
     return list(groups.values())
+
+
+def _family(optimizer: type[torch.optim.Optimizer]) -> Family:
+    family = FAMILIES.get(optimizer)
+    if family is None:
+        known = ", ".join(cls.__name__ for cls in FAMILIES)
+        raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {known}, given as a class")
+    return family
+
+
+def _label(branch: bool, decayed: bool, folded: float | None, times: int, width: float) -> str:
+    """A group's name: all that sets it apart from the others."""
+    label = ("branches" if branch else "outside") + ("" if decayed else ", no decay")
+    label += "" if folded is None else f", folded ε = {folded:.6g}"
+    label += "" if times == 1 else f", on the stream {times}×"
+    return label + ("" if width == 1 else f", width × {width:g}")
 
 
 def _of_branch(inner: nn.Module, live: dict[str, nn.Parameter], branch: Branch) -> Iterator[nn.Parameter]:

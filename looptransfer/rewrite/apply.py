@@ -1,6 +1,5 @@
 """A plan put into a model, changed, moved into the weights, and taken out again."""
 
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
-from looptransfer.rewrite.names import named_parameters, plain_names
+from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
 from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan, looped_visits, make_plan
 from looptransfer.rewrite.proof import Proof, prove
 from looptransfer.rewrite.record import ExampleInputs
@@ -64,14 +63,8 @@ def parametrize(
     """
     _check_model(model)
     _check_settings(rule, lam, base_layers, realisation, branches, layers)
-    if realisation == "folded" and loops is not None:
-        raise InputError("realisation='folded' with loops: weights cannot follow a random loop count; use 'multiplier'")
     meta = any(parameter.is_meta for parameter in model.parameters())
-    if meta and (preserve or realisation == "folded"):
-        raise InputError(
-            "weights on the meta device can take no factor; give the model its weights first, then "
-            f"{'preserve=True' if preserve else 'fold it'}"
-        )
+    _check_weights(meta, realisation, loops, preserve)
     found = trace(twin_of(model), example_inputs, copy_of=model)
     plan = make_plan(
         model,
@@ -214,11 +207,10 @@ def planned(model: nn.Module) -> tuple[nn.Module, ScalingPlan]:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    compiler = sys.modules.get("torch._dynamo")  # importing it for the question would cost two seconds
+    for name in compiled_modules(model):
+        where = f"its module {name}" if name else "the model"
+        raise InputError(f"{where} is compiled already; call parametrize first and torch.compile after")
     for name, module in model.named_modules():
-        if module._compiled_call_impl is not None or (compiler and isinstance(module, compiler.OptimizedModule)):
-            where = f"its module {name}" if name else "the model"
-            raise InputError(f"{where} is compiled already; call parametrize first and torch.compile after")
         if isinstance(module, torch.jit.ScriptModule):
             raise InputError(f"{name or 'the model'} is a TorchScript module; rewrite the model before it is scripted")
     if any(PLAN in module.__dict__ or OUTPUTS in module.__dict__ for module in model.modules()):
@@ -243,6 +235,17 @@ def _check_settings(
     named = isinstance(branches, Sequence) and not isinstance(branches, str)
     if branches is not None and not (named and branches and all(isinstance(name, str) for name in branches)):
         raise InputError(f"branches is {branches!r}; give a list of module names or globs, such as ['layers.*.mlp']")
+
+
+def _check_weights(meta: bool, realisation: str, loops: float | None, preserve: bool) -> None:
+    """Refuse what would have to change weights that are not there, or that cannot follow."""
+    if realisation == "folded" and loops is not None:
+        raise InputError("realisation='folded' with loops: weights cannot follow a random loop count; use 'multiplier'")
+    if meta and (preserve or realisation == "folded"):
+        raise InputError(
+            "weights on the meta device can take no factor; give the model its weights first, then "
+            f"{'preserve=True' if preserve else 'fold it'}"
+        )
 
 
 def _check_foldable(plan: ScalingPlan, what: str) -> None:

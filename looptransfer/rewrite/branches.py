@@ -9,7 +9,7 @@ from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Graph, Handle, Site
-from looptransfer.rewrite.names import module_of, named_parameters
+from looptransfer.rewrite.names import module_of, parameter_names
 from looptransfer.rewrite.trace import Kind, ResidualAdd, Trace
 
 DECLARED = "declared"  # the source of a branch that only the user knows
@@ -118,7 +118,7 @@ def _marked_alone(found: Trace, handle: Handle) -> Group:
         earlier = max((m for m in places if m < n and found.graph.precedes(m, n)), default=None)
         acting |= set(found.graph.way(earlier, n)) if earlier is not None else {n}
     learned = frozenset[str]().union(*(found.graph.nodes[m].parameters for m in acting))
-    return _standing_for_itself(handle, places, learned, frozenset([str(handle)]))
+    return _at(handle, places, _standing_alone(places, learned, frozenset([str(handle)])))
 
 
 def _usable(found: Trace) -> set[Handle]:
@@ -201,22 +201,23 @@ def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
     if not handles:
         raise InputError(f"branches holds {name}, which returns no tensor; name a module whose output is the branch")
     places = _places(found, handles[0])
-    known = {id(add): add for add in found.of("leaf")}
-    reached = {key: set(places) & set(proportional(graph, add.branch, add.way)) for key, add in known.items()}
-    adds = [known[key] for key, nodes in reached.items() if nodes]
-    canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    reached = [(add, set(places) & set(proportional(graph, add.branch, add.way))) for add in found.of("leaf")]
+    adds = [add for add, nodes in reached if nodes]
+    canonical = parameter_names(model)
     owned = {p: canonical[id(p)] for p in module_of(model, name).parameters()}
     matrices = frozenset(name for p, name in owned.items() if p.ndim >= 2)
-    others = [n for n in places if not any(n in nodes for nodes in reached.values())]
-    group = _standing_for_itself(handles[0], others, frozenset(owned.values()), matrices)
-    return Group(handles[0], adds + group.adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
+    others = [n for n in places if not any(n in nodes for _, nodes in reached)]
+    return _at(handles[0], places, adds + _standing_alone(others, frozenset(owned.values()), matrices))
 
 
-def _standing_for_itself(
-    handle: Handle, places: list[int], parameters: frozenset[str], matrices: frozenset[str]
-) -> Group:
+def _standing_alone(places: list[int], parameters: frozenset[str], matrices: frozenset[str]) -> list[ResidualAdd]:
     """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
-    adds = [ResidualAdd("leaf", Site(DECLARED, 0, ()), n, n, n, frozenset([n]), parameters, matrices) for n in places]
+    site = Site(DECLARED, 0, ())
+    return [ResidualAdd("leaf", site, n, n, n, frozenset([n]), parameters, matrices) for n in places]
+
+
+def _at(handle: Handle, places: list[int], adds: list[ResidualAdd]) -> Group:
+    """A group whose branches are what the handle hands over, as it is."""
     return Group(handle, adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
 
 
@@ -261,7 +262,7 @@ def _count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> None:
     Tied weights count together, whatever modules hold them; chunks of one stream are no chain. A stream inside a branch
     begins anew at every visit of that branch, and so does its count.
     """
-    canonical = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    canonical = parameter_names(model)
     depth: dict[tuple[str, int], int] = {}  # (matrix, sum) -> the chain that ends there
     runs: defaultdict[tuple[str, int | None], list[tuple[int, set[int]]]] = defaultdict(list)
     own: defaultdict[int, set[str]] = defaultdict(set)

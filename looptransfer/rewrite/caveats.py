@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from looptransfer.rewrite.branches import Group
-from looptransfer.rewrite.ends import factors, gates
+from looptransfer.rewrite.ends import gates
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.trace import ResidualAdd, Trace
 
@@ -14,13 +14,18 @@ NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_
 NORMS |= {"linalg_vector_norm", "_native_batch_norm_legit", "var_mean", "cudnn_batch_norm"}
 
 
-def find_caveats(model: nn.Module, found: Trace, groups: list[Group], preserved: bool) -> tuple[str, ...]:
-    """Sentences for the user, the gravest first. `preserved`: the rewrite leaves the function as it is."""
+def find_caveats(
+    model: nn.Module, found: Trace, groups: list[Group], constants: list[tuple[float, ...]], preserved: bool
+) -> tuple[str, ...]:
+    """Sentences for the user, the gravest first.
+
+    `constants`: the factors on each group's branch already. `preserved`: the rewrite leaves the function as it is.
+    """
     checks = [
         _unused(model, found, groups),
         _injection(found),
         _post_norm(found),
-        _depth_scaling(found, groups),
+        _depth_scaling(found, groups, constants),
         _cut_loops(model, found, groups),
     ]
     checks += [_prelude(groups), None if preserved else _trained(model)]
@@ -72,11 +77,11 @@ def _normed(found: Trace, add: ResidualAdd, later: list[ResidualAdd], carried: s
     return any(found.graph.nodes[n].op in NORMS for n in way) and not found.matrices_on(way)
 
 
-def _depth_scaling(found: Trace, groups: list[Group]) -> str | None:
+def _depth_scaling(found: Trace, groups: list[Group], constants: list[tuple[float, ...]]) -> str | None:
     named = [
-        f"{group.handle} × {constants[0]:g}"
-        for group, constants in ((group, factors(found, group)) for group in groups)
-        if constants and all(abs(constant - 1) > 1e-6 for constant in constants)
+        f"{group.handle} × {own[0]:g}"
+        for group, own in zip(groups, constants, strict=True)
+        if own and all(abs(constant - 1) > 1e-6 for constant in own)
     ]
     learned = sorted(frozenset[str]().union(*(gates(found, group) for group in groups)))
     what = [f"a constant factor ({named[0]}, as residual_multiplier in some configurations)"] if named else []

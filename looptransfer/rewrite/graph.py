@@ -48,9 +48,7 @@ class Node:
     data: bool = False  # depends on the example inputs
     parameters: frozenset[str] = frozenset()  # learned tensors that enter here
     matrices: frozenset[str] = frozenset()  # those that act as matrices; "name+offset" where only a part does
-    weights_of: frozenset[str] = (
-        frozenset()
-    )  # of a tensor without data: the matrices that it is, not those that made it
+    weights_of: frozenset[str] = frozenset()  # without data: the matrices that it is, not those that made it
     zero: bool = False  # a product with 0.0
     masked: bool = False  # a product with random numbers
     reaching: int = 0  # bitmask of all parameters it depends on, other than through a product with 0.0

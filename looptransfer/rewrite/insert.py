@@ -15,7 +15,7 @@ from torch import nn
 from looptransfer.errors import InputError
 from looptransfer.rewrite import marker
 from looptransfer.rewrite.graph import Handle
-from looptransfer.rewrite.names import module_of
+from looptransfer.rewrite.names import module_of, plain_names
 
 OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε
 MARKS = "_looptransfer_marks"  # on a module whose forward sets marks: which mark -> ε
@@ -62,9 +62,9 @@ FUSED = "_looptransfer_fused_activation"
 
 def _leave_fused_path(model: nn.Module, name: str) -> None:
     """The fused path of torch's encoder layer in eval mode would pass the branch's module by."""
-    parts = name.split(".")
+    modules, parts = plain_names(model), name.split(".")
     for end in range(len(parts)):
-        layer = module_of(model, ".".join(parts[:end]))
+        layer = modules[".".join(parts[:end])]
         if isinstance(layer, nn.TransformerEncoderLayer) and FUSED not in layer.__dict__:
             layer.__dict__[FUSED] = layer.activation_relu_or_gelu
             layer.activation_relu_or_gelu = 0

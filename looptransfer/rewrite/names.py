@@ -1,5 +1,7 @@
 """Modules and parameters by names that wrappers around them do not change."""
 
+import sys
+
 from torch import nn
 
 from looptransfer.errors import InputError
@@ -16,6 +18,21 @@ def plain_names(model: nn.Module) -> dict[str, nn.Module]:
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by its name, as `plain_names` has it."""
     return {_plain(name): parameter for name, parameter in model.named_parameters()}
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """The name of every parameter by its id."""
+    return {id(parameter): name for name, parameter in named_parameters(model).items()}
+
+
+def compiled_modules(model: nn.Module) -> list[str]:
+    """The modules that torch.compile was called on."""
+    compiler = sys.modules.get("torch._dynamo")  # importing it for the question would cost two seconds
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._compiled_call_impl is not None or (compiler and isinstance(module, compiler.OptimizedModule))
+    ]
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:
@@ -36,6 +53,6 @@ def _plain(name: str) -> str:
 
 def homes(model: nn.Module) -> dict[tuple[int, str], str]:
     """Where parameters live: (module, attribute) -> the parameter's name."""
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    names = parameter_names(model)
     held = [(module, own, p) for module in model.modules() for own, p in module._parameters.items() if p is not None]
     return {(id(module), own): names[id(parameter)] for module, own, parameter in held}

@@ -88,6 +88,11 @@ class ScalingPlan:
         return next(iter(visits)) if len(visits) == 1 else visits
 
     @property
+    def declared_modules(self) -> list[str] | None:
+        """The branches' modules where the user named them; None where the trace finds them."""
+        return [branch.module for branch in self.branches] if self.declared else None
+
+    @property
     def depth_multiplier(self) -> float:
         """m_L = L / L_ref."""
         return depth_multiplier(self.layers, self.base_layers)
@@ -193,7 +198,7 @@ def make_plan(
         layers,
         drafts,
         left_alone=_left_alone(found, groups),
-        caveats=find_caveats(model, found, groups, preserve),
+        caveats=find_caveats(model, found, groups, [draft.factors for draft in drafts], preserve),
         declared=branches is not None,
         random_loops=loops is not None,
     )

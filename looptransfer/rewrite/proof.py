@@ -41,7 +41,7 @@ def prove(twin: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan) -> 
         InputError: a check fails, so that no faithful rewrite is known.
     """
     found = trace(twin_of(twin), example_inputs, seed=SEED)
-    groups = find_groups(twin, found, [branch.module for branch in plan.branches] if plan.declared else None)
+    groups = find_groups(twin, found, plan.declared_modules)
     recognised = [group for group in groups if all(add.site.source != DECLARED for add in group.adds)]
 
     silent = trace(_with(twin, {group.handle: 0.0 for group in groups}), example_inputs, seed=SEED, peaks=True)

@@ -5,6 +5,7 @@ and learned matrices act on the way from x to b: a is the stream, b the branch. 
 is written out, a manual norm or RoPE would qualify.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -69,6 +70,15 @@ class Trace:
     def matrices_on(self, nodes: Iterable[int]) -> frozenset[str]:
         """The matrices that act at these nodes."""
         return frozenset[str]().union(*(self.graph.nodes[n].matrices for n in nodes))
+
+    @functools.cached_property
+    def by_total(self) -> dict[int, ResidualAdd]:
+        """The adds by the node of their sum."""
+        return {add.total: add for add in self.adds}
+
+    def inside(self, add: ResidualAdd) -> list[ResidualAdd]:
+        """The adds whose sums lie in the branch of one, in the order they ran."""
+        return [self.by_total[n] for n in sorted(add.way & self.by_total.keys()) if n != add.total]
 
     def of(self, kind: Kind) -> list[ResidualAdd]:
         """The adds of one kind."""
@@ -223,12 +233,10 @@ def _slices_read(found: Trace, add: ResidualAdd) -> frozenset[tuple[int, int]]:
 
 def _tell_composites(found: Trace) -> None:
     """A branch that runs through its own site again holds the stream: the add injects something into it."""
-    totals = {add.total: add for add in found.adds}
     again = {add.site for add in found.adds if add.kind == "composite"}
     for add in [*found.of("leaf"), *found.of("gated")]:
-        inside = [totals[n] for n in add.way & totals.keys()]
         mine = found.matrices_on(add.way)
-        if any(one.site == add.site and found.matrices_on(one.way) & mine for one in inside):
+        if any(one.site == add.site and found.matrices_on(one.way) & mine for one in found.inside(add)):
             again.add(add.site)
     for add in found.adds:
         if add.site in again and add.kind in {"leaf", "gated"}:
@@ -249,8 +257,7 @@ def _tell_nested(found: Trace) -> None:
         for n in found.graph.same(add.stream):
             followers[n].append(add)
     for outer in found.of("leaf"):
-        inside = [add for add in found.adds if add.total in outer.way and add is not outer]
-        inside = [add for add in inside if users[add.total] <= outer.way | {outer.total}]
+        inside = [add for add in found.inside(outer) if users[add.total] <= outer.way | {outer.total}]
         stream = [
             add
             for add in _streams_begun(found, outer, inside)
@@ -275,13 +282,12 @@ def _tell_nested(found: Trace) -> None:
 
 def _streams_begun(found: Trace, outer: ResidualAdd, inside: list[ResidualAdd]) -> list[ResidualAdd]:
     """The leaves among adds in a branch whose stream begins there, or is the outer one's own."""
-    totals = {add.total for add in found.adds}
     own = {add.total for add in inside if add.kind != "leaf"} | outer.roots
     begun = []
     for add in inside:
-        chain = list(found.graph.same(add.stream))
-        met = next((place for place, n in enumerate(chain) if n in own or n in totals or n not in outer.way), None)
-        if add.kind == "leaf" and (met is None or chain[met] in own):
+        chain = found.graph.same(add.stream)
+        met = next((n for n in chain if n in own or n in found.by_total or n not in outer.way), None)
+        if add.kind == "leaf" and (met is None or met in own):
             begun.append(add)
             own.add(add.total)
     return begun
@@ -307,9 +313,8 @@ def _follows(found: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:
 
 def _note_parameters(found: Trace) -> None:
     """What acts in a branch is not what acts in the branches inside it."""
-    leaves = found.of("leaf")
     for add in found.adds:
-        within = frozenset[int]().union(*(one.way for one in leaves if one.total in add.way and one is not add))
+        within = frozenset[int]().union(*(one.way for one in found.inside(add) if one.kind == "leaf"))
         own = add.way - within
         if add.kind == "fused":
             own |= {add.total}

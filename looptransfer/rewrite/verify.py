@@ -1,6 +1,5 @@
 """Does the live model do what its plan says? One line for a user's CI."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from looptransfer.rewrite.apply import PLAN, planned, with_proof
 from looptransfer.rewrite.branches import Group, find_groups
 from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.insert import clear_multipliers
+from looptransfer.rewrite.names import compiled_modules
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rewrite.proof import all_agree, prove
 from looptransfer.rewrite.record import ExampleInputs, call_arguments, tensors
@@ -42,12 +42,12 @@ def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
     inner, plan = planned(model)
     found = trace(inner, example_inputs)
     try:
-        groups = find_groups(inner, found, [branch.module for branch in plan.branches] if plan.declared else None)
+        groups = find_groups(inner, found, plan.declared_modules)
     except InputError as error:
         raise VerificationError(f"the model is no longer the one that was planned: {error}") from error
     problems = _disagreements(plan, found, groups, inner.training)
     meta = any(parameter.is_meta for parameter in inner.parameters())
-    if _compiled(model) and not meta and not _compiled_agrees(model, inner, example_inputs):
+    if compiled_modules(model) and not meta and not _compiled_agrees(model, inner, example_inputs):
         problems.append("the compiled model does not compute what the rewritten model does; compile it again")
     if problems:
         raise VerificationError("the model does not do what its plan says:\n" + "\n".join(f"- {p}" for p in problems))
@@ -95,13 +95,6 @@ def _measured(branch: Branch, wanted: float, found: Trace, group: Group) -> str 
 
 def _near(value: float, wanted: float) -> bool:
     return abs(value - wanted) <= TOLERANCE * abs(wanted)
-
-
-def _compiled(model: nn.Module) -> bool:
-    compiler = sys.modules.get("torch._dynamo")
-    if compiler is None:
-        return False
-    return any(m._compiled_call_impl is not None or isinstance(m, compiler.OptimizedModule) for m in model.modules())
 
 
 def _compiled_agrees(model: nn.Module, inner: nn.Module, example_inputs: ExampleInputs) -> bool:
