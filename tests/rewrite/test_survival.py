@@ -379,7 +379,6 @@ def train_with_ddp(rank: int, port: int) -> None:
     model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(lt.VerificationError, match=r"layers\.1\.mlp"):
         lt.verify(wrapped.eval(), tokens())
-    torch.distributed.destroy_process_group()
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -401,7 +400,6 @@ def train_with_fsdp2(rank: int, port: int) -> None:
     scaled = model(tokens()).detach()
     lt.fold(model)
     torch.testing.assert_close(model(tokens()), scaled, rtol=1e-12, atol=1e-12)
-    torch.distributed.destroy_process_group()
 
 
 def verify_under_fsdp2(rank: int, port: int) -> None:
@@ -411,7 +409,6 @@ def verify_under_fsdp2(rank: int, port: int) -> None:
     model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(lt.VerificationError, match=r"^[^\n]*\n- layers\.1\.mlp: [^\n]*$"):
         lt.verify(model, tokens())
-    torch.distributed.destroy_process_group()
 
 
 def refuse_to_fold_a_branch_that_is_sharded_itself(rank: int, port: int) -> None:
@@ -426,7 +423,6 @@ def refuse_to_fold_a_branch_that_is_sharded_itself(rank: int, port: int) -> None
         with pytest.raises(lt.InputError, match="before the model is wrapped"):
             change(model)
         torch.testing.assert_close(model(tokens()), scaled, rtol=1e-12, atol=1e-12)  # nothing was changed
-    torch.distributed.destroy_process_group()
 
 
 def rewrite_what_is_sharded_already(rank: int, port: int) -> None:
@@ -435,11 +431,16 @@ def rewrite_what_is_sharded_already(rank: int, port: int) -> None:
     with pytest.raises(lt.InputError, match="FSDP"):
         lt.parametrize(model, tokens())
     torch.testing.assert_close(model(tokens()), plain_decoder()(tokens()), rtol=1e-12, atol=1e-12)
-    torch.distributed.destroy_process_group()
+
+
+def one_of_two(rank: int, work: Callable[[int, int], None], port: int) -> None:
+    work(rank, port)
+    torch.distributed.barrier()
+    os._exit(0)  # all is asserted; the teardown of gloo's threads aborts in about one process of a hundred
 
 
 def in_two_processes(work: Callable[[int, int], None]) -> None:
-    torch.multiprocessing.spawn(work, (free_port(),), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two, (work, free_port()), nprocs=2)
 
 
 @pytest.mark.slow
