@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
     from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
-    from looptransfer.transfer.results import read_results as read_results
+    from looptransfer.transfer.check import check as check
+    from looptransfer.transfer.sources import read_results as read_results
     from looptransfer.transfer.verdict import Verdict as Verdict
-    from looptransfer.transfer.verdict import check as check
     from looptransfer.trials.experiment import Experiment as Experiment
     from looptransfer.trials.sweep import TunedLR as TunedLR
     from looptransfer.trials.sweep import sweep as sweep
@@ -46,13 +46,13 @@ _HOMES = {
     "Verdict": "transfer.verdict",
     "VerificationError": "errors",
     "apply_plan": "rewrite.apply",
-    "check": "transfer.verdict",
+    "check": "transfer.check",
     "fold": "rewrite.apply",
     "param_groups": "optim",
     "parametrize": "rewrite.apply",
     "plot_curves": "report.figures",
     "plot_optima": "report.figures",
-    "read_results": "transfer.results",
+    "read_results": "transfer.sources",
     "reference_experiment": "reference.experiment",
     "remove": "rewrite.apply",
     "rescale": "rewrite.apply",

@@ -1,20 +1,32 @@
 """The command line. Commands import what they need when they run, so that help and `check` load no torch."""
 
 import argparse
+import csv
+import io
 import json
+import os
+import re
+import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from looptransfer.errors import InputError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 USAGE, UNEXPECTED, INTERRUPTED = 2, 70, 130
+LEDGER = "looptransfer.db"
+MOST_SEEDS = 1000
 STATUS = "exit status: 0 flat, 1 drifts, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 START = """\
 start here:   looptransfer demo --quick
 your model:   looptransfer inspect my_project.model:make
+your LR:      looptransfer tune experiment.py --loops 2 -o best.json
 your results: looptransfer check results.csv"""
 ABOUT = "Tune the LR of a looped Transformer at small N, carry it to large N, and check that it holds."
 DEMO = """\
@@ -40,6 +52,28 @@ The CSV has one row per training run, with columns
   seed      optional; runs of one seed are compared with each other, and one seed settles nothing
   rule      optional; the other rules serve as controls
   diverged  optional; true or false"""
+
+TRAINED = "exit status: 0 done, 2 bad usage or input, 70 anything unexpected, 130 interrupted"
+EXPERIMENT = """\
+EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
+looptransfer.Experiment, or a function of no arguments that returns one. Finished runs are kept in
+the ledger: stopped at any moment, the same command goes on where it was."""
+TUNE = f"""\
+Finds the best LR of a proxy, your experiment with few loops: a coarse look with one seed, then
+half-octave steps with every seed, and the optimum with its interval over seeds.
+
+  looptransfer tune experiment.py --loops 2 -o best.json
+
+{EXPERIMENT}"""
+SWEEP = f"""\
+Trains at every loop count, LR and seed around the LR that was tuned, and writes the table that
+`looptransfer check` judges. Control rules show whether the sweep could have seen a drift.
+
+  looptransfer sweep experiment.py --loops 1,2,4,8,16 --around best.json -o results.csv
+  looptransfer sweep experiment.py --loops 1,4,16 --lrs 0.001,0.002,0.004 --seeds 4-7 --append results.csv
+
+{EXPERIMENT}"""
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help=story, description=DEMO, formatter_class=raw))
     look = "show what would be rewritten in a model"
     _add_inspect(commands.add_parser("inspect", help=look, description=INSPECT, formatter_class=raw))
+    search = "find the best LR of a proxy"
+    _add_tune(commands.add_parser("tune", help=search, description=TUNE, epilog=TRAINED, formatter_class=raw))
+    spread = "train over loop counts and LRs, for a table of results"
+    _add_sweep(commands.add_parser("sweep", help=spread, description=SWEEP, epilog=TRAINED, formatter_class=raw))
     judge = "judge a table of results; trains nothing"
     _add_check(commands.add_parser("check", help=judge, description=CHECK, epilog=STATUS, formatter_class=raw))
     return parser
@@ -82,7 +120,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="PACKAGE.MODULE:FACTORY", help="what makes the model")
+    parser.add_argument("target", metavar="FACTORY", help="package.module:factory or path/to/file.py:factory")
     parser.add_argument(
         "--inputs",
         nargs="+",
@@ -96,6 +134,37 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="L, where blocks are not what should be counted")
     parser.add_argument("--json", action="store_true", help="the plan as JSON on standard output")
     parser.set_defaults(run=_inspect)
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    _add_experiment(parser)
+    parser.add_argument("--loops", type=int, required=True, metavar="N", help="loop count of the proxy")
+    parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write what was found as JSON, for sweep")
+    parser.set_defaults(run=_tune)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    _add_experiment(parser)
+    parser.add_argument("--loops", required=True, metavar="N,N,…", help="loop counts, such as 1,2,4,8,16")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--around", metavar="LR", help="centre of the LRs: a number, or the file that tune wrote")
+    where.add_argument("--lrs", metavar="LR,LR,…", help="the LRs themselves")
+    octaves = "LRs as log2 distances from the centre (default: -3,-2.25,-1.5,-0.75,0,0.75,1.5); write --octaves=-1,0,1"
+    parser.add_argument("--octaves", metavar="X,X,…", help=octaves)
+    rules = "factored, sqrt, unscaled; all but the one judged are controls (default: factored)"
+    parser.add_argument("--rules", default="factored", metavar="RULE,…", help=rules)
+    table = parser.add_mutually_exclusive_group(required=True)
+    table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table as CSV into a new file")
+    table.add_argument("--append", type=Path, metavar="FILE", help="make what this table lacks and add it there")
+    parser.set_defaults(run=_sweep)
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
+    parser.add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
+    parser.add_argument("--ledger", default=LEDGER, metavar="FILE", help=f"finished runs, SQLite (default: {LEDGER})")
+    parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -136,9 +205,60 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    seeds = _seeds(arguments.seeds)
+    if arguments.output:
+        _check_new(arguments.output)
+        _check_writable(arguments.output, arguments.ledger)
+    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.trials.sweep import tune  # noqa: PLC0415
+
+    experiment = load_experiment(arguments.experiment)
+    best = tune(experiment, arguments.loops, seeds, arguments.ledger, arguments.workers, arguments.rule)
+    print(best)
+    if arguments.output:
+        _write(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
+    around = arguments.output or f"{best.lr:.6g}"
+    follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
+    _print_next(*follow, *(["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []))
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    loops, seeds = _listed("--loops", arguments.loops, int, "1,2,4,8,16"), _seeds(arguments.seeds)
+    path = arguments.append or arguments.output
+    if arguments.output:
+        _check_new(path)
+    runs_there = _read_table(path)[1] if arguments.append else []
+    _check_writable(path, arguments.ledger)
+    where = _learning_rates(arguments)
+    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.trials.sweep import sweep  # noqa: PLC0415
+    from looptransfer.trials.trial import Run  # noqa: PLC0415
+
+    experiment = load_experiment(arguments.experiment)
+    if "around" in where:
+        where["around"] = _centre(where["around"], experiment.identity())
+    results = sweep(
+        experiment,
+        loops,
+        rules=[rule.strip() for rule in arguments.rules.split(",")],
+        seeds=seeds,
+        ledger=arguments.ledger,
+        workers=arguments.workers,
+        known=[Run(*run) for run in runs_there],
+        **where,
+    )
+    text = _grown(path, results) if arguments.append else results.to_csv(index=False)
+    _write(path, text)
+    print(f"{_loss_table(text)}\nruns written to {path}: {len(results)}")
+    _print_next("check", path)
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> int:
-    from looptransfer.transfer.results import read_results  # noqa: PLC0415
-    from looptransfer.transfer.verdict import check  # noqa: PLC0415
+    from looptransfer.transfer.check import check  # noqa: PLC0415
+    from looptransfer.transfer.sources import read_results  # noqa: PLC0415
 
     if arguments.html and arguments.html.resolve() == arguments.results.resolve():
         raise InputError(f"--html {arguments.html} would overwrite the table; choose another file")
@@ -159,3 +279,146 @@ def _check(arguments: argparse.Namespace) -> int:
             raise InputError(f"cannot write {arguments.html}: {error.strerror}; choose another file") from None
     print(json.dumps(verdict.to_dict(), indent=2, allow_nan=False) if arguments.json else verdict)
     return verdict.exit_status
+
+
+# -- what was given
+
+
+def _listed(option: str, text: str, number: Callable[[str], T], example: str) -> list[T]:
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError:
+        kind = "whole numbers" if number is int else "numbers"
+        raise InputError(f"{option} is {text!r}; write {kind} separated by commas, such as {example}") from None
+
+
+def _seeds(text: str) -> int | list[int]:
+    """A count from "4"; seeds from "0-3" or "0,2,5"."""
+    spans = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part) for part in text.split(",")]
+    ends = [(int(span[1]), int(span[2] or span[1])) for span in spans if span]
+    how_many = re.fullmatch(r"\d{1,9}", text)
+    count = int(text) if how_many else sum(high - low + 1 for low, high in ends)
+    if len(ends) < len(spans) or any(high < low for low, high in ends) or count > MOST_SEEDS:
+        raise InputError(
+            f"--seeds is {text!r}; write how many, up to {MOST_SEEDS}, or which ones: 4, 0-3, 0,2,5 or 7-7"
+        )
+    return count if how_many else [seed for low, high in ends for seed in range(low, high + 1)]
+
+
+def _learning_rates(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `sweep` that say which LRs; `around` is still a number or a file."""
+    if arguments.lrs is not None:
+        if arguments.octaves is not None:
+            raise InputError("--octaves are distances from --around; with --lrs give the LRs alone")
+        return {"lrs": _listed("--lrs", arguments.lrs, float, "0.001,0.002,0.004")}
+    where = {"around": arguments.around}
+    if arguments.octaves is not None:
+        where["octaves"] = _listed("--octaves", arguments.octaves, float, "--octaves=-1,0,1")
+    return where
+
+
+def _centre(text: str, identity: Mapping[str, Any]) -> float:
+    """The LR of --around. A file of another experiment earns a warning: tuning on one and sweeping another is a use."""
+    from looptransfer.trials.sweep import read_tuned  # noqa: PLC0415
+
+    try:
+        return float(text)
+    except ValueError:
+        tuned = read_tuned(text)
+    there, here = tuned["experiment"], json.loads(json.dumps(identity))
+    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    if keys:
+        what = ", ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys)
+        print(f"looptransfer: warning: {text} was tuned on another experiment ({what})", file=sys.stderr)
+    return float(tuned["lr"])
+
+
+# -- what is written
+
+
+def _read_table(path: Path) -> tuple[str, list[tuple[Any, ...]]]:
+    """The text of a table that `sweep` wrote, and its runs as rule, loops, lr, seed."""
+    from looptransfer.transfer.results import COLUMNS  # noqa: PLC0415
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        header, *rows = csv.reader(text.splitlines() or [""])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no CSV"
+        raise InputError(f"cannot read {path}: {why}; give a table that sweep wrote, or a new file with -o") from None
+    if header != COLUMNS:
+        raise InputError(
+            f"{path} has other columns, {','.join(header)[:200]!r}; --append needs a table that sweep wrote, with "
+            f"{','.join(COLUMNS)}: give one, or a new file with -o"
+        )
+    runs = []
+    for line, row in enumerate(rows, start=2):
+        if not row:
+            continue
+        try:
+            cells = dict(zip(COLUMNS, row, strict=True))
+            runs.append((cells["rule"], int(cells["loops"]), float(cells["lr"]), int(cells["seed"])))
+        except ValueError as error:
+            raise InputError(f"{path}, line {line} is no run: {error}; correct it, or drop the line") from None
+    return text if text.endswith("\n") else text + "\n", runs
+
+
+def _grown(path: Path, results: "pd.DataFrame") -> str:
+    """The table at `path` with the runs that it lacks; read again, since another sweep may have added to it."""
+    text, there = _read_table(path)
+    runs = results[["rule", "loops", "lr", "seed"]].itertuples(index=False, name=None)
+    return text + str(results[[run not in there for run in runs]].to_csv(index=False, header=False))
+
+
+def _check_new(path: Path) -> None:
+    if os.path.lexists(path):
+        raise InputError(
+            f"{path} exists already; choose another file, or remove it (a table grows with sweep --append)"
+        )
+
+
+def _check_writable(path: Path, ledger: str) -> None:
+    """Find out before the training whether there is a place for what comes of it."""
+    if path.resolve() == Path(ledger).resolve():
+        raise InputError(f"{path} is the ledger; choose another file")
+    _write(path, None)
+
+
+def _write(path: Path, text: str | None) -> None:
+    """Write beside `path`, then rename: a reader never sees half a file. Without text only try to write."""
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text or "", encoding="utf-8")
+        if text is None:
+            beside.unlink()
+        else:
+            os.replace(beside, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; choose a file in a folder that exists and that you may write to"
+        ) from None
+
+
+def _loss_table(text: str) -> str:
+    """Mean loss over seeds in nats, LRs down and N across, a block for each rule; * is the lowest of its N."""
+    import pandas as pd  # noqa: PLC0415
+
+    frame = pd.read_csv(io.StringIO(text))
+    frame["loss"] = pd.to_numeric(frame["loss"], errors="coerce").fillna(float("inf"))
+    lines = []
+    for rule, rows in frame.groupby("rule"):
+        mean = rows.groupby(["lr", "loops"])["loss"].mean().unstack()
+        lowest = mean.min()
+        lines.append(f"rule {rule}: mean loss in nats, seeds: {rows['seed'].nunique()}, * marks the lowest of each N")
+        lines.append("".join(f"{head:>11}" for head in ["LR", *(f"N = {count}" for count in mean.columns)]))
+        for lr, losses in mean.iterrows():
+            cells = (
+                f"{loss:.4f}" + ("*" if loss == lowest[count] < float("inf") else " ") for count, loss in losses.items()
+            )
+            lines.append(f"{lr:>11.4g}" + "".join(f"{cell.replace('nan', '-'):>11}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _print_next(*arguments: object) -> None:
+    print("next:", shlex.join(["looptransfer", *map(str, arguments)]))

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from looptransfer.errors import InputError
-from looptransfer.transfer.results import read_results, tidy
+from looptransfer.transfer.results import tidy
+from looptransfer.transfer.sources import read_results
 
 
 def table(**changes: list[Any]) -> pd.DataFrame:
@@ -172,7 +173,7 @@ def test_a_table_written_as_csv_reads_back_the_same(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read .*absent\.csv: No such file or directory; give a CSV"):
+    with pytest.raises(InputError, match=r"cannot read .*absent\.csv: No such file or directory; give CSV, JSON lines"):
         read_results(tmp_path / "absent.csv")
 
 
