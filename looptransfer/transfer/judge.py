@@ -97,7 +97,7 @@ def _decide(facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: Terms
     if facts.drift is None:
         reason, words = f"Fewer than two seeds are shared by all {label}.", f"run the same seeds at every {label}"
         return "INCONCLUSIVE", "no shared seeds", reason, (words, advice.missing_seeds(tables))
-    if not beyond and not _inside(facts.drift, tolerance):
+    if not beyond and not inside(facts.drift, tolerance):
         reason = "The interval of the drift reaches across the tolerance."
         return "INCONCLUSIVE", "too few seeds", reason, _more_seeds(facts, tables, terms)
     if not agreed:
@@ -133,7 +133,8 @@ def outside(interval: Interval, tolerance: float) -> bool:
     return interval.low > tolerance or interval.high < -tolerance
 
 
-def _inside(interval: Interval, tolerance: float) -> bool:
+def inside(interval: Interval, tolerance: float) -> bool:
+    """Whether every value in the interval is within the tolerance."""
     return -tolerance < interval.low <= interval.high < tolerance
 
 
