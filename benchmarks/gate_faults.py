@@ -1,0 +1,334 @@
+"""Ten faults planted in the reference project, and which gate sees them.
+
+    python benchmarks/gate_faults.py [--out reports/gate] [--ledgers build/gate-faults] [--seeds 4]
+
+A fault is a change of the code that trains: of the model, of the rewrite, of the optimizer's groups, of the schedule or
+of the data. Each project is first swept without fault, and its optima stored. Then, fault by fault: `verify` on the
+model at the target N, the cheap mode (`lt.gate`), and the full check (five LRs around the stored optimum, compared with
+it). Every finished run is in a ledger, every finished fault in faults.json: stopped, the same command goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import torch
+
+import looptransfer as lt
+from looptransfer.optim import param_groups
+from looptransfer.reference.model import Block, LoopedDecoder
+from looptransfer.rewrite.insert import set_multiplier
+from looptransfer.transfer.baseline import Baseline, baseline_of, read_baseline
+from looptransfer.transfer.comparison import compare
+from looptransfer.trials import trial
+from looptransfer.trials.gate import gate
+
+LRS = tuple(2.0**log2 for log2 in range(-8, -1))  # of the sweep without fault
+OCTAVES = (-2, -1, 0, 1, 2)  # of the full check, around the stored optimum
+Patch = contextlib.AbstractContextManager[Any]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A reference experiment of reduced size, with its proxy and its target N."""
+
+    name: str
+    size: lt.ReferenceSize
+    base_layers: int
+    loops: tuple[int, int]
+
+    def experiment(self) -> lt.Experiment:
+        return replace(lt.reference_experiment(self.size), name=f"gate, {self.name}", base_layers=self.base_layers)
+
+
+LOOPED = Project("looped", lt.ReferenceSize(layers=2, sequence=16, batch=16, steps=80), base_layers=2, loops=(2, 8))
+DEEP = Project("deep", lt.ReferenceSize(layers=4, sequence=16, batch=8, steps=60), base_layers=1, loops=(1, 4))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of the code, as a context in which it is there; the experiment is what the context trains."""
+
+    name: str
+    project: Project
+    plant: Callable[[lt.Experiment, contextlib.ExitStack], lt.Experiment]
+
+
+def in_trial(name: str, change: Callable[..., Any]) -> Callable[[lt.Experiment, contextlib.ExitStack], lt.Experiment]:
+    """A fault in the training function: `change` instead of what it calls `name`."""
+
+    def plant(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
+        stack.enter_context(mock.patch.object(trial, name, change))
+        return experiment
+
+    return plant
+
+
+def lost_on_one_branch(model: torch.nn.Module, *arguments: Any) -> lt.ScalingPlan:
+    plan = lt.parametrize(model, *arguments)
+    set_multiplier(model, plan.branches[-1].handle, 1.0)
+    return plan
+
+
+def sqrt_rule(model: torch.nn.Module, inputs: Any, rule: str, *arguments: Any) -> lt.ScalingPlan:
+    return lt.parametrize(model, inputs, "sqrt", *arguments)
+
+
+def half_the_loops(model: torch.nn.Module, *arguments: Any) -> lt.ScalingPlan:
+    loops, model.loops = model.loops, max(1, model.loops // 2)
+    plan = lt.parametrize(model, *arguments)
+    model.loops = loops
+    return plan
+
+
+def one_group(model: torch.nn.Module, optimizer: Any, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters()), "lr": lr, "weight_decay": weight_decay}]
+
+
+def scaled_by_hand(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
+    """The model multiplies its branches itself, and is rewritten on top."""
+
+    def forward(self: Block, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        x = x + self.by_hand * self.attention(self.attention_norm(x), table)
+        return x + self.by_hand * self.mlp(self.mlp_norm(x))
+
+    def make(loops: int) -> torch.nn.Module:
+        model = experiment.make_model(loops)
+        for block in model.layers:
+            block.by_hand = 1 / (loops * math.sqrt(len(model.layers)))
+        return model
+
+    stack.enter_context(mock.patch.object(Block, "forward", forward))
+    return replace(experiment, make_model=make)
+
+
+def post_norm(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
+    def forward(self: Block, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        x = self.attention_norm(x + self.attention(x, table))
+        return self.mlp_norm(x + self.mlp(x))
+
+    stack.enter_context(mock.patch.object(Block, "forward", forward))
+    return experiment
+
+
+def quartered_logits(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
+    forward = LoopedDecoder.forward
+    stack.enter_context(mock.patch.object(LoopedDecoder, "forward", lambda self, x: forward(self, x) / 4))
+    return experiment
+
+
+class AbsoluteSchedule:
+    """A scheduler that writes one LR into every group."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, share: Callable[[int], float]) -> None:
+        self.groups, self.share, self.steps = optimizer.param_groups, share, -1
+        self.lr = max(group["lr"] for group in self.groups)
+        self.step()
+
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.groups:
+            group["lr"] = self.lr * self.share(self.steps)
+
+
+def absolute_schedule(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
+    stack.enter_context(mock.patch.object(torch.optim.lr_scheduler, "LambdaLR", AbsoluteSchedule))
+    return experiment
+
+
+def unpaired(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
+    """Every run sees its own data order, whatever its seed."""
+    calls = count()
+    return replace(experiment, batches=lambda seed: experiment.batches(10_000 * (1 + next(calls)) + seed))
+
+
+def no_fault(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
+    return experiment
+
+
+FAULTS = (
+    Fault("none (seeds that the baseline lacks)", LOOPED, no_fault),
+    Fault("multiplier lost on one branch", LOOPED, in_trial("parametrize", lost_on_one_branch)),
+    Fault("1/√N for 1/N", LOOPED, in_trial("parametrize", sqrt_rule)),
+    Fault("N miscounted (half)", LOOPED, in_trial("parametrize", half_the_loops)),
+    Fault("multiplier applied twice", LOOPED, scaled_by_hand),
+    Fault("norm moved (pre- to post-norm)", LOOPED, post_norm),
+    Fault("none (seeds that the baseline lacks)", DEEP, no_fault),
+    Fault("parameter groups dropped", DEEP, in_trial("param_groups", one_group)),
+    Fault("scheduler overwrites the groups' LRs", DEEP, absolute_schedule),
+    Fault("head scaled (logits / 4)", DEEP, quartered_logits),
+    Fault("Adam eps × 1000", DEEP, in_trial("param_groups", partial(param_groups, eps=1e-5))),
+    Fault("data order unpaired", DEEP, unpaired),
+)
+
+
+# -- the gates
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a gate is given."""
+
+    fault: Fault
+    experiment: lt.Experiment
+    baseline: Baseline
+    ledger: Path
+    seeds: tuple[int, ...]
+
+
+def by_verify(case: Case) -> tuple[str, str]:
+    """The model as it is trained, at the target N: `parametrize`, which warns, then `verify`."""
+    torch.manual_seed(0)
+    model = case.experiment.make_model(case.fault.project.loops[-1])
+    inputs, _ = next(case.experiment.batches(0))
+    try:
+        plan = trial.parametrize(model, inputs, "factored", case.experiment.lam, case.experiment.base_layers)
+        lt.verify(model, inputs)
+    except (lt.VerificationError, lt.InputError) as error:
+        return "refused", str(error)
+    return ("warned", "\n".join(plan.caveats)) if plan.caveats else ("passed", "")
+
+
+def by_cheap_mode(case: Case) -> tuple[str, str]:
+    told = gate(_of_seeds(case), case.baseline, seeds=len(case.seeds), ledger=case.ledger, workers=1)
+    return told.answer, str(told)
+
+
+def by_full_check(case: Case) -> tuple[str, str]:
+    tables = []
+    for at, stored in case.baseline.of_rule("factored").items():
+        assert stored.log2_lr is not None
+        lrs = [float(f"{2.0 ** (stored.log2_lr.estimate + octaves):.6g}") for octaves in OCTAVES]
+        seeds = range(len(case.seeds))
+        tables.append(lt.sweep(_of_seeds(case), [at], lrs=lrs, seeds=seeds, ledger=case.ledger, workers=1))
+    verdict = lt.check(pd.concat(tables, ignore_index=True))
+    told = compare(verdict, case.baseline)
+    return told.answer, f"{verdict}\n{told}"
+
+
+def _of_seeds(case: Case) -> lt.Experiment:
+    """The experiment whose seed 0 is the case's first seed: a gate chooses the baseline's own seeds."""
+    first, experiment = case.seeds[0], case.experiment
+    if first == 0:
+        return experiment
+    make = experiment.make_model
+
+    def reseeded(loops: int) -> torch.nn.Module:
+        torch.manual_seed(torch.initial_seed() + first)
+        return make(loops)
+
+    return replace(experiment, batches=lambda seed: experiment.batches(seed + first), make_model=reseeded)
+
+
+GATES: dict[str, Callable[[Case], tuple[str, str]]] = {
+    "verify": by_verify, "cheap mode": by_cheap_mode, "full check": by_full_check,
+}  # fmt: skip
+CAUGHT = {"refused", "warned", "MOVED", "WORSE"}
+
+
+def stored_optima(project: Project, out: Path, ledgers: Path) -> Baseline:
+    """The optima without fault, from the file or a sweep of seven LRs and four seeds."""
+    path = out / f"lr-optima-{project.name}.json"
+    if not path.exists():
+        ledger = ledgers / f"{project.name}.db"
+        runs = lt.sweep(project.experiment(), project.loops, lrs=LRS, seeds=4, ledger=ledger, workers=1)
+        verdict = lt.check(runs)
+        print(verdict, flush=True)
+        baseline_of(verdict).write(path)
+    return read_baseline(path)
+
+
+def judge(fault: Fault, out: Path, ledgers: Path, seeds: int) -> dict[str, Any]:
+    """Every gate's answer to a fault, with its words and its CPU seconds."""
+    baseline = stored_optima(fault.project, out, ledgers)
+    ledger = ledgers / f"{fault.project.name}, {fault.name.replace('/', ' per ')}.db"
+    chosen = tuple(range(4, 4 + seeds)) if fault.plant is no_fault else tuple(range(seeds))
+    row: dict[str, Any] = {"fault": fault.name, "project": fault.project.name}
+    for name, ask in GATES.items():
+        with contextlib.ExitStack() as stack:
+            experiment = fault.plant(fault.project.experiment(), stack)
+            started = time.process_time()
+            answer, words = ask(Case(fault, experiment, baseline, ledger, chosen))
+        row[name] = {"answer": answer, "seconds": round(time.process_time() - started, 1), "words": words}
+        print(f"{fault.project.name}: {fault.name}: {name} {answer}, {row[name]['seconds']} s\n{words}\n", flush=True)
+    return row
+
+
+def report(rows: list[dict[str, Any]], seeds: int) -> str:
+    lines = [
+        "# Which gate sees which fault",
+        "",
+        "`python benchmarks/gate_faults.py` plants ten faults in the reference project and asks each gate. The words of",
+        "every answer are in faults.json.",
+        "",
+        f"| fault | project | {' | '.join(GATES)} |",
+        "|---|---|" + "---|" * len(GATES),
+    ]
+    for row in rows:
+        cells = [
+            f"{'**' if row[name]['answer'] in CAUGHT else ''}{row[name]['answer']}"
+            f"{'**' if row[name]['answer'] in CAUGHT else ''}, {row[name]['seconds']:.1f} s"
+            for name in GATES
+        ]
+        lines.append(f"| {row['fault']} | {row['project']} | {' | '.join(cells)} |")
+    planted = [row for row in rows if not row["fault"].startswith("none")]
+    caught = {name: sum(row[name]["answer"] in CAUGHT for row in planted) for name in GATES}
+    stopped = {name: sum(row[name]["answer"] not in {"passed", "HOLDS"} for row in planted) for name in GATES}
+    lines += [
+        "",
+        f"Of {len(planted)} faults: "
+        + "; ".join(f"{name} names {caught[name]} and lets {len(planted) - stopped[name]} pass" for name in GATES)
+        + ". INCONCLUSIVE names no fault but is no pass: its exit status is 3.",
+        "",
+        "The projects are reduced, so that all of it takes some twenty minutes on one core; looped: "
+        f"{_words(LOOPED)}; deep: {_words(DEEP)} (parameter groups only matter where L is above the base depth).",
+        f"Stored optima: 7 LRs an octave apart, 4 seeds. Cheap mode: 3 LRs, {seeds} seeds. Full check: 5 LRs, {seeds} "
+        "seeds, those of the cheap mode included and not counted twice.",
+        f"CPU seconds of one thread. Python {platform.python_version()}, torch {version('torch')}, "
+        f"looptransfer {version('looptransfer')}, {platform.machine()}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _words(project: Project) -> str:
+    size, loops = project.size, " and ".join(map(str, project.loops))
+    return (
+        f"L = {size.layers}, base depth {project.base_layers}, N = {loops}, width {size.width}, {size.steps} steps of "
+        f"{size.batch} × {size.sequence} tokens"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports/gate"))
+    parser.add_argument("--ledgers", type=Path, default=Path("build/gate-faults"))
+    parser.add_argument("--seeds", type=int, default=4)
+    arguments = parser.parse_args()
+    for folder in (arguments.out, arguments.ledgers):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "faults.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    done = {(row["fault"], row["project"]) for row in rows}
+    for fault in FAULTS:
+        if (fault.name, fault.project.name) not in done:
+            rows.append(judge(fault, arguments.out, arguments.ledgers, arguments.seeds))
+            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    (arguments.out / "README.md").write_text(report(rows, arguments.seeds))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
