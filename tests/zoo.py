@@ -2179,6 +2179,38 @@ class OverTime(nn.Module):
         return h
 
 
+class Segments(nn.Module):
+    """One block for segment after segment, with what the one before left behind put in front."""
+
+    def __init__(self, cut: Callable[[Tensor, int], Tensor], loops: int = 1) -> None:
+        super().__init__()
+        self.block, self.cut, self.loops = PreNormBlock(), cut, loops
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, out = torch.zeros_like(x[:, :1]), []
+        for start in (0, 2):
+            h = torch.cat([memory, self.cut(x, start)], dim=1)
+            for _ in range(self.loops):
+                h = self.block(h)
+            memory = h[:, -1:]
+            out.append(h[:, 1:])
+        return torch.cat(out, dim=1)
+
+
+class Cached(nn.Module):
+    """Token after token, each reads what was made of those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(2 * WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [torch.zeros_like(x[:, 0])]
+        for token in x.unbind(1):
+            made.append(token + self.f(torch.cat([token, torch.stack(made).sum(0)], dim=-1)))
+        return torch.stack(made[1:], dim=1)
+
+
 class Penalised(nn.Module):
     """The branch is used for a penalty too."""
 
@@ -2270,6 +2302,19 @@ for name, step in STEPS.items():
     )
 add("a kernel with its own skip", "refusals", Kernel, refusal=KERNEL, line="residual_kernel(x")
 add("a recurrence over time", "refusals", OverTime, refusal=TIME, line="h = h + self.f(")
+for name, cut, loops in (
+    ("slices", lambda x, start: x[:, start : start + 2], 1),
+    ("copies", lambda x, start: x[:, start : start + 2].clone(), 1),
+    ("slices, looped", lambda x, start: x[:, start : start + 2], 2),
+):
+    add(
+        f"segments after one another, {name}",
+        "refusals",
+        lambda cut=cut, loops=loops: Segments(cut, loops),
+        refusal=TIME,
+        line="x = x + self.attn(",
+    )
+add("token after token with a cache", "refusals", Cached, refusal=TIME, line="made.append(token + self.f(")
 add("a branch used elsewhere", "refusals", lambda: PenalisedModel(marked=False), refusal=REUSED, line="else out")
 add("a midpoint step", "refusals", lambda: Midpoint(marked=False), refusal=NO_MODULE, line="else slope")
 add(
@@ -2281,6 +2326,13 @@ add(
 )
 add("a midpoint step, marked", "settled", lambda: Midpoint(marked=True), (":branch", ":branch", 3))
 add("a recurrence over time, declared", "settled", OverTime, ("f", "f", 4), kwargs={"branches": ["f"]})
+add(
+    "segments after one another, declared with their loops",
+    "settled",
+    lambda: Segments(lambda x, start: x[:, start : start + 2], 2),
+    *per_block(["block"], BOTH, 2),
+    kwargs={"branches": ["block.attn", "block.mlp"], "loops": 2},
+)
 for name in ("a damped skip", "DeepNorm", "a stack that is summed", "index_add", "addcmul", "lerp by a constant"):
     add(
         f"{name}, declared",

@@ -238,7 +238,7 @@ def _refuse_what_cannot_be_scaled(found: Trace) -> None:
     if time:
         raise InputError(
             f"each visit of the residual add at {time[0].site.source} reads another slice of the input: that is a "
-            f"recurrence over time, not over depth, and its length is no loop count. {DECLARE}"
+            f"recurrence over time, not over depth, and its length is no loop count. {DECLARE}, and N with loops="
         )
     if gated:
         raise InputError(

@@ -120,9 +120,12 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
 
 
 def _cut_between(found: Trace, earlier: ResidualAdd, later: ResidualAdd) -> bool:
-    nodes, graph = found.graph.nodes, found.graph
-    between = [earlier.total, *graph.way(earlier.total, later.total)]
-    return any(nodes[n].cut for n in between if n != later.total)
+    """No gradient comes from the later sum back to the earlier one on any way."""
+    reached = {earlier.total}
+    for n in found.graph.way(earlier.total, later.total):
+        if found.graph.nodes[n].gradients_to & reached:
+            reached.add(n)
+    return found.graph.nodes[earlier.total].followed and later.total not in reached
 
 
 def _prelude(groups: list[Group]) -> str | None:
@@ -138,8 +141,8 @@ def _prelude(groups: list[Group]) -> str | None:
 def _trained(model: nn.Module) -> str | None:
     """Norm gains start out equal; where they differ, the model was trained."""
     for name, module in model.named_modules():
-        gain = getattr(module, "weight", None)
-        if "Norm" not in type(module).__name__ or not isinstance(gain, torch.Tensor) or gain.is_meta:
+        gain = module._parameters.get("weight")  # an attribute may be computed, and move the buffers of spectral norm
+        if "Norm" not in type(module).__name__ or gain is None or gain.is_meta:
             continue
         if gain.ndim == 1 and gain.numel() > 1 and bool((gain != gain[0]).any()):
             return (

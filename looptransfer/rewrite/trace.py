@@ -6,7 +6,7 @@ is written out, a manual norm or RoPE would qualify.
 """
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from looptransfer.rewrite.graph import Graph, Site, Sum
+from looptransfer.rewrite.graph import Graph, Site, Sum, bits
 from looptransfer.rewrite.record import ExampleInputs, record
 
 Kind = Literal["leaf", "composite", "inner", "gated", "fused", "time", "read-out"]
@@ -189,18 +189,21 @@ def _tell_time(found: Trace) -> None:
     sites: defaultdict[Site, list[ResidualAdd]] = defaultdict(list)
     for add in found.of("leaf"):
         sites[add.site].append(add)
+    begun = _slices_begun(found)
     for adds in sites.values():
-        read = [_slices_read(found, add) for add in adds] if len(adds) > 1 else []
-        for source in {source for one in read for source, _ in one}:
-            reading = [
-                (add, frozenset(offset for s, offset in one if s == source))
-                for add, one in zip(adds, read, strict=True)
-                if any(s == source for s, _ in one)
-            ]
-            apart = len({offsets for _, offsets in reading}) == len(reading) > 1
-            if apart and all(found.graph.precedes(a.total, b.total) for (a, _), (b, _) in pairwise(reading)):
-                for add, _ in reading:
-                    add.kind = "time"
+        for read in (_slices_read, lambda _, add: begun[add.total]):
+            parts = [read(found, add) for add in adds] if len(adds) > 1 else []
+            for source in {source for one in parts for source, _ in one}:
+                reading = [
+                    (add, [offset for s, offset in one if s == source])
+                    for add, one in zip(adds, parts, strict=True)
+                    if any(s == source for s, _ in one)
+                ]
+                times = Counter(offset for _, offsets in reading for offset in offsets)
+                apart = len(reading) > 1 and max(times.values()) == 1
+                if apart and all(found.graph.precedes(a.total, b.total) for (a, _), (b, _) in pairwise(reading)):
+                    for add, _ in reading:
+                        add.kind = "time"
 
 
 def _tell_gated(found: Trace) -> None:
@@ -229,6 +232,20 @@ def _slices_read(found: Trace, add: ResidualAdd) -> frozenset[tuple[int, int]]:
     fresh = {s for s in fresh if not graph.precedes(add.stream, s)}
     own = {one for n in add.way for one in nodes[n].slices if one[0] in fresh}
     return frozenset(own | {one for s in fresh for one in nodes[s].slices if nodes[one[0]].data})
+
+
+def _slices_begun(found: Trace) -> dict[int, frozenset[tuple[int, int]]]:
+    """Which parts of which data the stream of each add begins with, other than through an earlier add; by its sum."""
+    nodes, begun = found.graph.nodes, {}
+    sliced = functools.reduce(lambda mask, n: mask | 1 << n, (n for n, node in enumerate(nodes) if node.slices), 0)
+    earlier = 0
+    for add in found.adds:
+        chain = [add.total, *found.graph.same(add.stream)]
+        own = functools.reduce(lambda mask, n: mask | 1 << n, chain, nodes[chain[-1]].ancestors) & ~earlier
+        read = {one for n in bits(own & sliced) for one in nodes[n].slices}
+        begun[add.total] = frozenset(one for one in read if nodes[one[0]].data)
+        earlier |= nodes[add.total].ancestors | 1 << add.total
+    return begun
 
 
 def _tell_composites(found: Trace) -> None:

@@ -361,6 +361,42 @@ def test_loops_that_are_cut_are_warned_of_with_how_many(make: Callable[[], nn.Mo
     assert "+ self.f(h)" in line_of(source)
 
 
+class DetachedMaximum(Branches):
+    """A softmax that is written out takes its maximum away without a gradient, which flows beside it."""
+
+    def step(self, h: Tensor, number: int) -> Tensor:
+        return h + self.f((h - h.amax(-1, keepdim=True).detach()).exp())
+
+
+class OwnBackward(torch.autograd.Function):
+    """The step of a reversible layer, which autograd does not follow and whose backward does."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, f: nn.Module) -> Tensor:
+        ctx.f = f
+        ctx.save_for_backward(h)
+        return h + f(h)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            h = ctx.saved_tensors[0].detach().requires_grad_()
+            (h + ctx.f(h)).backward(gradient)
+        return h.grad, None
+
+
+class ReversibleLoops(Branches):
+    def step(self, h: Tensor, number: int) -> Tensor:
+        stepped: Tensor = OwnBackward.apply(h, self.f)
+        return stepped
+
+
+@pytest.mark.parametrize("make", [DetachedMaximum, ReversibleLoops])
+def test_what_gradients_flow_past_cuts_no_loops(make: Callable[[], nn.Module]) -> None:
+    x = X.clone().requires_grad_()
+    assert caveats_of(build(make), x) == ()
+
+
 def test_a_frozen_embedding_cuts_no_loops() -> None:
     model = small_decoder()
     model.embedding.weight.requires_grad_(False)

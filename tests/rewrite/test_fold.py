@@ -410,6 +410,20 @@ class ComputedWeight(nn.Module):
         return F.linear(x, self.weight / self.weight.norm())
 
 
+class WeightPerVisit(nn.Module):
+    """A matrix of low rank on the last map, put in by functional_call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.low = models.mlp(), nn.Parameter(torch.randn(3, WIDTH, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for low in self.low:
+            own = {"3.weight": self.f[3].weight + low @ self.f[3].weight.mean(0, keepdim=True)}
+            h = h + torch.func.functional_call(self.f, own, (h,))
+        return h
+
+
 class LaterLayersShareTheWeights(nn.Module):
     """Hugging Face style: distinct modules with the same parameters, so that each has its place in a KV cache."""
 
@@ -433,6 +447,7 @@ UNFOLDABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a tied weight": (TiedInTheEnd, r"f\.weight of its last map is used elsewhere too"),
     "two branches' weight": (LaterLayersShareTheWeights, r"f\.3\.bias, f\.3\.weight of its last map is used elsewhere"),
     "a computed weight": (lambda: BranchLoop(ComputedWeight()), "computed from its parameters"),
+    "a weight put in for the call": (WeightPerVisit, "computed from its parameters"),
     "spectral norm": (
         lambda: BranchLoop(nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))),
         "computed from its parameters",
