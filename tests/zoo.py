@@ -1197,6 +1197,58 @@ add("numbered parts", "streams", lambda: Looped([NumberedParts(), NumberedParts(
 add("a table in attention", "streams", TableInAttention, *(("values." + i, "values." + i, 3) for i in "01"))
 add("stacked weights, cast", "streams", StackedAndCast, (":branch", ":branch", 3), layers=2)
 
+# -- branches without a learned matrix
+
+
+class Pooling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2) - x
+
+
+class PoolFormerBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pool, self.mlp = nn.LayerNorm(WIDTH), Pooling(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.pool(self.norm(x))
+        return x + self.mlp(x)
+
+
+class FourierBlock(nn.Module):
+    """Post-norm, as FNet is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.first, self.second = ffn(), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x + torch.fft.fft2(x).real)
+        normed: Tensor = self.second(x + self.mlp(x))
+        return normed
+
+
+FIXED = "branches without a learned matrix"
+for name, block, warns in (
+    ("pooling", PoolFormerBlock, (FIXED,)),
+    ("a Fourier transform", FourierBlock, (FIXED, "post-norm")),
+):
+    add(
+        f"{name} beside an MLP",
+        "fixed branches",
+        lambda b=block: Looped([b()]),
+        ("blocks.0", "blocks.0.mlp", 3),
+        warns=warns,
+    )
+add(
+    "pooling beside an MLP, declared",
+    "fixed branches",
+    lambda: Looped([PoolFormerBlock(), PoolFormerBlock()]),
+    *per_block("blocks", ["pool"], 3, 2),
+    *per_block("blocks", ["mlp"], 3, 2),
+    kwargs={"branches": ["blocks.*.pool", "blocks.*.mlp"]},
+)
+
 # -- Hugging Face, x-transformers, PEFT
 
 
@@ -2179,6 +2231,20 @@ class OverTime(nn.Module):
         return h
 
 
+class DropoutTwice(nn.Module):
+    """As in XLNet: attention in one forward, whose scores go through the dropout that the branch goes through too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.dropout = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            scores = self.dropout((x @ x.transpose(1, 2)).softmax(-1))
+            x = x + self.dropout(scores @ x @ self.weight)
+        return x
+
+
 class Segments(nn.Module):
     """One block for segment after segment, with what the one before left behind put in front."""
 
@@ -2302,6 +2368,9 @@ for name, step in STEPS.items():
     )
 add("a kernel with its own skip", "refusals", Kernel, refusal=KERNEL, line="residual_kernel(x")
 add("a recurrence over time", "refusals", OverTime, refusal=TIME, line="h = h + self.f(")
+add(
+    "one dropout on scores and on the branch", "refusals", DropoutTwice, refusal=NO_MODULE, line="x = x + self.dropout("
+)
 for name, cut, loops in (
     ("slices", lambda x, start: x[:, start : start + 2], 1),
     ("copies", lambda x, start: x[:, start : start + 2].clone(), 1),

@@ -106,7 +106,7 @@ class Recorder(TorchDispatchMode):
             self._own(tensor, Node())
         for position, (name, parameter) in enumerate(learned.items()):
             self._own(parameter, self._parameter(name, position))
-        for tensor in tensors(example):
+        for tensor in [held for leaf in tree_leaves(example) for held in _held(leaf)]:
             self._own(tensor, Node(data=True))
 
     # -- what ran where
@@ -484,7 +484,7 @@ def _holds_zero(args: Any) -> bool:
 
 
 def _held(leaf: Any) -> list[Tensor]:
-    """A tensor, or those in the fields of an output object."""
+    """A tensor, or those in the fields of an object."""
     if isinstance(leaf, Tensor):
         return [leaf]
     return tensors(list(vars(leaf).values())) if hasattr(leaf, "__dict__") and not callable(leaf) else []

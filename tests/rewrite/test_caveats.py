@@ -99,6 +99,15 @@ class PostNormBlock(nn.Module):
         return self.second(x + self.mlp(x))
 
 
+class WrittenOutNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True, norm_first=False)
 
@@ -110,10 +119,11 @@ def encoder_layer() -> nn.Module:
         lambda: Looped([PostNormBlock()]),
         lambda: Looped([PostNormBlock(nn.RMSNorm), PostNormBlock(nn.RMSNorm)]),
         lambda: Looped([PostNormBlock(lambda width: nn.LayerNorm(width, elementwise_affine=False))]),
+        lambda: Looped([PostNormBlock(WrittenOutNorm)]),
         lambda: Looped([models.AlbertBlock()]),
         lambda: Looped([encoder_layer(), encoder_layer()]),
     ],
-    ids=["one block", "RMSNorm", "without gain", "ALBERT", "torch's own layer"],
+    ids=["one block", "RMSNorm", "without gain", "written out", "ALBERT", "torch's own layer"],
 )
 def test_a_post_norm_model_is_warned_of(make: Callable[[], nn.Module], training: bool) -> None:
     (caveat,) = caveats_of(build(make).train(training))
