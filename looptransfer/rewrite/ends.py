@@ -85,7 +85,7 @@ class _Walk:
         return whole[0] if whole else {number: factor}  # a product of two things that both depend on data
 
     def _way(self, node: Node, alternative: tuple[int, ...], factor: float) -> dict[int, float]:
-        """Empty where what it ends in is in the other factor too, as in y / |y|: ε would not come out of the product."""
+        """Empty where the other factor holds what it ends in, as in y / |y|: ε would not come out of the product."""
         others = [n for n in node.sources if self.nodes[n].data and n not in alternative]
         ends = self._sum(alternative, factor, node.weights)
         apart = all(end != n and not self.graph.precedes(end, n) for end in ends for n in others)
