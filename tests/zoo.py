@@ -1228,6 +1228,28 @@ class FourierBlock(nn.Module):
         return normed
 
 
+class Stages(nn.Module):
+    """Lists of blocks of one branch each, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList([Branch(), Branch()]) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for _ in range(3):
+                for block in stage:
+                    x = block(x)
+        return x
+
+
+add(
+    "stages of blocks with one branch",
+    "drivers",
+    Stages,
+    *((f"stages.{i}.{j}", f"stages.{i}.{j}.f", 3) for i in (0, 1) for j in (0, 1)),
+)
+
 FIXED = "branches without a learned matrix"
 for name, block, warns in (
     ("pooling", PoolFormerBlock, (FIXED,)),
