@@ -237,7 +237,8 @@ class Verdict:
         if one.drift is not None:
             lines.append(f"drift {one.drift} octaves per doubling of {self.axis_label} (tolerance ±{self.tolerance:g})")
         if one.drift_by_reach:
-            lines.append("by narrower and wider fits " + ", ".join(f"{drift:+.3f}" for drift in one.drift_by_reach))
+            others = ", ".join(f"{drift:+.3f}" for drift in one.drift_by_reach)
+            lines.append(f"drift by narrower and wider fits, where there are any: {others}")
         if one.displacement is not None:
             at, gap = one.displacement
             first = one.optima[0].at
