@@ -189,7 +189,7 @@ def run_cell(job: tuple[Cell, Noise, int, int]) -> dict[str, object]:
 
 
 DRIFTS = (0.0, 0.2, 0.6)  # none, the tolerance, three times the tolerance
-GRIDS = ((4, 1.0), (5, 1.0), (7, 1.0), (9, 1.0), (4, 0.5), (5, 0.5), (7, 0.5), (9, 0.5))
+GRIDS = ((4, 1.0), (5, 1.0), (7, 1.0), (9, 1.0), (4, 0.5), (7, 0.5), (9, 0.5))
 SHAPES = ("quadratic", "very asymmetric", "cliff", "flat bottom", "no curvature", "skew grows with N", "finite wall")
 
 
@@ -198,7 +198,7 @@ def cells() -> list[Cell]:
     plain = Cell()
     chosen = [
         replace(plain, seeds=seeds, noise=noise, drift=drift)
-        for seeds, noise, drift in itertools.product((2, 3, 4, 5, 6, 8), (0.5, 1.0), DRIFTS)
+        for seeds, noise, drift in itertools.product((2, 3, 4, 5, 8), (0.5, 1.0), DRIFTS)
     ]
     chosen += [
         replace(plain, lrs=lrs, step=step, drift=drift) for (lrs, step), drift in itertools.product(GRIDS, DRIFTS)
@@ -209,7 +209,7 @@ def cells() -> list[Cell]:
     ]
     chosen += [
         replace(plain, tails="heavy", seeds=seeds, noise=noise, drift=drift)
-        for seeds, noise, drift in itertools.product((2, 3, 5), (0.5, 1.0), DRIFTS)
+        for seeds, noise, drift in itertools.product((2, 5), (0.5, 1.0), DRIFTS)
     ]
     chosen += [replace(plain, loops=loops, drift=drift) for loops in ((1, 4), (1, 2, 4)) for drift in DRIFTS]
     return list(dict.fromkeys(chosen))
@@ -220,7 +220,7 @@ def power_cells() -> list[Cell]:
     grids = ((5, 1.0), (7, 1.0), (9, 0.5))
     return [
         Cell(seeds=seeds, noise=noise, lrs=lrs, step=step)
-        for (lrs, step), noise, seeds in itertools.product(grids, (0.25, 0.5, 1.0), (2, 3, 4, 5, 6, 8))
+        for (lrs, step), noise, seeds in itertools.product(grids, (0.5, 1.0), (2, 3, 4, 5, 8))
     ]
 
 

@@ -19,7 +19,7 @@ from looptransfer.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-USAGE, UNEXPECTED, INTERRUPTED = 2, 70, 130
+USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
 LEDGER = "looptransfer.db"
 MOST_SEEDS = 1000
 STATUS = "exit status: 0 flat, 1 drifts, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
@@ -45,13 +45,19 @@ cannot tell the branches, the message says what settles it, often --branches 'la
 CHECK = """\
 Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains nothing.
 
-The CSV has one row per training run, with columns
-  loops     N, a whole number from 1
+  looptransfer check results.csv
+  looptransfer check wandb.jsonl --columns lr=config.lr loops=config.n_loops loss=summary.val_loss
+  looptransfer check 'sqlite:///optuna.db#study' --axis width --markdown >> "$GITHUB_STEP_SUMMARY"
+
+SOURCE is a table in CSV, JSON lines or Parquet, a ledger of tune and sweep, or the URL of an Optuna study. It has one
+row per training run, with columns
+  loops     N, a whole number from 1 (or the column that --axis names)
   lr        absolute learning rate
   loss      final loss in nats; inf or nan where the run diverged
   seed      optional; runs of one seed are compared with each other, and one seed settles nothing
   rule      optional; the other rules serve as controls
-  diverged  optional; true or false"""
+  diverged  optional; true or false
+  step      optional; where there is a row for every step, the optimum at 50 and 75 % of the training is shown too"""
 
 TRAINED = "exit status: 0 done, 2 bad usage or input, 70 anything unexpected, 130 interrupted"
 EXPERIMENT = """\
@@ -80,13 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
     except InputError as error:
         print(f"looptransfer: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `looptransfer check … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except Exception:
         traceback.print_exc()
         print("looptransfer: this is unexpected; please report it with the lines above", file=sys.stderr)
@@ -168,7 +179,11 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="RESULTS.csv", help="the table")
+    parser.add_argument("source", metavar="SOURCE", help="table, ledger or study, such as results.csv")
+    called = "what a column is called in SOURCE, such as lr=config.lr"
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=THERE", help=called)
+    parser.add_argument("--axis", default="loops", metavar="COLUMN", help="what grows: loops, width, layers, …")
+    parser.add_argument("--maximize", action="store_true", help="loss is a metric of which more is better")
     parser.add_argument("--rule", help="the rule to judge (default: factored, or the only one there)")
     parser.add_argument(
         "--lr", type=float, help="the transferred LR, absolute (default: the optimum at the smallest N)"
@@ -176,7 +191,9 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, default=0.20, help="octaves per doubling of N (default: 0.20)")
     parser.add_argument("--regret", type=float, default=0.02, help="tolerated regret in nats (default: 0.02)")
     parser.add_argument("--confidence", type=float, default=0.90, help="of the intervals (default: 0.90)")
-    parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
+    form.add_argument("--markdown", action="store_true", help="the verdict as Markdown on standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
     parser.set_defaults(run=_check)
 
@@ -260,28 +277,42 @@ def _check(arguments: argparse.Namespace) -> int:
     from looptransfer.transfer.check import check  # noqa: PLC0415
     from looptransfer.transfer.sources import read_results  # noqa: PLC0415
 
-    if arguments.html and arguments.html.resolve() == arguments.results.resolve():
+    if arguments.html and arguments.html.resolve() == Path(arguments.source).resolve():
         raise InputError(f"--html {arguments.html} would overwrite the table; choose another file")
     verdict = check(
-        read_results(arguments.results),
+        read_results(arguments.source, _columns(arguments.columns), arguments.axis),
         rule=arguments.rule,
         transferred_lr=arguments.lr,
         tolerance=arguments.tolerance,
         regret_tolerance=arguments.regret,
         confidence=arguments.confidence,
+        axis=arguments.axis,
+        maximize=arguments.maximize,
     )
     if arguments.html:
         from looptransfer.report.page import write_html  # noqa: PLC0415
 
         try:
-            write_html(verdict, arguments.html, provenance={"results": arguments.results})
+            write_html(verdict, arguments.html, provenance={"results": arguments.source})
         except OSError as error:
             raise InputError(f"cannot write {arguments.html}: {error.strerror}; choose another file") from None
-    print(json.dumps(verdict.to_dict(), indent=2, allow_nan=False) if arguments.json else verdict)
+    if arguments.json:
+        print(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
+    else:
+        print(verdict.to_markdown() if arguments.markdown else verdict)
     return verdict.exit_status
 
 
 # -- what was given
+
+
+def _columns(texts: Sequence[str]) -> dict[str, str]:
+    """{"lr": "config.lr"} from "lr=config.lr"."""
+    pairs = [text.partition("=") for text in texts]
+    wrong = [text for text, (name, _, there) in zip(texts, pairs, strict=True) if not name or not there]
+    if wrong:
+        raise InputError(f"--columns {wrong[0]!r}; write NAME=THERE, such as lr=config.lr")
+    return {name: there for name, _, there in pairs}
 
 
 def _listed(option: str, text: str, number: Callable[[str], T], example: str) -> list[T]:

@@ -60,6 +60,33 @@ def test_check_writes_a_page_that_loads_nothing_and_escapes_names(tmp_path: Path
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_check_reads_other_names_other_axes_and_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = sweep_table(0.0)
+    export = runs.rename(columns={"loops": "config.width", "lr": "config.lr"}).assign(accuracy=-runs["loss"])
+    export.drop(columns="loss").to_csv(tmp_path / "export.csv", index=False)
+    names = ["width=config.width", "lr=config.lr", "loss=accuracy"]
+    assert main(["check", f"{tmp_path}/export.csv", "--columns", *names, "--axis", "width", "--maximize"]) == 0
+    assert "octaves per doubling of width" in capsys.readouterr().out
+
+
+def test_check_prints_markdown_for_the_summary_of_a_ci_run(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(csv), "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("### factored: FLAT")
+    with pytest.raises(SystemExit):
+        main(["check", str(csv), "--markdown", "--json"])
+
+
+def test_a_reader_that_stops_reading_sees_no_traceback(csv: Path) -> None:
+    command = f"{sys.executable} -m looptransfer check {csv} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert (done.stdout.strip() in ("0", "141"), done.stderr) == (True, "")
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    sweep_table(0.0).assign(rule=r"$\foo$").to_csv(tmp_path / "results.csv", index=False)
+    assert main(["check", f"{tmp_path}/results.csv", "--html", f"{tmp_path}/page.html"]) == 0
+
+
 def test_check_loads_no_torch(csv: Path) -> None:
     code = (
         f"import sys, looptransfer.cli as c; s = c.main(['check', {str(csv)!r}]); sys.exit(s or 'torch' in sys.modules)"
@@ -76,6 +103,10 @@ def test_check_loads_no_torch(csv: Path) -> None:
         (["{csv}", "--html", "{csv}"], "would overwrite the table"),
         (["{csv}", "--lr", "0"], "transferred_lr is 0.0"),
         (["{csv}", "--html", "/no/such/folder/page.html"], "cannot write /no/such/folder/page.html"),
+        (["{csv}", "--columns", "lr"], "--columns 'lr'; write NAME=THERE, such as lr=config.lr"),
+        (["{csv}", "--columns", "lr=eta"], "there is no column eta; there are loops, lr, seed, loss"),
+        (["{csv}", "--axis", "width"], "column width is missing"),
+        (["sqlite:////no/such.db#study"], "cannot read sqlite:////no/such.db#study: there is no such file"),
     ],
 )
 def test_bad_input_to_check_ends_with_2_and_names_the_fault(

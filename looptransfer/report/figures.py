@@ -43,11 +43,13 @@ def plot_curves(verdict: Verdict) -> Figure:
             axis.axvline(verdict.transferred_lr, color="0.35", linestyle="--", linewidth=1, zorder=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"$2^{{{math.log2(lr):.0f}}}$"))
-        axis.set(title=f"{one.rule}: {one.answer}", xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
+        axis.set(title=_plain(f"{one.rule}: {one.answer}"), xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("held-out loss (nats)")
+    axes[0].set_ylabel("metric, negated" if verdict.maximize else "held-out loss (nats)")
     handles = [
-        axes[0].plot([], [], color=ORDERED(norm(i)), marker="o", markersize=4, label=f"{verdict.axis_label} = {n}")[0]
+        axes[0].plot(
+            [], [], color=ORDERED(norm(i)), marker="o", markersize=4, label=_plain(f"{verdict.axis_label} = {n}")
+        )[0]
         for i, n in enumerate(counts)
     ]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -71,16 +73,16 @@ def plot_optima(verdict: Verdict) -> Figure:
     left.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     left.xaxis.set_minor_locator(NullLocator())
     left.set(
-        xlabel="loop count N" if verdict.axis == "loops" else verdict.axis,
+        xlabel="loop count N" if verdict.axis == "loops" else _plain(verdict.axis),
         ylabel="optimum, log2(LR)",
         title="Where the best LR lies",
     )
     left.grid(alpha=0.25)
     left.legend(frameon=False, fontsize="small")
     right.axhline(verdict.regret_tolerance, color="0.35", linestyle="--", linewidth=1, label="tolerance")
-    names = list(verdict.rules)
+    names = [_plain(rule) for rule in verdict.rules]
     right.set_xticks(range(len(names)), names)
-    unit = f"nats, at the largest {verdict.axis_label}"
+    unit = _plain(f"{verdict.unit}, at the largest {verdict.axis_label}")
     right.set(xlim=(-0.6, len(names) - 0.4), ylabel=unit, title="Regret of the transferred LR")
     right.grid(alpha=0.25, axis="y")
     right.legend(frameon=False, fontsize="small")
@@ -109,7 +111,11 @@ def _optima(axis: Axes, one: RuleVerdict, colour: str, marker: str) -> None:
     if known:
         loops = [n for n, _ in known]
         axis.plot(
-            loops, [log2.estimate for _, log2 in known], color=colour, marker=marker, label=f"{one.rule}: {one.answer}"
+            loops,
+            [log2.estimate for _, log2 in known],
+            color=colour,
+            marker=marker,
+            label=_plain(f"{one.rule}: {one.answer}"),
         )
         axis.fill_between(
             loops, [i.low for _, i in known], [i.high for _, i in known], color=colour, alpha=0.18, linewidth=0
@@ -125,3 +131,8 @@ def _tolerance_band(axis: Axes, verdict: Verdict) -> None:
         style: dict[str, Any] = {"color": "0.35", "linestyle": ":", "linewidth": 1}
         axis.plot(loops, known[0][1] + spread, label=f"±{verdict.tolerance:g} octave per doubling", **style)
         axis.plot(loops, known[0][1] - spread, **style)
+
+
+def _plain(text: str) -> str:
+    """A user's words, which are no formula whatever signs they hold."""
+    return text.replace("$", r"\$")

@@ -43,13 +43,15 @@ def check(
         regret_tolerance: in nats; also the depth of the basins.
         confidence: of the two-sided intervals.
         axis: the column that plays the part of N: loops, width, layers or another of positive whole numbers.
-        maximize: the loss is a metric of which more is better; it is negated.
+        maximize: the loss is a metric of which more is better; it is negated, and `regret_tolerance` is in its unit.
 
     Raises:
         InputError: `tidy` refuses the table, the rule is not in it, or a number is out of range.
     """
     _check_terms(tolerance, regret_tolerance, confidence, transferred_lr)
     steps = tidy(results, axis)
+    if maximize:
+        steps["loss"] = (-steps["loss"]).mask(steps["diverged"], math.inf)
     runs = at_horizon(steps, axis)
     present = list(dict.fromkeys(runs["rule"]))
     if rule is None:
@@ -63,12 +65,22 @@ def check(
     verdicts[rule] = _with_power(verdicts, rule, runs, terms)
     proxy = verdicts[rule].optima[0].log2_lr
     carried = 2.0**proxy.estimate if transferred_lr is None and proxy is not None else transferred_lr
-    source = str(results.attrs.get("source", "results.csv"))
     notes = (*_notes(runs, terms), *(note for one in verdicts.values() for note in _shape_notes(one, terms)))
     left_out = results.attrs.get("left_out")
     notes = (*notes, str(left_out)) if left_out else notes
     return Verdict(
-        rule, axis, carried, tolerance, regret_tolerance, confidence, verdicts, differences, notes, source, runs
+        rule,
+        axis,
+        carried,
+        tolerance,
+        regret_tolerance,
+        confidence,
+        verdicts,
+        differences,
+        notes,
+        str(results.attrs.get("source", "results.csv")),
+        maximize,
+        runs,
     )
 
 
@@ -144,6 +156,8 @@ def _paired(theirs: pd.Series | None, ours: pd.Series | None, confidence: float)
 
 def _notes(runs: pd.DataFrame, terms: Terms) -> list[str]:
     notes = []
+    if "fingerprint" in runs and runs["fingerprint"].nunique() > 1:
+        notes.append(f"the rows come from {runs['fingerprint'].nunique()} different experiments (column fingerprint)")
     for name in ("loops", "layers", "width", "steps"):
         if name != terms.axis and name in runs and runs.loc[~runs["diverged"], name].nunique() > 1:
             notes.append(f"{name} differs between the rows, so a drift in {terms.label} may be a drift in {name}")

@@ -1,6 +1,7 @@
 """What a verdict holds, and how it reads in words and as JSON."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -75,6 +76,7 @@ class Verdict:
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
     source: str = "results.csv"
+    maximize: bool = False
     runs: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False, compare=False)
 
     @property
@@ -96,6 +98,11 @@ class Verdict:
     def axis_label(self) -> str:
         """What the axis is called in words: N for loop counts."""
         return "N" if self.axis == "loops" else self.axis
+
+    @property
+    def unit(self) -> str:
+        """Of the losses, and so of the regret."""
+        return "of the metric" if self.maximize else "nats"
 
     def command(self, one: RuleVerdict) -> str | None:
         """What makes the further runs; None where there are none, or none that our sweeps could make."""
@@ -132,17 +139,18 @@ class Verdict:
             "schema_version": SCHEMA_VERSION,
             "rule": self.rule,
             "axis": self.axis,
+            "unit": self.unit,
             "answer": self.answer,
             "transferred_lr": self.transferred_lr,
             "tolerance_octaves_per_doubling": self.tolerance,
-            "regret_tolerance_nats": self.regret_tolerance,
+            "regret_tolerance": self.regret_tolerance,
             "confidence": self.confidence,
             "rules": {name: self._rule_dict(one) for name, one in self.rules.items()},
             "differences": [
                 {
                     "control": difference.control,
                     "drift_octaves_per_doubling": interval_dict(difference.drift),
-                    "regret_nats": interval_dict(difference.regret),
+                    "regret": interval_dict(difference.regret),
                 }
                 for difference in self.differences
             ],
@@ -161,7 +169,7 @@ class Verdict:
             "drift_octaves_per_doubling": interval_dict(one.drift),
             "drift_by_reach_of_the_fit": list(one.drift_by_reach),
             "worst_displacement_octaves": worst and {self.axis: worst[0], **(interval_dict(worst[1]) or {})},
-            "regret_nats": interval_dict(one.regret),
+            "regret": interval_dict(one.regret),
             "optima": [self._optimum_dict(one, position) for position in range(len(one.optima))],
         }
 
@@ -194,10 +202,34 @@ class Verdict:
         for difference in self.differences:
             lines.append(f"{difference.control} minus {self.rule}, paired by seed:")
             drift, regret = difference.drift or "unknown", difference.regret or "unknown"
-            lines.append(f"  drift {drift} octaves per doubling, regret {regret} nats")
+            lines.append(f"  drift {drift} octaves per doubling, regret {regret} {self.unit}")
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"Intervals: {self.confidence:.0%}, Student's t over seeds.")
         return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """The verdict as Markdown with every foreign word escaped, such as for the step summary of a CI run."""
+        lines = []
+        for one in self.rules.values():
+            lines += [f"### {_escaped(one.rule)}: {one.answer}", "", _escaped(one.reason), ""]
+            lines += [*_markdown_table(self.optima_rows(one)), ""]
+            lines += [f"- {_escaped(sentence)}" for sentence in self.sentences(one)]
+            command = self.command(one)
+            lines += [f"- to settle it: {_escaped(one.advice)}"] if one.advice else []
+            lines += ["", *(f"    {part}" for part in command.splitlines())] if command else []
+            lines.append("")
+        if self.differences:
+            rows = [
+                {
+                    "paired by seed": f"{difference.control} − {self.rule}",
+                    "drift, octaves per doubling": str(difference.drift or "unknown"),
+                    f"regret, {self.unit}": str(difference.regret or "unknown"),
+                }
+                for difference in self.differences
+            ]
+            lines += [*_markdown_table(rows), ""]
+        lines += [f"> {_escaped(note)}" for note in self.notes]
+        return "\n".join([*lines, f"Intervals: {self.confidence:.0%}, Student's t over seeds.", ""])
 
     def sentences(self, one: RuleVerdict) -> list[str]:
         """The figures across N of one rule, a line each."""
@@ -205,14 +237,15 @@ class Verdict:
         if one.drift is not None:
             lines.append(f"drift {one.drift} octaves per doubling of {self.axis_label} (tolerance ±{self.tolerance:g})")
         if one.drift_by_reach:
-            lines.append("by narrower and wider fits " + ", ".join(f"{drift:+.3f}" for drift in one.drift_by_reach))
+            others = ", ".join(f"{drift:+.3f}" for drift in one.drift_by_reach)
+            lines.append(f"drift by narrower and wider fits, where there are any: {others}")
         if one.displacement is not None:
             at, gap = one.displacement
             first = one.optima[0].at
             lines.append(f"furthest from {self.axis_label} = {first}: {gap} octaves at {self.axis_label} = {at}")
         if one.regret is not None:
             largest = f"{self.axis_label} = {one.optima[-1].at}"
-            lines.append(f"regret {one.regret} nats at {largest} (tolerance {self.regret_tolerance:g})")
+            lines.append(f"regret {one.regret} {self.unit} at {largest} (tolerance {self.regret_tolerance:g})")
         return lines
 
 
@@ -222,6 +255,19 @@ def text_table(rows: list[dict[str, str]]) -> list[str]:
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     cells = [dict(zip(names, names, strict=True)), *rows]
     return ["  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in cells]
+
+
+def _markdown_table(rows: list[dict[str, str]]) -> list[str]:
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    cells = [names, *([row[name] for name in names] for row in rows)]
+    head, *body = [f"| {' | '.join(map(_escaped, row))} |" for row in cells]
+    return [head, "|" + "---|" * len(names), *body]
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    marks = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
+    return marks.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def interval_dict(interval: Interval | None) -> dict[str, float | str] | None:

@@ -235,7 +235,7 @@ def test_a_transferred_lr_that_diverges_at_the_largest_n_has_infinite_regret_and
     assert one.answer == "INCONCLUSIVE"
     assert limits(one.regret) == [math.inf] * 3
     stored = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
-    assert stored["rules"]["factored"]["regret_nats"]["estimate"] == "inf"
+    assert stored["rules"]["factored"]["regret"]["estimate"] == "inf"
 
 
 def test_seeds_that_differ_between_the_loop_counts_are_inconclusive() -> None:
@@ -438,7 +438,7 @@ def test_the_dictionary_holds_the_numbers_of_the_verdict() -> None:
     stored = verdict.to_dict()
     one = stored["rules"]["factored"]
     assert (stored["transferred_lr"], stored["tolerance_octaves_per_doubling"]) == (0.015, 0.3)
-    assert (stored["regret_tolerance_nats"], stored["confidence"]) == (0.1, 0.8)
+    assert (stored["regret_tolerance"], stored["confidence"]) == (0.1, 0.8)
     assert list(one["drift_octaves_per_doubling"].values()) == limits(drift_of(verdict))
     assert [entry["loops"] for entry in one["optima"]] == [1, 2, 4, 8]
     assert [entry["seeds"] for entry in one["optima"]] == [4] * 4
@@ -471,3 +471,132 @@ def test_the_verdict_keeps_the_runs_as_tidied_and_the_table_as_it_was() -> None:
     verdict = check(runs)
     pd.testing.assert_frame_equal(runs, before)
     pd.testing.assert_frame_equal(verdict.runs, tidy(runs))
+
+
+# -- other axes, metrics, curves over steps
+
+
+def test_any_axis_may_play_the_part_of_n() -> None:
+    runs = made(0.6, loops=(1, 2, 4)).rename(columns={"loops": "width"})
+    by_width, by_loops = check(runs, axis="width"), check(made(0.6, loops=(1, 2, 4)))
+    assert limits(by_width.judged.drift) == limits(by_loops.judged.drift)
+    assert by_width.judged.reason == by_loops.judged.reason.replace(" N.", " width.")
+    assert str(by_width).splitlines()[1].split()[0] == "width"
+    assert [entry["width"] for entry in by_width.to_dict()["rules"]["factored"]["optima"]] == [1, 2, 4]
+    assert by_width.command(by_width.judged) is None
+
+
+@pytest.mark.parametrize("axis", ["lr", "loss", "seed", "rule", "step"])
+def test_a_column_that_has_another_part_is_no_axis(axis: str) -> None:
+    with pytest.raises(InputError, match=rf"axis is '{axis}'; it must be a column such as loops, width or layers"):
+        check(made(), axis=axis)
+
+
+def test_a_metric_of_which_more_is_better_is_judged_as_its_negative_as_a_loss() -> None:
+    runs = made(0.1)
+    runs.loc[runs["lr"] > 2.0**-3.5, "loss"] = math.nan
+    loss, metric = check(runs), check(runs.assign(loss=-runs["loss"]), maximize=True)
+    assert limits(loss.judged.drift) == pytest.approx(limits(metric.judged.drift), abs=1e-9)
+    assert loss.judged.optima[0].diverges
+    assert metric.judged.optima[0].diverges
+    assert (loss.unit, metric.unit) == ("nats", "of the metric")
+    assert metric.to_dict()["unit"] == "of the metric"
+
+
+def over_steps(moves: float) -> pd.DataFrame:
+    """Curves over 100 steps whose optimum lies `moves` octaves lower at half of them; at the end it is at −6.1."""
+    ends = made(noise=0.0, wander=0.02)
+    x = np.log2(ends["lr"])
+    early = ends.assign(loss=3.0 + 0.1 * (x + 6.1 + moves) ** 2)
+    middle = ends.assign(loss=2.5 + 0.1 * (x + 6.1 + moves / 2) ** 2)
+    return pd.concat([part.assign(step=step) for part, step in ((early, 50), (middle, 75), (ends, 100))])
+
+
+def test_curves_over_steps_are_judged_at_their_end_and_show_where_the_optimum_was() -> None:
+    verdict = check(over_steps(0.0))
+    assert limits(verdict.judged.drift) == limits(check(over_steps(0.0).query("step == 100")).judged.drift)
+    assert set(verdict.judged.horizons) == {0.5, 0.75, 1.0}
+    assert not any("still" in note for note in verdict.notes)
+    assert "at 50%" in str(verdict)
+
+
+def test_an_optimum_that_still_moves_over_the_last_half_is_noted() -> None:
+    verdict = check(over_steps(0.5))
+    assert sum("over the last half of the training the optimum still moved by +0." in n for n in verdict.notes) == 4
+    half = verdict.judged.horizons[0.5][0].log2_lr
+    assert half is not None
+    assert half.estimate == pytest.approx(-6.6, abs=0.05)
+
+
+def test_a_run_that_diverged_late_is_whole_at_half_the_training_and_diverged_at_its_end() -> None:
+    runs = over_steps(0.0)
+    runs.loc[(runs["lr"] > 2.0**-4) & (runs["step"] > 50), "loss"] = math.nan
+    judged = check(runs).judged
+    assert judged.optima[0].diverges
+    assert not judged.horizons[0.5][0].diverges
+
+
+# -- power, walls, mixtures
+
+
+def test_a_rule_that_is_flat_where_its_control_is_as_flat_has_no_power() -> None:
+    verdict = check(pd.concat([made(), made(rule="unscaled", draw=1)]))
+    assert (verdict.answer, verdict.judged.cause) == ("INCONCLUSIVE", "no power")
+    assert verdict.rules["unscaled"].answer == "FLAT"
+    assert verdict.judged.further_runs is not None
+    assert verdict.judged.further_runs.at == (32,)
+
+
+def test_one_control_that_drifts_gives_power() -> None:
+    runs = [made(), made(rule="sqrt", draw=1), made(0.5, "unscaled", loops=(1, 2, 4), draw=2)]
+    assert check(pd.concat(runs)).answer == "FLAT"
+
+
+@pytest.mark.parametrize("drift", [0.0, -0.6])
+def test_a_wall_of_unstable_runs_near_an_optimum_gives_neither_answer_until_it_is_marked(drift: float) -> None:
+    runs = made(drift, loops=(1, 2, 4), grid=np.arange(-4.5, 3.1, 0.5))
+    wall = runs["lr"] > 2.0**-5.2
+    one = check(runs.assign(loss=runs["loss"].mask(wall, 30.0))).judged
+    assert (one.answer, one.cause) == ("INCONCLUSIVE", "shape")
+    assert "mark runs that went unstable as diverged" in one.advice
+    marked = check(runs.assign(loss=runs["loss"].mask(wall, math.inf)))
+    assert marked.answer == ("FLAT" if drift == 0 else "DRIFTS")
+
+
+def test_rows_of_different_experiments_are_noted() -> None:
+    runs = made().assign(fingerprint="a")
+    assert check(runs).notes == ()
+    runs.loc[runs["loops"] == 8, "fingerprint"] = "b"
+    assert check(runs).notes == ("the rows come from 2 different experiments (column fingerprint)",)
+
+
+def test_a_censored_optimum_lends_no_edge_to_a_drift() -> None:
+    """Two optima are known, and the third hides beyond the edge: its edge would make the drift look large."""
+    runs = pd.concat([made(0.6, loops=(1, 2)), made(loops=(4,), centre=-1.0, draw=3)])
+    one = check(runs).judged
+    assert (one.answer, one.cause) == ("INCONCLUSIVE", "high edge")
+    three = check(pd.concat([made(0.6, loops=(1, 2, 4)), made(loops=(8,), centre=-1.0, draw=3)])).judged
+    assert three.answer == "DRIFTS"
+    assert three.reason.endswith("over N = 1, 2, 4, the others being censored.")
+
+
+# -- Markdown
+
+
+def test_the_markdown_holds_the_answer_the_tables_and_the_command() -> None:
+    verdict = check(pd.concat([made(seeds=1), made(0.5, "sqrt", loops=(1, 2, 4), draw=1)]))
+    text = verdict.to_markdown()
+    assert text.startswith("### factored: INCONCLUSIVE\n")
+    assert sum(line.startswith("|---") for line in text.splitlines()) == 3  # two rules and their difference
+    command = verdict.command(verdict.judged)
+    assert command is not None
+    assert f"    {command}\n" in text
+
+
+@reproducible
+@given(rule=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda text: text.strip()))
+def test_no_name_breaks_a_table_or_enters_the_page_as_html(rule: str) -> None:
+    text = check(made(rule=rule, loops=(1, 2), seeds=2)).to_markdown()
+    assert "<" not in text
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len({line.replace("\\|", "").count("|") for line in tables}) == 1
