@@ -211,11 +211,11 @@ class Verdict:
         """The verdict as Markdown with every foreign word escaped, such as for the step summary of a CI run."""
         lines = []
         for one in self.rules.values():
-            lines += [f"### {_escaped(one.rule)}: {one.answer}", "", _escaped(one.reason), ""]
-            lines += [*_markdown_table(self.optima_rows(one)), ""]
-            lines += [f"- {_escaped(sentence)}" for sentence in self.sentences(one)]
+            lines += [f"### {escaped(one.rule)}: {one.answer}", "", escaped(one.reason), ""]
+            lines += [*markdown_table(self.optima_rows(one)), ""]
+            lines += [f"- {escaped(sentence)}" for sentence in self.sentences(one)]
             command = self.command(one)
-            lines += [f"- to settle it: {_escaped(one.advice)}"] if one.advice else []
+            lines += [f"- to settle it: {escaped(one.advice)}"] if one.advice else []
             lines += ["", *(f"    {part}" for part in command.splitlines())] if command else []
             lines.append("")
         if self.differences:
@@ -227,8 +227,8 @@ class Verdict:
                 }
                 for difference in self.differences
             ]
-            lines += [*_markdown_table(rows), ""]
-        lines += [f"> {_escaped(note)}" for note in self.notes]
+            lines += [*markdown_table(rows), ""]
+        lines += [f"> {escaped(note)}" for note in self.notes]
         return "\n".join([*lines, f"Intervals: {self.confidence:.0%}, Student's t over seeds.", ""])
 
     def sentences(self, one: RuleVerdict) -> list[str]:
@@ -257,14 +257,14 @@ def text_table(rows: list[dict[str, str]]) -> list[str]:
     return ["  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in cells]
 
 
-def _markdown_table(rows: list[dict[str, str]]) -> list[str]:
+def markdown_table(rows: list[dict[str, str]]) -> list[str]:
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     cells = [names, *([row[name] for name in names] for row in rows)]
-    head, *body = [f"| {' | '.join(map(_escaped, row))} |" for row in cells]
+    head, *body = [f"| {' | '.join(map(escaped, row))} |" for row in cells]
     return [head, "|" + "---|" * len(names), *body]
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     marks = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
     return marks.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
