@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -271,8 +271,8 @@ def report(rows: list[dict[str, Any]], seeds: int) -> str:
     lines = [
         "# Which gate sees which fault",
         "",
-        "`python benchmarks/gate_faults.py` plants ten faults in the reference project and asks each gate. The words of",
-        "every answer are in faults.json.",
+        "`python benchmarks/gate_faults.py` plants ten faults in the reference project and asks each gate. The words",
+        "of every answer are in faults.json.",
         "",
         f"| fault | project | {' | '.join(GATES)} |",
         "|---|---|" + "---|" * len(GATES),

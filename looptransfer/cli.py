@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from looptransfer.errors import InputError
+from looptransfer.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from looptransfer.transfer.comparison import Comparison
+    from looptransfer.transfer.verdict import Verdict
+
 USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
-LEDGER = "looptransfer.db"
+LEDGER, OPTIMA = "looptransfer.db", "lr-optima.json"
 MOST_SEEDS = 1000
-STATUS = "exit status: 0 flat, 1 drifts, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
+STATUS = "exit status: 0 flat, 1 drifts or moved, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
+HELD = "exit status: 0 holds, 1 moved or worse, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 START = """\
 start here:   looptransfer demo --quick
 your model:   looptransfer inspect my_project.model:make
@@ -62,15 +67,16 @@ row per training run, with columns
 TRAINED = "exit status: 0 done, 2 bad usage or input, 70 anything unexpected, 130 interrupted"
 EXPERIMENT = """\
 EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
-looptransfer.Experiment, or a function of no arguments that returns one. Finished runs are kept in
-the ledger: stopped at any moment, the same command goes on where it was."""
+looptransfer.Experiment, or a function of no arguments that returns one."""
+KEPT = "Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was."
 TUNE = f"""\
 Finds the best LR of a proxy, your experiment with few loops: a coarse look with one seed, then
 half-octave steps with every seed, and the optimum with its interval over seeds.
 
   looptransfer tune experiment.py --loops 2 -o best.json
 
-{EXPERIMENT}"""
+{EXPERIMENT}
+{KEPT}"""
 SWEEP = f"""\
 Trains at every loop count, LR and seed around the LR that was tuned, and writes the table that
 `looptransfer check` judges. Control rules show whether the sweep could have seen a drift.
@@ -78,7 +84,17 @@ Trains at every loop count, LR and seed around the LR that was tuned, and writes
   looptransfer sweep experiment.py --loops 1,2,4,8,16 --around best.json -o results.csv
   looptransfer sweep experiment.py --loops 1,4,16 --lrs 0.001,0.002,0.004 --seeds 4-7 --append results.csv
 
-{EXPERIMENT}"""
+{EXPERIMENT}
+{KEPT}"""
+GATE = f"""\
+Trains at half, once and twice the stored LR optimum, at the smallest and the largest stored N with a
+few seeds, and says whether the optimum still lies between: a check for every commit.
+
+  looptransfer check results.csv --baseline {OPTIMA} --update-baseline
+  looptransfer gate experiment.py --baseline {OPTIMA}
+
+{EXPERIMENT}
+No run is kept: those of another state of the code would say nothing of this one."""
 T = TypeVar("T")
 
 
@@ -119,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(commands.add_parser("sweep", help=spread, description=SWEEP, epilog=TRAINED, formatter_class=raw))
     judge = "judge a table of results; trains nothing"
     _add_check(commands.add_parser("check", help=judge, description=CHECK, epilog=STATUS, formatter_class=raw))
+    guard = "train a little, and see whether stored optima still hold"
+    _add_gate(commands.add_parser("gate", help=guard, description=GATE, epilog=HELD, formatter_class=raw))
     return parser
 
 
@@ -195,7 +213,27 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
     form.add_argument("--markdown", action="store_true", help="the verdict as Markdown on standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    stored = "compare the optima with these: exit status 1 where one moved or its loss got worse"
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help=f"{stored} (such as lr-optima.json)")
+    parser.add_argument("--update-baseline", action="store_true", help="write the optima into --baseline instead")
+    moved = "octaves that an optimum may be away from the stored one (default: 0.5)"
+    parser.add_argument("--moved", type=float, default=0.5, metavar="OCTAVES", help=moved)
     parser.set_defaults(run=_check)
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
+    parser.add_argument("--baseline", type=Path, default=Path(OPTIMA), metavar="FILE", help=f"(default: {OPTIMA})")
+    parser.add_argument(
+        "--loops", metavar="N,N,…", help="which of the stored N (default: the smallest and the largest)"
+    )
+    parser.add_argument("--seeds", type=int, default=4, help="how many (default: 4)")
+    parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
+    parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
+    form.add_argument("--markdown", action="store_true", help="the answer as Markdown on standard output")
+    parser.set_defaults(run=_gate)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -234,7 +272,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     best = tune(experiment, arguments.loops, seeds, arguments.ledger, arguments.workers, arguments.rule)
     print(best)
     if arguments.output:
-        _write(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
+        write_text(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
     follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
     _print_next(*follow, *(["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []))
@@ -267,7 +305,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         **where,
     )
     text = _grown(path, results) if arguments.append else results.to_csv(index=False)
-    _write(path, text)
+    write_text(path, text)
     print(f"{_loss_table(text)}\nruns written to {path}: {len(results)}")
     _print_next("check", path)
     return 0
@@ -296,11 +334,52 @@ def _check(arguments: argparse.Namespace) -> int:
             write_html(verdict, arguments.html, provenance={"results": arguments.source})
         except OSError as error:
             raise InputError(f"cannot write {arguments.html}: {error.strerror}; choose another file") from None
+    told = _against_baseline(arguments, verdict)
     if arguments.json:
-        print(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
+        extra = {} if told is None else {"baseline": told.to_dict()}
+        print(json.dumps(verdict.to_dict() | extra, indent=2, allow_nan=False))
     else:
-        print(verdict.to_markdown() if arguments.markdown else verdict)
-    return verdict.exit_status
+        print(*(one.to_markdown() if arguments.markdown else one for one in (verdict, told) if one), sep="\n")
+    statuses = {verdict.exit_status} | (set() if told is None else {told.exit_status})
+    return 1 if 1 in statuses else max(statuses)
+
+
+def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Comparison | None":
+    if arguments.baseline is None:
+        if arguments.update_baseline:
+            raise InputError(f"--update-baseline needs to know which; add --baseline {OPTIMA}")
+        return None
+    from looptransfer.transfer.baseline import baseline_of, read_baseline  # noqa: PLC0415
+    from looptransfer.transfer.comparison import compare  # noqa: PLC0415
+
+    if arguments.update_baseline:
+        if arguments.baseline.resolve() in {
+            Path(arguments.source).resolve(),
+            arguments.html and arguments.html.resolve(),
+        }:
+            raise InputError(
+                f"--baseline {arguments.baseline} would overwrite the table or the page; choose another file"
+            )
+        baseline_of(verdict, arguments.baseline).write(arguments.baseline)
+        print(f"optima written to {arguments.baseline}", file=sys.stderr)
+        return None
+    return compare(verdict, read_baseline(arguments.baseline), arguments.moved)
+
+
+def _gate(arguments: argparse.Namespace) -> int:
+    loops = None if arguments.loops is None else _listed("--loops", arguments.loops, int, "2,16")
+    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
+    from looptransfer.trials.gate import gate  # noqa: PLC0415
+
+    stored = read_baseline(arguments.baseline)
+    experiment = load_experiment(arguments.experiment)
+    told = gate(experiment, stored, loops, arguments.seeds, arguments.rule, workers=arguments.workers)
+    if arguments.json:
+        print(json.dumps(told.to_dict(), indent=2, allow_nan=False))
+    else:
+        print(told.to_markdown() if arguments.markdown else told)
+    return told.exit_status
 
 
 # -- what was given
@@ -412,23 +491,7 @@ def _check_writable(path: Path, ledger: str) -> None:
     """Find out before the training whether there is a place for what comes of it."""
     if path.resolve() == Path(ledger).resolve():
         raise InputError(f"{path} is the ledger; choose another file")
-    _write(path, None)
-
-
-def _write(path: Path, text: str | None) -> None:
-    """Write beside `path`, then rename: a reader never sees half a file. Without text only try to write."""
-    path = path.resolve()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text or "", encoding="utf-8")
-        if text is None:
-            beside.unlink()
-        else:
-            os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}; choose a file in a folder that exists and that you may write to"
-        ) from None
+    write_text(path, None)
 
 
 def _loss_table(text: str) -> str:

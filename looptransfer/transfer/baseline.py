@@ -20,7 +20,7 @@ from looptransfer.transfer.verdict import Verdict
 SCHEMA_VERSION = 1
 PATH = "lr-optima.json"
 REMAKE = "make it again with --update-baseline"
-OF_A_RUN = {"rule", "lr", "seed", "loss", "diverged", "step", "seconds", "last_loss", "fingerprint"}
+OF_A_RUN = {"rule", "lr", "seed", "loss", "diverged", "step", "seconds", "last_loss"}
 T = TypeVar("T")
 
 
@@ -47,8 +47,8 @@ class StoredOptimum:
 class Baseline:
     """The optima of every rule of a table, and what made them.
 
-    `fingerprint` maps names (looptransfer, code, data, seeds, lrs, columns that are the same in every row, and the
-    experiment's own settings where a ledger knew them) to JSON values.
+    `fingerprint` maps names to what made them: looptransfer, code, seeds, lrs, columns that are the same in every row
+    such as layers or fingerprint, and experiment, the settings of ours where a ledger knew them.
     """
 
     axis: str
@@ -102,9 +102,7 @@ def baseline_of(verdict: Verdict, path: str | Path = PATH) -> Baseline:
         raise InputError(f"no optimum of rule {verdict.rule!r} is known ({why}), so there is nothing to store")
     rules = {name: tuple(map(_stored, one.optima, [verdict] * len(one.optima))) for name, one in verdict.rules.items()}
     made_by = fingerprint_of(verdict.runs, verdict.axis)
-    return Baseline(
-        verdict.axis, verdict.unit, verdict.confidence, verdict.transferred_lr, made_by, rules, str(path)
-    )
+    return Baseline(verdict.axis, verdict.unit, verdict.confidence, verdict.transferred_lr, made_by, rules, str(path))
 
 
 def loss_at_optimum(optimum: Optimum) -> pd.Series:
@@ -130,16 +128,15 @@ def _stored(optimum: Optimum, verdict: Verdict) -> StoredOptimum:
 def fingerprint_of(runs: pd.DataFrame, axis: str) -> dict[str, Any]:
     """What made a table of runs, as far as the table tells, and the code that is checked out in this folder."""
     made_by: dict[str, Any] = {"looptransfer": version("looptransfer"), "code": code_version()}
-    if "fingerprint" in runs:
-        made_by["data"] = ", ".join(sorted(runs["fingerprint"].dropna().map(str).unique()))
     finite = runs[~runs["diverged"]]
     for name in [str(name) for name in runs.columns if name not in OF_A_RUN | {axis}]:
-        values = finite[name].dropna().map(str).unique()
-        if len(values) == 1:
-            made_by[name] = str(values[0])
+        values = sorted(finite[name].dropna().map(str).unique())
+        if len(values) == 1 or (values and name == "fingerprint"):
+            made_by[name] = ", ".join(values)
     made_by["seeds"] = ", ".join(sorted(runs["seed"].map(str).unique()))
     made_by["lrs"] = ", ".join(f"{lr:.4g}" for lr in np.sort(runs["lr"].unique()))
-    made_by |= {f"experiment {key}": str(value) for key, value in runs.attrs.get("experiment", {}).items()}
+    if "experiment" in runs.attrs:
+        made_by["experiment"] = {key: str(value) for key, value in runs.attrs["experiment"].items()}
     return made_by
 
 

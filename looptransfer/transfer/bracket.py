@@ -7,13 +7,12 @@ linear in the losses: a t-interval over seeds holds for it, where the vertex its
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from looptransfer.transfer.baseline import Baseline, StoredOptimum, fingerprint_of
-from looptransfer.transfer.comparison import Comparison, Finding, change, differing, more_seeds
+from looptransfer.transfer.comparison import Comparison, Finding, Holding, change, differing, more_seeds
 from looptransfer.transfer.optimum import Array, Interval, curve, t_interval
 
 OCTAVES = (-1.0, 0.0, 1.0)
@@ -73,7 +72,7 @@ def _finding(stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: float, 
     loss, gaps = change(table.iloc[1], stored.loss_by_seed, confidence)
     down, up = lower - middle, higher - middle  # what half and twice the LR cost
 
-    def finding(answer: Any, reason: str = "") -> Finding:
+    def finding(answer: Holding, reason: str = "") -> Finding:
         return Finding(stored.at, answer, reason, lr, _vertex(down, up, confidence), loss, seeds, gaps is not None)
 
     for cost, word in ((down, "half"), (up, "twice")):

@@ -1,4 +1,4 @@
-"""Whether stored optima still hold: HOLDS, MOVED, WORSE or INCONCLUSIVE for each N. Our extension, as all statistics."""
+"""Whether stored optima still hold: HOLDS, MOVED, WORSE or INCONCLUSIVE for each N. Our extension."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -165,9 +165,9 @@ def compare(verdict: Verdict, baseline: Baseline, tolerance: float = TOLERANCE) 
     """
     if not 0 < tolerance < math.inf:
         raise InputError(f"tolerance is {tolerance!r}; it must be a finite number of octaves above 0")
-    for name, then, now in (("axis", baseline.axis, verdict.axis), ("unit", baseline.unit, verdict.unit)):
-        if then != now:
-            raise InputError(f"{baseline.path} was made with {name} {then!r}, not {now!r}; give the same, or {REMAKE}")
+    for name, then, here in (("axis", baseline.axis, verdict.axis), ("unit", baseline.unit, verdict.unit)):
+        if then != here:
+            raise InputError(f"{baseline.path} was made with {name} {then!r}, not {here!r}; give the same, or {REMAKE}")
     stored = baseline.of_rule(verdict.rule)
     now = {optimum.at: optimum for optimum in verdict.judged.optima}
     terms = (tolerance, verdict.regret_tolerance, verdict.confidence)
@@ -187,9 +187,16 @@ def compare(verdict: Verdict, baseline: Baseline, tolerance: float = TOLERANCE) 
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The names whose values are not the same, with both; in the order of `then`."""
-    names = [*then, *(name for name in now if name not in then)]
-    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
+    """The names whose values are not the same, with both; an experiment's settings where both sides know them."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in [*then, *(name for name in now if name not in then)]:
+        before, after = then.get(name), now.get(name)
+        if name == "experiment":
+            inner = differing(before, after) if isinstance(before, dict) and isinstance(after, dict) else {}
+            found |= {f"experiment {key}": pair for key, pair in inner.items()}
+        elif before != after:
+            found[name] = (before, after)
+    return found
 
 
 def change(now: pd.Series, then: Mapping[str, float], confidence: float) -> tuple[Interval, pd.Series | None]:
@@ -228,23 +235,25 @@ def _finding(
         return Finding(stored.at, "INCONCLUSIVE", "it was not run", lr)
     if optimum.by_seed is None:
         assert optimum.censored is not None
-        return Finding(stored.at, "INCONCLUSIVE", f"{CENSORED[optimum.censored]}", lr, seeds=optimum.seeds)
+        return Finding(stored.at, "INCONCLUSIVE", CENSORED[optimum.censored], lr, seeds=optimum.seeds)
     shift, gaps = change(optimum.by_seed, stored.log2_lr_by_seed, confidence)
     loss, loss_gaps = change(loss_at_optimum(optimum), stored.loss_by_seed, confidence)
-    answer, reason = "HOLDS", ""
+
+    def finding(answer: Holding, reason: str = "") -> Finding:
+        seeds = optimum.seeds if gaps is None else len(gaps)
+        return Finding(stored.at, answer, reason, lr, shift, loss, seeds, gaps is not None)
+
     if outside(shift, tolerance):
-        answer, reason = "MOVED", f"the optimum moved by {shift.estimate:+.2f} octave"
-    elif loss.low > loss_tolerance:
-        answer, reason = "WORSE", f"the loss at the optimum is worse by {loss.estimate:.3f}"
-    elif not inside(shift, tolerance):
-        answer = "INCONCLUSIVE"
-        reason = f"the interval of the shift reaches across the tolerance; {more_seeds(gaps, shift, tolerance, confidence)}"
-    elif loss.high >= loss_tolerance:
-        answer = "INCONCLUSIVE"
-        reason = f"the loss may be worse by the tolerance; {more_seeds(loss_gaps, loss, loss_tolerance, confidence)}"
-    paired = gaps is not None
-    seeds = len(gaps) if gaps is not None else optimum.seeds
-    return Finding(stored.at, answer, reason, lr, shift, loss, seeds, paired)  # type: ignore[arg-type]
+        return finding("MOVED", f"the optimum moved by {shift.estimate:+.2f} octave")
+    if loss.low > loss_tolerance:
+        return finding("WORSE", f"the loss at the optimum is worse by {loss.estimate:.3f}")
+    if not inside(shift, tolerance):
+        advice = more_seeds(gaps, shift, tolerance, confidence)
+        return finding("INCONCLUSIVE", f"the interval of the shift reaches across the tolerance; {advice}")
+    if loss.high >= loss_tolerance:
+        advice = more_seeds(loss_gaps, loss, loss_tolerance, confidence)
+        return finding("INCONCLUSIVE", f"the loss may be worse by the tolerance; {advice}")
+    return finding("HOLDS")
 
 
 def more_seeds(gaps: pd.Series | None, interval: Interval, tolerance: float, confidence: float) -> str:

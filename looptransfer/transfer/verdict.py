@@ -258,6 +258,7 @@ def text_table(rows: list[dict[str, str]]) -> list[str]:
 
 
 def markdown_table(rows: list[dict[str, str]]) -> list[str]:
+    """Rows as a Markdown table, every cell escaped; columns that are empty throughout are left out."""
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     cells = [names, *([row[name] for name in names] for row in rows)]
     head, *body = [f"| {' | '.join(map(escaped, row))} |" for row in cells]
