@@ -227,7 +227,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loops", metavar="N,N,…", help="which of the stored N (default: the smallest and the largest)"
     )
-    parser.add_argument("--seeds", type=int, default=4, help="how many (default: 4)")
+    parser.add_argument("--seeds", type=int, default=6, help="how many (default: 6)")
     parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
     parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
     form = parser.add_mutually_exclusive_group()

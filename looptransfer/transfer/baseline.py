@@ -100,7 +100,10 @@ def baseline_of(verdict: Verdict, path: str | Path = PATH) -> Baseline:
     if all(optimum.censored for optimum in verdict.judged.optima):
         why = verdict.judged.optima[0].censored
         raise InputError(f"no optimum of rule {verdict.rule!r} is known ({why}), so there is nothing to store")
-    rules = {name: tuple(map(_stored, one.optima, [verdict] * len(one.optima))) for name, one in verdict.rules.items()}
+    rules = {
+        name: tuple(store_optimum(optimum, verdict.confidence) for optimum in one.optima)
+        for name, one in verdict.rules.items()
+    }
     made_by = fingerprint_of(verdict.runs, verdict.axis)
     return Baseline(verdict.axis, verdict.unit, verdict.confidence, verdict.transferred_lr, made_by, rules, str(path))
 
@@ -111,7 +114,8 @@ def loss_at_optimum(optimum: Optimum) -> pd.Series:
     return optimum.loss(optimum.log2_lr.estimate)
 
 
-def _stored(optimum: Optimum, verdict: Verdict) -> StoredOptimum:
+def store_optimum(optimum: Optimum, confidence: float) -> StoredOptimum:
+    """What is to be remembered of one optimum."""
     if optimum.log2_lr is None or optimum.by_seed is None:
         return StoredOptimum(optimum.at, optimum.censored)
     losses = loss_at_optimum(optimum)
@@ -120,7 +124,7 @@ def _stored(optimum: Optimum, verdict: Verdict) -> StoredOptimum:
         None,
         optimum.log2_lr,
         {str(seed): float(value) for seed, value in optimum.by_seed.items()},
-        t_interval(losses, verdict.confidence),
+        t_interval(losses, confidence),
         {str(seed): float(value) for seed, value in losses.items()},
     )
 

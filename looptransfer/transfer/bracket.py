@@ -42,7 +42,7 @@ def bracket(
     """
     stored = baseline.of_rule(rule)
     findings = tuple(
-        _finding(stored[int(str(at))], curve(group), loss_tolerance, confidence)
+        bracket_one(stored[int(str(at))], curve(group), loss_tolerance, confidence)
         for at, group in runs.groupby(baseline.axis)
     )
     then = {name: value for name, value in baseline.fingerprint.items() if name not in BY_DESIGN}
@@ -61,7 +61,8 @@ def bracket(
     )
 
 
-def _finding(stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: float, confidence: float) -> Finding:
+def bracket_one(stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: float, confidence: float) -> Finding:
+    """As `bracket`, for one N; `table` holds the losses at the three LRs, seeds across."""
     assert stored.log2_lr is not None
     assert stored.loss_by_seed is not None
     lower, middle, higher = table.to_numpy(dtype=float)

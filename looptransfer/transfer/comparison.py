@@ -171,7 +171,7 @@ def compare(verdict: Verdict, baseline: Baseline, tolerance: float = TOLERANCE) 
     stored = baseline.of_rule(verdict.rule)
     now = {optimum.at: optimum for optimum in verdict.judged.optima}
     terms = (tolerance, verdict.regret_tolerance, verdict.confidence)
-    findings = tuple(_finding(one, now.get(at), *terms) for at, one in stored.items() if one.log2_lr is not None)
+    findings = tuple(compare_one(one, now.get(at), *terms) for at, one in stored.items() if one.log2_lr is not None)
     made_by = fingerprint_of(verdict.runs, verdict.axis)
     return Comparison(
         baseline.path,
@@ -224,9 +224,10 @@ def _welch(now: np.ndarray[Any, Any], then: np.ndarray[Any, Any], confidence: fl
     return Interval(gap, gap - half, gap + half)
 
 
-def _finding(
+def compare_one(
     stored: StoredOptimum, optimum: Optimum | None, tolerance: float, loss_tolerance: float, confidence: float
 ) -> Finding:
+    """As `compare`, for one N; `optimum` is None where it was not run."""
     assert stored.log2_lr is not None
     assert stored.log2_lr_by_seed is not None
     assert stored.loss_by_seed is not None

@@ -20,7 +20,7 @@ def gate(
     experiment: Experiment,
     baseline: str | Path | Baseline = PATH,
     loops: Sequence[int] | None = None,
-    seeds: int = 4,
+    seeds: int = 6,
     rule: Rule = "factored",
     ledger: str | Path | None = None,
     workers: int | None = None,
@@ -33,7 +33,7 @@ def gate(
         experiment: what is trained.
         baseline: stored optima, or their file.
         loops: which of the stored N; default the smallest and the largest.
-        seeds: how many; the first ones of the baseline, so that they are paired with it.
+        seeds: how many, two at least; the first ones of the baseline, so that they are paired with it.
         rule: the scaling rule.
         ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
         workers: processes of one thread; default one per core, 1 trains in this process.
