@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
     from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
+    from looptransfer.transfer.baseline import baseline_of as baseline_of
+    from looptransfer.transfer.baseline import read_baseline as read_baseline
     from looptransfer.transfer.check import check as check
+    from looptransfer.transfer.comparison import compare as compare
     from looptransfer.transfer.sources import read_results as read_results
     from looptransfer.transfer.verdict import Verdict as Verdict
     from looptransfer.trials.experiment import Experiment as Experiment
+    from looptransfer.trials.gate import gate as gate
     from looptransfer.trials.sweep import TunedLR as TunedLR
     from looptransfer.trials.sweep import sweep as sweep
     from looptransfer.trials.sweep import tune as tune
@@ -46,12 +50,16 @@ _HOMES = {
     "Verdict": "transfer.verdict",
     "VerificationError": "errors",
     "apply_plan": "rewrite.apply",
+    "baseline_of": "transfer.baseline",
     "check": "transfer.check",
+    "compare": "transfer.comparison",
     "fold": "rewrite.apply",
+    "gate": "trials.gate",
     "param_groups": "optim",
     "parametrize": "rewrite.apply",
     "plot_curves": "report.figures",
     "plot_optima": "report.figures",
+    "read_baseline": "transfer.baseline",
     "read_results": "transfer.sources",
     "reference_experiment": "reference.experiment",
     "remove": "rewrite.apply",
