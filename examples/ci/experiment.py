@@ -1,63 +1,47 @@
-"""A tiny experiment: a looped residual MLP that learns a fixed function. Put your model and your data in its place."""
+"""A tiny experiment: a looped decoder that learns a made-up language. Put your model and your data in its place."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import looptransfer as lt
 
-FEATURES, WIDTH, BATCH = 4, 16, 64
+LETTERS, LENGTH, BATCH = 8, 12, 32
+RULE = np.random.default_rng(0).integers(0, LETTERS, (LETTERS, LETTERS))  # the next letter, from the last two
 
 
-class LoopedMLP(nn.Module):
-    """One residual block, applied `loops` times with the same weights."""
-
-    def __init__(self, loops: int) -> None:
-        super().__init__()
-        self.loops = loops
-        self.embed = nn.Linear(FEATURES, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.block = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))
-        self.head = nn.Linear(WIDTH, 1)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        stream = self.embed(inputs)
-        for _ in range(self.loops):
-            stream = stream + self.block(self.norm(stream))
-        return self.head(stream)
+def make_model(loops: int) -> nn.Module:
+    return lt.LoopedDecoder(vocab=LETTERS, width=16, heads=2, loops=loops, tied_head=False)
 
 
 def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches: the seed alone decides their order, so that every LR and loop count sees the same."""
     rng = np.random.default_rng(seed)
     while True:
-        yield samples(rng, BATCH)
+        yield sample(rng, BATCH)
 
 
 def held_out() -> list[tuple[Tensor, Tensor]]:
     """The same batches at every call."""
-    return [samples(np.random.default_rng(10_000), 1024)]
+    return [sample(np.random.default_rng(10_000), 512)]
 
 
-def samples(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-    inputs = rng.normal(size=(count, FEATURES)).astype(np.float32)
-    targets = np.sin(2 * inputs[:, :1]) + inputs[:, 1:2] * inputs[:, 2:3] - inputs[:, 3:]
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
-
-
-def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.mse_loss(outputs, targets)
+def sample(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+    """Texts (count, LENGTH) and their next letters; one letter in eight breaks the rule."""
+    text = rng.integers(0, LETTERS, (count, LENGTH + 1))
+    keeps = rng.random(text.shape) < 7 / 8
+    for t in range(2, LENGTH + 1):
+        text[:, t] = np.where(keeps[:, t], RULE[text[:, t - 1], text[:, t - 2]], text[:, t])
+    return torch.from_numpy(text[:, :-1]), torch.from_numpy(text[:, 1:])
 
 
 experiment = lt.Experiment(
     name="tiny",
-    make_model=LoopedMLP,
+    make_model=make_model,
     batches=batches,
     held_out=held_out,
-    loss=squared_error,
-    steps=60,
-    width=WIDTH,
+    steps=80,
+    width=16,
 )
