@@ -111,7 +111,7 @@ def uncensor(tables: Mapping[int, pd.DataFrame], hidden: Mapping[int, Censored])
         lrs = [lowest_stable - 2 * step, lowest_stable - step, lowest_stable + step / 2]
         return FurtherRuns(at, _lrs(lrs), _seeds(*(tables[n] for n in at)))
     if why == "one seed":
-        return more_seeds(tables, SEEDS)
+        return more_seeds(tables, SEEDS) if _most_seeds(tables) == 1 else missing_seeds(tables)
     best = [_best(tables[n])[1] for n in at]
     return FurtherRuns(at, _lrs([min(best) + half / 2 for half in range(-4, 5)]), _seeds(*(tables[n] for n in at)))
 

@@ -152,7 +152,7 @@ def _censored(
     further = advice.uncensor(tables, hidden)
     lrs = ", ".join(f"{lr:.3g}" for lr in further.lrs)
     words = {
-        "one seed": f"run the same LRs with {len(further.seeds)} more seeds or more",
+        "one seed": f"run the same LRs with seeds {', '.join(further.seeds)} at {terms.label} = {at}",
         "plateau": f"run LRs {lrs} as well, with seeds {', '.join(further.seeds)}",
     }.get(why, f"run LRs {lrs} at {terms.label} = {at}")
     return why, f"At {terms.label} = {at} {CENSORED[why]}.", (words, further)

@@ -77,6 +77,11 @@ def test_divergence_is_left_for_lower_lrs() -> None:
     assert max(uncensor({1: cut}, {1: "diverged"}).lrs) < 2.0**-5.0
 
 
+def test_an_n_with_one_seed_beside_others_with_more_asks_for_theirs() -> None:
+    runs = uncensor({1: table(), 2: table(seeds="0")}, {2: "one seed"})
+    assert (runs.at, runs.seeds) == ((2,), ("0", "1", "2"))
+
+
 def test_one_seed_asks_for_more_and_a_plateau_for_seeds_where_the_lrs_reach_far() -> None:
     assert uncensor({1: table(seeds="0")}, {1: "one seed"}).seeds == ("1", "2", "3")
     assert uncensor({1: table()}, {1: "plateau"}).seeds == ("3", "4", "5")
