@@ -327,7 +327,8 @@ def report(rows: list[dict[str, Any]], full: bool, seeds: int) -> str:
 
 def _words(project: Project, full: bool) -> str:
     size, loops = project.size(full), " and ".join(map(str, project.loops))
-    return f"L = {size.layers}, N = {loops}, width {size.width}, {size.steps} steps of {size.batch} × {size.sequence} tokens"
+    tokens = f"{size.batch} × {size.sequence} tokens"
+    return f"L = {size.layers}, N = {loops}, width {size.width}, {size.steps} steps of {tokens}"
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ class LRTransfer:
     def assert_bracketed(
         self, experiment: "Experiment", baseline: str | Path = "lr-optima.json", **options: Any
     ) -> "Comparison":
-        """Fail unless `looptransfer.gate`, which takes the options, still brackets the stored optima: for every commit."""
+        """Fail unless `looptransfer.gate`, which takes the options, still brackets the stored optima."""
         __tracebackhide__ = True
         from looptransfer.trials.gate import gate  # noqa: PLC0415
 
