@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import looptransfer as lt
 
-LETTERS, LENGTH, BATCH = 8, 12, 32
+LETTERS, LENGTH, BATCH = 8, 10, 96
 RULE = np.random.default_rng(0).integers(0, LETTERS, (LETTERS, LETTERS))  # the next letter, from the last two
 
 
@@ -42,6 +42,6 @@ experiment = lt.Experiment(
     make_model=make_model,
     batches=batches,
     held_out=held_out,
-    steps=80,
+    steps=50,
     width=16,
 )
