@@ -14,6 +14,7 @@ from looptransfer.transfer.advice import seeds_needed
 from looptransfer.transfer.baseline import REMAKE, Baseline, StoredOptimum, fingerprint_of, loss_at_optimum
 from looptransfer.transfer.judge import CENSORED, inside, outside
 from looptransfer.transfer.optimum import Interval, Optimum, t_interval
+from looptransfer.transfer.results import axis_label
 from looptransfer.transfer.verdict import Verdict, escaped, interval_dict, markdown_table, text_table
 
 SCHEMA_VERSION = 1
@@ -78,16 +79,11 @@ class Comparison:
         """0 holds, 1 moved or worse, 3 inconclusive."""
         return EXIT_STATUS[self.answer]
 
-    @property
-    def axis_label(self) -> str:
-        """What the axis is called in words: N for loop counts."""
-        return "N" if self.axis == "loops" else self.axis
-
     def rows(self) -> list[dict[str, str]]:
         """A row per stored optimum, as text."""
         return [
             {
-                self.axis_label: str(finding.at),
+                axis_label(self.axis): str(finding.at),
                 "answer": finding.answer,
                 "stored LR": f"{finding.stored_lr:.3g}",
                 "shift, octaves": str(finding.shift or ""),
@@ -136,7 +132,7 @@ class Comparison:
     def _sentences(self) -> Iterable[str]:
         for finding in self.findings:
             if finding.reason:
-                yield f"{self.axis_label} = {finding.at}: {finding.reason}"
+                yield f"{axis_label(self.axis)} = {finding.at}: {finding.reason}"
         yield from self.notes
         for key, (then, now) in self.differing.items():
             yield f"made differently: {key} was {_short(then)}, is {_short(now)}"
@@ -182,7 +178,7 @@ def compare(verdict: Verdict, baseline: Baseline, tolerance: float = TOLERANCE) 
         *terms,
         findings,
         differing(baseline.fingerprint, made_by),
-        tuple(_notes(stored, now, "N" if verdict.axis == "loops" else verdict.axis)),
+        tuple(_notes(stored, now, verdict.axis_label)),
     )
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from looptransfer.transfer import advice, drift
 from looptransfer.transfer.advice import FurtherRuns
 from looptransfer.transfer.optimum import Censored, Interval, Optimum, t_interval
+from looptransfer.transfer.results import axis_label
 from looptransfer.transfer.verdict import Answer, Cause, RuleVerdict
 
 SKEW = 0.02  # change of the basin's skew, in 1/octave per doubling, that is worth a word
@@ -35,7 +36,7 @@ class Terms:
     @property
     def label(self) -> str:
         """What the axis is called in words."""
-        return "N" if self.axis == "loops" else self.axis
+        return axis_label(self.axis)
 
 
 def judge_tables(rule: str, tables: Mapping[int, pd.DataFrame], terms: Terms) -> RuleVerdict:

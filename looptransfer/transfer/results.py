@@ -55,6 +55,11 @@ def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
     return out.reset_index(drop=True)
 
 
+def axis_label(axis: str) -> str:
+    """What an axis is called in words: N for loop counts."""
+    return "N" if axis == "loops" else axis
+
+
 def at_horizon(runs: pd.DataFrame, axis: str = "loops", share: float = 1.0) -> pd.DataFrame:
     """The row of every run at a share of the training, from a tidy table; the table itself where it has no steps.
 

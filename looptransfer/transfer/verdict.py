@@ -10,6 +10,7 @@ import pandas as pd
 
 from looptransfer.transfer.advice import FurtherRuns
 from looptransfer.transfer.optimum import Interval, Optimum
+from looptransfer.transfer.results import axis_label
 
 SCHEMA_VERSION = 2
 Answer = Literal["FLAT", "DRIFTS", "INCONCLUSIVE"]
@@ -97,7 +98,7 @@ class Verdict:
     @property
     def axis_label(self) -> str:
         """What the axis is called in words: N for loop counts."""
-        return "N" if self.axis == "loops" else self.axis
+        return axis_label(self.axis)
 
     @property
     def unit(self) -> str:
