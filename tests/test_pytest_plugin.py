@@ -61,6 +61,7 @@ def test_the_plugin_is_declared_as_an_entry_point() -> None:
     ).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_baseline_is_asked_for_then_written_then_held(project: Path) -> None:
     first = run_pytest(project)
     assert first.returncode == 1
@@ -108,3 +109,28 @@ def test_a_verdict_may_stand_for_its_table(tmp_path: Path) -> None:
     told = LRTransfer(tmp_path, tmp_path, update=False).assert_optimum(verdict)
     assert told is not None
     assert told.answer == "HOLDS"
+
+
+TRAINS = """
+from tests.experiments import tiny_experiment
+
+def test_trains(lr_transfer):
+    results = lr_transfer.sweep(tiny_experiment(), [1], lrs=[0.01], seeds=1, workers=1)
+    assert len(results) == 1
+"""
+
+
+@pytest.mark.slow
+def test_runs_are_kept_for_the_same_commit_and_never_for_changed_code(tmp_path: Path) -> None:
+    (tmp_path / "test_user.py").write_text(TRAINS)
+    (tmp_path / ".gitignore").write_text("__pycache__/\n.pytest_cache/\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    assert run_pytest(tmp_path).returncode == 0
+    kept = list(tmp_path.glob(".pytest_cache/d/looptransfer-*/*.db"))
+    assert len(kept) == 1
+    before = kept[0].read_bytes()
+    (tmp_path / "model.py").write_text("changed = True\n")
+    assert run_pytest(tmp_path).returncode == 0
+    assert kept[0].read_bytes() == before
