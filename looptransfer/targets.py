@@ -1,0 +1,130 @@
+"""What is named on the command line: path/to/file.py:NAME or package.module:NAME."""
+
+import importlib
+import os
+import sys
+import sysconfig
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from looptransfer.errors import InputError
+from looptransfer.trials.experiment import Experiment
+
+OURS = str(Path(__file__).parent)
+INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def load_experiment(target: str) -> Experiment:
+    """The experiment that `target` names; NAME is `experiment` where it is left out.
+
+    Raises:
+        InputError: as `load_target`, or the name stands for something else.
+    """
+    made = load_target(target, Experiment, "experiment", default="experiment")
+    if not isinstance(made, Experiment):
+        raise InputError(
+            f"{target} gives a {type(made).__name__}; it must be a looptransfer.Experiment, or a function of no "
+            "arguments that returns one"
+        )
+    return made
+
+
+def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
+    """What `target` names: a `kind` as it stands, anything else is called and its result returned.
+
+    A file is imported by its stem. Its folder, or for a package.module the working directory, stays first on sys.path,
+    as it does with `python file.py`: worker processes inherit the path and find the module there.
+
+    Args:
+        target: path/to/file.py:NAME or package.module:NAME; NAME may have dots.
+        kind: what is not called.
+        noun: what an error calls it.
+        default: NAME where the target has none.
+
+    Raises:
+        InputError: there is no such file, module or name, its stem cannot be imported, or it raises.
+    """
+    place, name = _split(target, default)
+    if not place or not name:
+        option = noun.upper()
+        raise InputError(
+            f"{target!r} names no {noun}; write PACKAGE.MODULE:{option}, such as looptransfer:LoopedDecoder, or "
+            f"path/to/file.py:{option}"
+        )
+    module = _from_file(place) if place.endswith(".py") else _from_package(target, place)
+    try:
+        made: Any = module
+        for part in name.split("."):
+            made = getattr(made, part)
+    except Exception as error:
+        raise InputError(f"cannot import {target}: {_told(error)}; give a name that is in it: {place}:NAME") from error
+    if isinstance(made, kind):
+        return made
+    if not callable(made):
+        raise InputError(f"{target} is of type {type(made).__name__}; name a factory that takes no arguments")
+    try:
+        return made()
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{target}() fails: {_told(error)}; name a factory that takes no arguments") from error
+
+
+def _split(target: str, default: str) -> tuple[str, str]:
+    if target.endswith(".py") or ":" not in target:
+        return target, default
+    place, _, name = target.rpartition(":")
+    return place, name
+
+
+def _from_package(target: str, name: str) -> ModuleType:
+    _put_first(os.getcwd())  # as `python -m` does
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"cannot import {target}: {_told(error)}; run the command where `import {name}` works"
+        ) from error
+
+
+def _from_file(place: str) -> ModuleType:
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise InputError(f"there is no file {place}; write path/to/file.py:NAME or package.module:NAME")
+    _check_stem(path)
+    _put_first(str(path.parent))
+    try:
+        module = importlib.import_module(path.stem)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"cannot load {place}: {_told(error)}; correct the file") from error
+    if not _is(module, path):
+        raise InputError(f"{place} is hidden by {module.__file__}, which has the same name; rename one of them")
+    return module
+
+
+def _check_stem(path: Path) -> None:
+    """Refuse a file that cannot be imported by its stem, here or in a worker process."""
+    stem = path.stem
+    if not stem.isidentifier():
+        raise InputError(f"{path.name} cannot be imported: {stem!r} is no Python name; use letters, digits and _ only")
+    other = sys.modules.get(stem)
+    if stem in sys.stdlib_module_names or (other is not None and not _is(other, path)):
+        raise InputError(f"{path.name} has the name of another module, {stem}; rename the file")
+
+
+def _is(module: ModuleType, path: Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).resolve() == path
+
+
+def _put_first(folder: str) -> None:
+    if sys.path[:1] != [folder]:
+        sys.path.insert(0, folder)
+
+
+def _told(error: BaseException) -> str:
+    """The exception, and the line that it comes from in code that is neither ours nor installed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, OURS + os.sep, "<"))]
+    where = f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"
