@@ -4,6 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from looptransfer.coordcheck.recommend import Recommendation as Recommendation
+    from looptransfer.coordcheck.recommend import recommend as recommend
+    from looptransfer.coordcheck.run import coord_check as coord_check
+    from looptransfer.coordcheck.verdict import CoordCheck as CoordCheck
     from looptransfer.errors import InputError as InputError
     from looptransfer.errors import ScalingWarning as ScalingWarning
     from looptransfer.errors import VerificationError as VerificationError
@@ -36,9 +40,11 @@ if TYPE_CHECKING:
 # Each name is imported when it is first used: `import looptransfer` and judging a table load no torch (PEP 562).
 _HOMES = {
     "Branch": "rewrite.plan",
+    "CoordCheck": "coordcheck.verdict",
     "Experiment": "trials.experiment",
     "InputError": "errors",
     "LoopedDecoder": "reference.model",
+    "Recommendation": "coordcheck.recommend",
     "ReferenceSize": "reference.experiment",
     "ScalingPlan": "rewrite.plan",
     "ScalingWarning": "errors",
@@ -47,12 +53,14 @@ _HOMES = {
     "VerificationError": "errors",
     "apply_plan": "rewrite.apply",
     "check": "transfer.verdict",
+    "coord_check": "coordcheck.run",
     "fold": "rewrite.apply",
     "param_groups": "optim",
     "parametrize": "rewrite.apply",
     "plot_curves": "report.figures",
     "plot_optima": "report.figures",
     "read_results": "transfer.results",
+    "recommend": "coordcheck.recommend",
     "reference_experiment": "reference.experiment",
     "remove": "rewrite.apply",
     "rescale": "rewrite.apply",

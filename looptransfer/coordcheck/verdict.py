@@ -1,0 +1,384 @@
+"""What a coordinate check came to: exponents with intervals, held against what the rule promises, in plain words.
+
+One look is not many: a statistic fails when its exponent lies outside the promised range by more than the tolerance,
+with a p-value that Holm's method corrects for all statistics of the rule, so that the chance of one false alarm or more
+in a whole check is at most `level`. It passes when its 90 % t-interval over seeds lies inside (two one-sided tests at
+5 %); that needs no correction, since the check passes only where all statistics do.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.special import stdtr
+
+from looptransfer.coordcheck.promises import EXPONENTS, Promise, promises
+from looptransfer.coordcheck.readings import reading
+from looptransfer.transfer.optimum import Interval, t_interval
+
+COLUMNS = ["rule", "loops", "width", "layers", "seed", "step", "module", "visit", "statistic", "value"]
+SCHEMA_VERSION = 1
+CONFIDENCE = 0.90  # of the intervals shown
+LEVEL_TOLERANCE = 0.1  # octaves, of a step's size against the other parameters'
+LOST_TO_EPS = 0.02  # share of Adam's step
+OUTPUT, OUTSIDE, ON_STREAM = "output", "outside", "on stream"
+
+Answer = Literal["passes", "fails", "inconclusive"]
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch as the check found it in the model with most loops."""
+
+    module: str
+    layer: str
+    visits: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the verdict must know beside the frame. Branches stand in the order in which they are added."""
+
+    branches: tuple[Branch, ...]
+    base_layers: int = 1
+    adam: bool = True
+    width_scaled: bool = False  # μP sets LRs by width, so steps of different parameters differ
+
+    @property
+    def looped(self) -> list[str]:
+        """The branches that are visited more than once."""
+        return [branch.module for branch in self.branches if branch.visits > 1]
+
+    def modules(self, where: str, present: Sequence[str]) -> list[str]:
+        """Which of the frame's modules a promise speaks of."""
+        names = [branch.module for branch in self.branches]
+        chosen = {
+            "looped": self.looped,
+            "once": [name for name in names if name not in self.looped],
+            "final": names[-1:],
+            "branches": names,
+            "attention": [name for name in present if name not in {OUTPUT, OUTSIDE, ON_STREAM}],
+        }
+        return [name for name in chosen.get(where, [where]) if name in set(present)]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statistic of one module: what was measured, what was promised, and what that says.
+
+    `exponent` is that of the axis, or the value itself where `axis` is "level"; None where it is not finite.
+    `p` is the corrected p-value of lying outside the promised range by more than the tolerance.
+    """
+
+    rule: str
+    axis: str
+    statistic: str
+    module: str
+    moment: str
+    which: str
+    exponent: Interval | None
+    low: float
+    high: float
+    tolerance: float
+    answer: Answer
+    p: float
+    reading: str
+
+    @property
+    def promised(self) -> str:
+        """The range in short."""
+        if math.isinf(self.low):
+            return f"≤ {self.high:g}"
+        return f"{self.low:g}" if self.low == self.high else f"{self.low:g} … {self.high:g}"
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """The result. `frame` is tidy; `cosines` holds the matrix of increments, mean over seeds, by (rule, N, step)."""
+
+    rule: str
+    rules: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    frame: pd.DataFrame = field(repr=False, compare=False)
+    cosines: dict[tuple[str, int, int], Array] = field(repr=False, compare=False)
+    context: Context
+    tolerance: float
+    level: float
+
+    @property
+    def judged(self) -> list[Finding]:
+        """The findings of the rule that was asked for."""
+        return [one for one in self.findings if one.rule == self.rule]
+
+    @property
+    def failures(self) -> list[Finding]:
+        """What does not keep its promise."""
+        return [one for one in self.judged if one.answer == "fails"]
+
+    @property
+    def answer(self) -> str:
+        """PASSES, FAILS or INCONCLUSIVE."""
+        if self.failures:
+            return "FAILS"
+        return "PASSES" if all(one.answer == "passes" for one in self.judged) else "INCONCLUSIVE"
+
+    @property
+    def passed(self) -> bool:
+        """Every statistic keeps its promise."""
+        return self.answer == "PASSES"
+
+    @property
+    def exit_status(self) -> int:
+        """0 passes, 1 fails, 3 inconclusive."""
+        return {"PASSES": 0, "FAILS": 1, "INCONCLUSIVE": 3}[self.answer]
+
+    @property
+    def reasons(self) -> list[str]:
+        """The readings that matter, the plainest first, each once."""
+        chosen = self.failures or [one for one in self.judged if one.answer == "inconclusive"]
+        return list(dict.fromkeys(one.reading for one in sorted(chosen, key=_plainness)))
+
+    def __str__(self) -> str:
+        head = f"coordinate check, {self.rule}: {self.answer} ({len(self.judged)} statistics, level {self.level:g})"
+        shown = [*self.failures, *(one for one in self.judged if one.answer == "inconclusive")] or self.judged
+        rows = [("statistic", "module", "when", "exponent", "promised", "answer")]
+        rows += [_row(one) for one in sorted(shown, key=_plainness)]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        table = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]) for row in rows]
+        return "\n".join([head, *(f"- {reason}" for reason in self.reasons), *table])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON values; the frame is not in it."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "rule": self.rule,
+            "answer": self.answer,
+            "reasons": self.reasons,
+            "tolerance": self.tolerance,
+            "level": self.level,
+            "confidence": CONFIDENCE,
+            "findings": [_as_json(one) for one in self.findings],
+        }
+
+    def to_html(self, path: Any, **options: Any) -> None:
+        """Write one self-contained page; options as for `report.coordinates.write_page`."""
+        from looptransfer.report.coordinates import write_page  # noqa: PLC0415
+
+        write_page(self, path, **options)
+
+
+def judge(
+    frame: pd.DataFrame,
+    rules: Sequence[str],
+    context: Context,
+    tolerance: float = 0.1,
+    level: float = 0.05,
+    cosines: dict[tuple[str, int, int], Array] | None = None,
+) -> CoordCheck:
+    """Hold a frame of `coord_check` against what its rules promise; the first rule is the one that counts."""
+    findings: list[Finding] = []
+    for rule in rules:
+        rows = frame[frame["rule"] == rule]
+        findings += _corrected([*_exponents(rows, rule, context, tolerance), *_levels(rows, rule, context)], level)
+    return CoordCheck(rules[0], tuple(rules), tuple(findings), frame, cosines or {}, context, tolerance, level)
+
+
+# -- exponents
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A finding before it is corrected for the others."""
+
+    rule: str
+    promise: Promise
+    module: str
+    values: Array | None  # an exponent per seed; None where something was not finite
+    tolerance: float
+    trouble: str = ""
+
+
+def _exponents(rows: pd.DataFrame, rule: str, context: Context, tolerance: float) -> Iterator[_Measured]:
+    for promise in promises(rule, context.adam):
+        along = on_axis(rows, promise.axis)
+        if along[promise.axis].nunique() < 2:
+            continue
+        here = along[along["statistic"] == promise.statistic]
+        for module in context.modules(promise.where, list(here["module"].unique())):
+            mine = here[here["module"] == module]
+            table = exponent_table(mine, promise, along)
+            if table is None:
+                continue
+            bad = table.columns[~np.isfinite(table).all()]
+            if len(bad):
+                trouble = f"is not finite at {promise.axis} = {', '.join(map(str, bad))}"
+                yield _Measured(rule, promise, module, None, tolerance, trouble)
+            elif (table > 0).all(axis=None):
+                yield _Measured(rule, promise, module, fit_exponents(table), tolerance)
+
+
+def on_axis(rows: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """The rows along which only `axis` varies: over N as first made, over L and width at the second loop count."""
+    counts = sorted(rows["loops"].unique())
+    most = rows[rows["loops"] == counts[-1]]
+    kept = rows if axis == "loops" else rows[rows["loops"] == counts[min(1, len(counts) - 1)]]
+    for other in {"width", "layers"} - {axis}:
+        values = most[other].dropna().unique()
+        kept = kept[kept[other] == values[0]] if len(values) else kept
+    return kept
+
+
+def exponent_table(rows: pd.DataFrame, promise: Promise, along: pd.DataFrame) -> pd.DataFrame | None:
+    """Seeds down, the axis across. A run that stopped early is not finite from there on."""
+    step = _step(rows, promise.moment, int(along["step"].max()))
+    rows = rows[rows["step"] == step]
+    keys = ["seed", promise.axis]
+    wanted = along.groupby(keys).size().unstack()
+    if promise.where == "on stream" and promise.axis == "loops":
+        wanted = wanted.drop(columns=1, errors="ignore")  # nothing acts on the stream again and again at N = 1
+    if rows.empty:
+        return None if step == 0 else wanted * math.nan
+    if promise.which == "all":
+        values = rows.assign(value=rows["value"] ** 2).groupby(keys)["value"].mean() ** 0.5
+    else:
+        ordered = rows.sort_values("visit").groupby(keys)["value"]
+        values = ordered.first() if promise.which == "first" else ordered.last()
+    return values.unstack().reindex(index=wanted.index, columns=wanted.columns)
+
+
+def _step(rows: pd.DataFrame, moment: str, last: int) -> int:
+    """Initialisation is the first step at which there is something: branches may start at zero."""
+    if moment != "init":
+        return 1 if moment == "one" else last
+    smallest = rows.groupby("step")["value"].min()
+    positive = smallest.index[smallest > 0]
+    return int(positive[0]) if len(positive) else 0
+
+
+def fit_exponents(table: pd.DataFrame) -> Array:
+    """The slope of log2(value) in log2(axis) by least squares, one per row (seed)."""
+    x = np.log2(table.columns.to_numpy(dtype=float))
+    x = x - x.mean()
+    slopes: Array = np.log2(table.to_numpy(dtype=float)) @ x / (x @ x)
+    return slopes
+
+
+# -- levels: what holds at every N
+
+
+def _levels(rows: pd.DataFrame, rule: str, context: Context) -> Iterator[_Measured]:
+    """Steps of the branches against those outside, and what eps takes of them, after Adam's first step."""
+    if not context.adam:
+        return
+    along = on_axis(rows, "loops")
+    first = along[(along["step"] == 1)]
+    for module, lost in _by_module(first, "lost_to_eps").items():
+        promise = Promise("loops", "lost_to_eps", "branches", "one", "all", -math.inf, 0.0)
+        yield _Measured(rule, promise, module, lost, LOST_TO_EPS)
+    sizes = _by_module(first, "update_rms", log=True)
+    if OUTSIDE not in sizes or context.width_scaled:
+        return
+    shrink = 0.0 if rule == "unscaled" else 0.5 * -math.log2(int(along["layers"].iloc[0]) / context.base_layers) + 0.0
+    promise = Promise("loops", "step_ratio", "branches", "one", "all", shrink, shrink)
+    for branch in context.branches:
+        if branch.module in sizes:
+            yield _Measured(rule, promise, branch.module, sizes[branch.module] - sizes[OUTSIDE], LEVEL_TOLERANCE)
+
+
+def _by_module(rows: pd.DataFrame, statistic: str, log: bool = False) -> dict[str, Array]:
+    """A statistic per seed, averaged over N; as log2 where asked for. What is not finite or positive is left out."""
+    found = {}
+    for module, mine in rows[rows["statistic"] == statistic].groupby("module"):
+        table = mine.pivot(index="seed", columns="loops", values="value")
+        table = np.log2(table.where(table > 0)) if log else table
+        if np.isfinite(table).all(axis=None):
+            found[str(module)] = table.mean(axis=1).to_numpy(dtype=float)
+    return found
+
+
+# -- many looks
+
+
+def _corrected(measured: Sequence[_Measured], level: float) -> list[Finding]:
+    adjusted = holm([_p_value(one) for one in measured])
+    return [_finding(one, p, level) for one, p in zip(measured, adjusted, strict=True)]
+
+
+def _p_value(one: _Measured) -> float:
+    """One-sided, against an exponent at the edge of the promised range and its tolerance."""
+    if one.values is None:
+        return 0.0
+    outside = _outside(one)
+    mean, deviation = float(one.values.mean()), float(one.values.std(ddof=1))
+    excess = outside if outside else _inside(one, mean)
+    error = deviation / math.sqrt(len(one.values))
+    if error < 1e-12:
+        return 0.0 if excess > 1e-9 else 1.0
+    return float(stdtr(len(one.values) - 1, -excess / error))
+
+
+def _outside(one: _Measured) -> float:
+    """How far the mean lies outside the promised range and its tolerance; 0 inside."""
+    assert one.values is not None
+    mean = float(one.values.mean())
+    return max(0.0, mean - one.promise.high - one.tolerance, one.promise.low - one.tolerance - mean)
+
+
+def _inside(one: _Measured, mean: float) -> float:
+    return -min(one.promise.high + one.tolerance - mean, mean - one.promise.low + one.tolerance)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: reject where the result is at most the level, and the family-wise error is kept."""
+    count = len(p_values)
+    order = sorted(range(count), key=lambda i: p_values[i])
+    adjusted, highest = [0.0] * count, 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (count - place) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def _finding(one: _Measured, p: float, level: float) -> Finding:
+    promise = one.promise
+    interval = None if one.values is None else t_interval(one.values, CONFIDENCE)
+    low, high = promise.low - one.tolerance, promise.high + one.tolerance
+    answer: Answer = "inconclusive"
+    if interval is None or p <= level:
+        answer = "fails"
+    elif low <= interval.low and interval.high <= high:
+        answer = "passes"
+    alpha = EXPONENTS.get(one.rule, 1.0)
+    words = f"{one.module}: {promise.statistic} {one.trouble}" if interval is None else ""
+    if interval is not None:
+        words = reading(promise, one.module, interval.estimate, alpha, answer)
+    axis = "level" if promise.statistic in {"lost_to_eps", "step_ratio"} else promise.axis
+    return Finding(
+        one.rule, axis, promise.statistic, one.module, promise.moment, promise.which, interval, promise.low,
+        promise.high, one.tolerance, answer, p, words,
+    )  # fmt: skip
+
+
+def _plainness(one: Finding) -> tuple[int, int]:
+    """Causes before consequences: what a branch adds, what a step does, and then the stream."""
+    order = ["branch_rms", "step_ratio", "lost_to_eps", "update_rms", "added_rms", "stream_rms"]
+    return one.answer != "fails", order.index(one.statistic) if one.statistic in order else len(order)
+
+
+def _row(one: Finding) -> tuple[str, str, str, str, str, str]:
+    when = f"{one.which} visit, {one.moment}" if one.statistic.endswith("_rms") else one.moment
+    exponent = "not finite" if one.exponent is None else str(one.exponent)
+    return one.statistic, one.module, when, exponent, one.promised, one.answer
+
+
+def _as_json(one: Finding) -> dict[str, Any]:
+    values = {key: value for key, value in vars(one).items() if key != "exponent"}
+    values["low"] = None if math.isinf(one.low) else one.low
+    if one.exponent is not None:
+        values["exponent"] = vars(one.exponent)
+    return values
