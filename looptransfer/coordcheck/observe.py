@@ -23,6 +23,7 @@ from looptransfer.coordcheck.statistics import (
 )
 from looptransfer.errors import InputError
 from looptransfer.rewrite.branches import DECLARED, find_groups
+from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.graph import Site
 from looptransfer.rewrite.layers import find_blocks
 from looptransfer.rewrite.plan import ScalingPlan
@@ -54,6 +55,7 @@ class Tap:
     layer: str  # the block that holds it
     adds: tuple[tuple[Key, int], ...]  # which addition, and which of its operands is the branch
     parameters: tuple[str, ...]
+    multiplier: float  # the constant factor between the branch's last learned map and the stream, as traced
 
     @property
     def visits(self) -> int:
@@ -84,7 +86,8 @@ def find_taps(model: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan
         plain = [add for add in group.adds if add.site.source != DECLARED and _is_plain(found.graph, add.total)]
         if plain:
             adds = tuple(((add.site, add.occurrence), add.position) for add in plain)
-            taps.append(Tap(str(group.handle), block, adds, tuple(sorted(group.parameters))))
+            constants = factors(found, group) or (1.0,)
+            taps.append(Tap(str(group.handle), block, adds, tuple(sorted(group.parameters)), constants[0]))
     if not taps:
         raise InputError(
             "no residual branch of the model is added by a plain addition, so there is nothing to observe; check that "
@@ -102,8 +105,8 @@ def observe(
     """Run one forward without gradients and measure.
 
     The model is run in the mode it is in, with a fixed random seed; random state and buffers are given back. Cosines
-    are those of the increments δ_n = h_n − h_(n−1) of the stream over loops, or over layers where nothing is looped, at 32
-    positions (arXiv 2606.18524, its cosine figures).
+    are those of the increments δ_n = h_n − h_(n−1) of the stream over loops, or over layers where nothing is looped, at
+    32 positions (arXiv 2606.18524, its cosine figures).
 
     Raises:
         InputError: the forward no longer runs the additions that were traced.

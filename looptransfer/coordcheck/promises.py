@@ -11,6 +11,7 @@ from typing import Literal
 
 Axis = Literal["loops", "layers", "width"]
 Where = Literal["looped", "once", "final", "output", "attention", "branches", "outside", "on stream"]
+Together = Literal["all branches"]  # one value: root mean square over the branches
 Moment = Literal["init", "one", "end"]  # before training, after one step, after the last
 Which = Literal["first", "all", "last"]  # visit; all: root mean square over the visits
 
@@ -23,7 +24,7 @@ class Promise:
 
     axis: Axis
     statistic: str
-    where: Where
+    where: Where | Together
     moment: Moment
     which: Which
     low: float
@@ -70,11 +71,11 @@ def promises(rule: str, adam: bool, scaled_on_stream: bool = True) -> list[Promi
 
 def _over_layers(alpha: float, rule: str, adam: bool) -> list[Promise]:
     if rule == "unscaled":
-        return [Promise("layers", "branch_rms", "looped", "init", "first", 0, 0)]
+        return [Promise("layers", "multiplier", "looped", "init", "all", 0, 0)]
     found = [
-        Promise("layers", "branch_rms", "looped", "init", "first", -0.5, -0.5),
+        Promise("layers", "multiplier", "looped", "init", "all", -0.5, -0.5),
         Promise("layers", "stream_rms", "final", "init", "last", -0.5, 0),
         Promise("layers", "change_since_step", "final", "one", "last", -0.5, 0),
         Promise("layers", "update_rms", "outside", "one", "all", 0, 0),
     ]
-    return [*found, Promise("layers", "update_rms", "branches", "one", "all", -0.5, -0.5)] if adam else found
+    return [*found, Promise("layers", "update_rms", "all branches", "one", "all", -0.5, -0.5)] if adam else found

@@ -51,6 +51,7 @@ def _stream(promise: Promise, module: str, exponent: float, alpha: float) -> str
 def _subject(promise: Promise, module: str) -> str:
     when = {"init": "at initialisation", "one": "in one step", "end": "at the last step"}[promise.moment]
     return {
+        "multiplier": f"the multiplier of {module}",
         "branch_rms": f"what {module} adds at a visit",
         "added_rms": f"the sum of what {module} adds",
         "stream_rms": f"the stream {when}",

@@ -173,8 +173,10 @@ class _Runs:
             made = setting.make_optimizer(model)
             self.adam = isinstance(made[0] if isinstance(made, tuple) else made, (torch.optim.Adam, torch.optim.AdamW))
             self.width_scaled = any(hasattr(parameter, "infshape") for parameter in model.parameters())
-            layers = size.layers or (plan.layers if plan else len({tap.layer for tap in taps}))
+            layers = plan.layers if plan else len({tap.layer for tap in taps})
             where = (rule, size.loops, size.width or setting.width, layers, seed)
+            if plan is None or plan.realisation == "multiplier":  # a folded one is in the weights
+                self.rows += [(*where, 0, tap.module, 0, "multiplier", tap.multiplier) for tap in taps]
             for step, observation, more in train_watched(
                 model, made, taps, data, setting.loss, plan, setting.statistics
             ):

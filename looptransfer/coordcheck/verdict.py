@@ -24,7 +24,9 @@ COLUMNS = ["rule", "loops", "width", "layers", "seed", "step", "module", "visit"
 SCHEMA_VERSION = 1
 CONFIDENCE = 0.90  # of the intervals shown
 LEVEL_TOLERANCE = 0.1  # octaves, of a step's size against the other parameters'
-LOST_TO_EPS = 0.02  # share of Adam's step
+LOST_TO_EPS = 0.1  # share of Adam's step
+UNPAIRED = 2  # models of different L share no weights: their exponents scatter, and get twice the tolerance
+PER_VISIT = {"branch_rms", "added_rms", "stream_rms", "attention_logit_rms"}
 OUTPUT, OUTSIDE, ON_STREAM = "output", "outside", "on stream"
 
 Answer = Literal["passes", "fails", "inconclusive"]
@@ -65,6 +67,13 @@ class Context:
             "attention": [name for name in present if name not in {OUTPUT, OUTSIDE, ON_STREAM}],
         }
         return [name for name in chosen.get(where, [where]) if name in set(present)]
+
+    def members(self, where: str, present: Sequence[str]) -> list[tuple[str, list[str]]]:
+        """The same with what each stands for: itself, or all of its kind taken together."""
+        if not where.startswith("all "):
+            return [(name, [name]) for name in self.modules(where, present)]
+        together = self.modules(where.removeprefix("all "), present)
+        return [(where, together)] if together else []
 
 
 @dataclass(frozen=True)
@@ -206,20 +215,21 @@ class _Measured:
 def _exponents(rows: pd.DataFrame, rule: str, context: Context, tolerance: float) -> Iterator[_Measured]:
     for promise in promises(rule, context.adam):
         along = on_axis(rows, promise.axis)
+        width = tolerance if promise.axis == "loops" else UNPAIRED * tolerance
         if along[promise.axis].nunique() < 2:
             continue
         here = along[along["statistic"] == promise.statistic]
-        for module in context.modules(promise.where, list(here["module"].unique())):
-            mine = here[here["module"] == module]
+        for module, members in context.members(promise.where, list(here["module"].unique())):
+            mine = here[here["module"].isin(members)]
             table = exponent_table(mine, promise, along)
             if table is None:
                 continue
             bad = table.columns[~np.isfinite(table).all()]
             if len(bad):
                 trouble = f"is not finite at {promise.axis} = {', '.join(map(str, bad))}"
-                yield _Measured(rule, promise, module, None, tolerance, trouble)
+                yield _Measured(rule, promise, module, None, width, trouble)
             elif (table > 0).all(axis=None):
-                yield _Measured(rule, promise, module, fit_exponents(table), tolerance)
+                yield _Measured(rule, promise, module, fit_exponents(table), width)
 
 
 def on_axis(rows: pd.DataFrame, axis: str) -> pd.DataFrame:
@@ -246,8 +256,9 @@ def exponent_table(rows: pd.DataFrame, promise: Promise, along: pd.DataFrame) ->
     if promise.which == "all":
         values = rows.assign(value=rows["value"] ** 2).groupby(keys)["value"].mean() ** 0.5
     else:
-        ordered = rows.sort_values("visit").groupby(keys)["value"]
-        values = ordered.first() if promise.which == "first" else ordered.last()
+        visits = rows.groupby([*keys, "module"])["visit"]
+        chosen = rows[rows["visit"] == visits.transform("min" if promise.which == "first" else "max")]
+        values = chosen.assign(value=chosen["value"] ** 2).groupby(keys)["value"].mean() ** 0.5
     return values.unstack().reindex(index=wanted.index, columns=wanted.columns)
 
 
@@ -371,7 +382,8 @@ def _plainness(one: Finding) -> tuple[int, int]:
 
 
 def _row(one: Finding) -> tuple[str, str, str, str, str, str]:
-    when = f"{one.which} visit, {one.moment}" if one.statistic.endswith("_rms") else one.moment
+    visit = f"{one.which} visit{'s' if one.which == 'all' else ''}, " if one.statistic in PER_VISIT else ""
+    when = f"{visit}{one.moment}" + ("" if one.axis in {"loops", "level"} else f", over {one.axis}")
     exponent = "not finite" if one.exponent is None else str(one.exponent)
     return one.statistic, one.module, when, exponent, one.promised, one.answer
 
