@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from looptransfer.reference.experiment import ReferenceSize as ReferenceSize
     from looptransfer.reference.experiment import reference_experiment as reference_experiment
     from looptransfer.reference.model import LoopedDecoder as LoopedDecoder
+    from looptransfer.report.coordinates import plot_exponents as plot_exponents
+    from looptransfer.report.coordinates import plot_growth as plot_growth
+    from looptransfer.report.coordinates import plot_stream as plot_stream
     from looptransfer.report.figures import plot_curves as plot_curves
     from looptransfer.report.figures import plot_optima as plot_optima
     from looptransfer.report.page import write_html as write_html
@@ -58,7 +61,10 @@ _HOMES = {
     "param_groups": "optim",
     "parametrize": "rewrite.apply",
     "plot_curves": "report.figures",
+    "plot_exponents": "report.coordinates",
+    "plot_growth": "report.coordinates",
     "plot_optima": "report.figures",
+    "plot_stream": "report.coordinates",
     "read_results": "transfer.results",
     "recommend": "coordcheck.recommend",
     "reference_experiment": "reference.experiment",
