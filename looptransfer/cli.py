@@ -121,7 +121,7 @@ def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: 10)")
     parser.add_argument("--seeds", type=int, default=3, metavar="K", help="how many, two at least (default: 3)")
     parser.add_argument("--lr", type=float, default=1e-3, help="base LR (default: 0.001)")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="of an exponent (default: 0.1)")
+    parser.add_argument("--tolerance", type=float, default=0.15, help="of an exponent (default: 0.15)")
     parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the frame as CSV as well")
