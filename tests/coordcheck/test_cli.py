@@ -22,11 +22,11 @@ def make(loops):
 def experiment():
     return dataclasses.replace(tiny_experiment(), make_model=make)
 """
-QUICK = ["--loops", "1,2,4", "--steps", "1", "--seeds", "3"]
+QUICK = ["--loops", "1,2,4,8", "--steps", "1", "--seeds", "4"]
 
 
 def run(folder: Path, source: str, *arguments: str) -> int:
-    path = folder / f"case_{abs(hash(source))}.py"
+    path = folder / f"{folder.name}.py"
     path.write_text(source)
     return main(["coordcheck", str(path), *QUICK, *arguments])
 
@@ -48,7 +48,7 @@ def test_a_lost_multiplier_ends_with_one_in_json_too(tmp_path: Path, capsys: pyt
 def test_the_frame_and_a_page_are_written(tmp_path: Path) -> None:
     assert run(tmp_path, GOOD, "--html", str(tmp_path / "page.html"), "-o", str(tmp_path / "frame.csv")) == 0
     assert "<h1>" in (tmp_path / "page.html").read_text()
-    assert set(pd.read_csv(tmp_path / "frame.csv")["loops"]) == {1, 2, 4}
+    assert set(pd.read_csv(tmp_path / "frame.csv")["loops"]) == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize("arguments", [["--loops", "1,x"], ["--loops", "1"], ["--rules", "other"], ["--seeds", "1"]])
