@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from looptransfer.report.coordinates import plot_exponents as plot_exponents
     from looptransfer.report.coordinates import plot_growth as plot_growth
     from looptransfer.report.coordinates import plot_stream as plot_stream
+    from looptransfer.report.coordinates import write_coord_html as write_coord_html
     from looptransfer.report.figures import plot_curves as plot_curves
     from looptransfer.report.figures import plot_optima as plot_optima
     from looptransfer.report.page import write_html as write_html
@@ -76,6 +77,7 @@ _HOMES = {
     "tune": "trials.sweep",
     "unfold": "rewrite.apply",
     "verify": "rewrite.verify",
+    "write_coord_html": "report.coordinates",
     "write_html": "report.page",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -196,7 +196,9 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
     }
     try:
         if arguments.html:
-            result.to_html(arguments.html, provenance=made)
+            from looptransfer.report.coordinates import write_coord_html  # noqa: PLC0415
+
+            write_coord_html(result, arguments.html, provenance=made)
         if arguments.output:
             result.frame.to_csv(arguments.output, index=False)
     except OSError as error:

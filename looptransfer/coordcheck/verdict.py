@@ -178,12 +178,6 @@ class CoordCheck:
             "findings": [_as_json(one) for one in self.findings],
         }
 
-    def to_html(self, path: Any, **options: Any) -> None:
-        """Write one self-contained page; options as for `report.coordinates.write_page`."""
-        from looptransfer.report.coordinates import write_page  # noqa: PLC0415
-
-        write_page(self, path, **options)
-
 
 def judge(
     frame: pd.DataFrame,

@@ -129,7 +129,7 @@ def plot_cosines(check: CoordCheck) -> Figure | None:
     return figure
 
 
-def write_page(
+def write_coord_html(
     check: CoordCheck,
     path: str | Path,
     *,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import looptransfer as lt
-from looptransfer.report.coordinates import plot_cosines, plot_exponents, plot_growth, plot_stream
+from looptransfer.report.coordinates import plot_cosines, plot_exponents, plot_growth, plot_stream, write_coord_html
 from tests.experiments import tiny_experiment
 
 
@@ -14,7 +14,7 @@ def check() -> lt.CoordCheck:
 
 
 def test_the_page_stands_alone_and_shows_every_finding(check: lt.CoordCheck, tmp_path: Path) -> None:
-    check.to_html(tmp_path / "page.html", provenance={"seeds": 3})
+    write_coord_html(check, tmp_path / "page.html", provenance={"seeds": 3})
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 4
     assert "http" not in page.replace("http-equiv", "")
@@ -24,7 +24,7 @@ def test_the_page_stands_alone_and_shows_every_finding(check: lt.CoordCheck, tmp
 
 def test_names_are_escaped(check: lt.CoordCheck, tmp_path: Path) -> None:
     bad = dataclasses.replace(check.judged[0], module="<script>", reading="<b>")
-    dataclasses.replace(check, findings=(bad,)).to_html(tmp_path / "page.html", title="a <i> b")
+    write_coord_html(dataclasses.replace(check, findings=(bad,)), tmp_path / "page.html", title="a <i> b")
     page = (tmp_path / "page.html").read_text()
     assert "<script>" not in page
     assert "<i>" not in page
