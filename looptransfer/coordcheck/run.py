@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from looptransfer.coordcheck.exponents import COLUMNS
 from looptransfer.coordcheck.observe import OUTPUT, Observation, Tap, find_taps, observe
 from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTICS, VISIT_STATISTICS, Change, Step, Visit
-from looptransfer.coordcheck.verdict import COLUMNS, ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
+from looptransfer.coordcheck.verdict import ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
 from looptransfer.errors import InputError
 from looptransfer.optim import param_groups
 from looptransfer.rewrite.apply import apply_plan, parametrize, planned

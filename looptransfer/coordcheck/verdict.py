@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy.special import stdtr
 
+from looptransfer.coordcheck.exponents import Array, exponent_table, fit_exponents, holm, on_axis
 from looptransfer.coordcheck.promises import EXPONENTS, Promise, promises
 from looptransfer.coordcheck.readings import reading
 from looptransfer.transfer.optimum import Interval, t_interval
 
-COLUMNS = ["rule", "loops", "width", "layers", "seed", "step", "module", "visit", "statistic", "value"]
 SCHEMA_VERSION = 1
 CONFIDENCE = 0.90  # of the intervals shown
 LEVEL_TOLERANCE = 0.1  # octaves, of a step's size against the other parameters'
@@ -31,7 +30,6 @@ PER_VISIT = {"branch_rms", "added_rms", "stream_rms", "attention_logit_rms"}
 OUTPUT, OUTSIDE, ON_STREAM = "output", "outside", "on stream"
 
 Answer = Literal["passes", "fails", "inconclusive"]
-Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -236,53 +234,6 @@ def _share(promise: Promise) -> float:
     return EXACT if promise.statistic == "branch_rms" and promise.which == "first" else 1.0
 
 
-def on_axis(rows: pd.DataFrame, axis: str) -> pd.DataFrame:
-    """The rows along which only `axis` varies: over N as first made, over L and width at the second loop count."""
-    counts = sorted(rows["loops"].unique())
-    most = rows[rows["loops"] == counts[-1]]
-    kept = rows if axis == "loops" else rows[rows["loops"] == counts[min(1, len(counts) - 1)]]
-    for other in {"width", "layers"} - {axis}:
-        values = most[other].dropna().unique()
-        kept = kept[kept[other] == values[0]] if len(values) else kept
-    return kept
-
-
-def exponent_table(rows: pd.DataFrame, promise: Promise, along: pd.DataFrame) -> pd.DataFrame | None:
-    """Seeds down, the axis across. A run that stopped early is not finite from there on."""
-    step = _step(rows, promise.moment, int(along["step"].max()))
-    rows = rows[rows["step"] == step]
-    keys = ["seed", promise.axis]
-    wanted = along.groupby(keys).size().unstack()
-    if promise.where == "on stream" and promise.axis == "loops":
-        wanted = wanted.drop(columns=1, errors="ignore")  # nothing acts on the stream again and again at N = 1
-    if rows.empty:
-        return None if step == 0 else wanted * math.nan
-    if promise.which == "all":
-        values = rows.assign(value=rows["value"] ** 2).groupby(keys)["value"].mean() ** 0.5
-    else:
-        visits = rows.groupby([*keys, "module"])["visit"]
-        chosen = rows[rows["visit"] == visits.transform("min" if promise.which == "first" else "max")]
-        values = chosen.assign(value=chosen["value"] ** 2).groupby(keys)["value"].mean() ** 0.5
-    return values.unstack().reindex(index=wanted.index, columns=wanted.columns)
-
-
-def _step(rows: pd.DataFrame, moment: str, last: int) -> int:
-    """Initialisation is the first step at which there is something: branches may start at zero."""
-    if moment != "init":
-        return 1 if moment == "one" else last
-    smallest = rows.groupby("step")["value"].min()
-    positive = smallest.index[smallest > 0]
-    return int(positive[0]) if len(positive) else 0
-
-
-def fit_exponents(table: pd.DataFrame) -> Array:
-    """The slope of log2(value) in log2(axis) by least squares, one per row (seed)."""
-    x = np.log2(table.columns.to_numpy(dtype=float))
-    x = x - x.mean()
-    slopes: Array = np.log2(table.to_numpy(dtype=float)) @ x / (x @ x)
-    return slopes
-
-
 # -- levels: what holds at every N
 
 
@@ -346,17 +297,6 @@ def _outside(one: _Measured) -> float:
 
 def _inside(one: _Measured, mean: float) -> float:
     return -min(one.promise.high + one.tolerance - mean, mean - one.promise.low + one.tolerance)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: reject where the result is at most the level, and the family-wise error is kept."""
-    count = len(p_values)
-    order = sorted(range(count), key=lambda i: p_values[i])
-    adjusted, highest = [0.0] * count, 0.0
-    for place, i in enumerate(order):
-        highest = max(highest, min(1.0, (count - place) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
 
 
 def _finding(one: _Measured, p: float, level: float) -> Finding:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import looptransfer as lt
-from looptransfer.coordcheck.verdict import COLUMNS
+from looptransfer.coordcheck.exponents import COLUMNS
 from tests.experiments import FEATURES, LoopedMLP, TinyTask, squared_error, tiny_experiment
 
 QUICK: dict[str, Any] = {"loops": [1, 2, 4, 8], "steps": 2}
