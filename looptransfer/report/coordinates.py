@@ -25,6 +25,7 @@ AGAINST_N = [
     ("change_since_step", "last", 1, "Change of the stream in one step"),
     ("change_since_init", "last", -1, "Change of the stream in all steps"),
 ]
+LEAST_OCTAVES = 3
 ANSWER_STYLES = {"passes": ("#0072B2", "o"), "fails": ("#D55E00", "X"), "inconclusive": ("#777777", "D")}
 
 
@@ -185,6 +186,9 @@ def _band(axis: Axes, groups: Any, colour: Any, marker: str, label: str = "") ->
 def _log_axes(axis: Axes) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
+    low, high = axis.get_ylim()
+    spare = max(0.0, (LEAST_OCTAVES - math.log2(high / low)) / 2)  # what is flat shall look flat
+    axis.set_ylim(low / 2**spare, high * 2**spare)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{math.log2(value):.0f}}}$"))
     for along in (axis.xaxis, axis.yaxis):

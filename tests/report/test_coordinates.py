@@ -23,7 +23,7 @@ def test_the_page_stands_alone_and_shows_every_finding(check: lt.CoordCheck, tmp
 
 
 def test_names_are_escaped(check: lt.CoordCheck, tmp_path: Path) -> None:
-    bad = dataclasses.replace(check.judged[0], module="<script>", reading="<b>")
+    bad = dataclasses.replace(check.judged[-1], module="<script>", reading="<b>")
     write_coord_html(dataclasses.replace(check, findings=(bad,)), tmp_path / "page.html", title="a <i> b")
     page = (tmp_path / "page.html").read_text()
     assert "<script>" not in page
