@@ -91,12 +91,12 @@ def plot_exponents(check: CoordCheck) -> Figure:
         colour, marker = ANSWER_STYLES[one.answer]
         low, high = one.low - one.tolerance, one.high + one.tolerance
         axis.barh(place, high - low, left=low, height=0.86, color="#009E73", alpha=0.22, linewidth=0)
-        ends = [[one.exponent.estimate - one.exponent.low], [one.exponent.high - one.exponent.estimate]]
-        axis.errorbar(one.exponent.estimate, place, xerr=ends, color=colour, marker=marker, markersize=4.5, capsize=2)
+        error = [[one.exponent.estimate - one.exponent.low], [one.exponent.high - one.exponent.estimate]]
+        axis.errorbar(one.exponent.estimate, place, xerr=error, color=colour, marker=marker, markersize=4.5, capsize=2)
     axis.set_yticks(range(len(shown)), [_label(one) for one in reversed(shown)], fontsize="x-small")
-    edges = [edge for one in shown for edge in (one.low - one.tolerance, one.high + one.tolerance)]
-    middle = [one.exponent.estimate for one in shown if one.exponent]
-    axis.set_xlim(min([*edges, *middle]) - 0.15, max([*edges, *middle]) + 0.15)
+    ends = [-1.0, 0.0, *(one.exponent.estimate for one in shown if one.exponent)]
+    ends += [edge for one in shown for edge in (one.low - one.tolerance, one.high + one.tolerance)]
+    axis.set_xlim(min(ends) - 0.15, max(ends) + 0.15)
     axis.set_ylim(-0.8, len(shown) - 0.2)
     axis.set(xlabel="exponent of N (of L where it says so)")
     axis.grid(alpha=0.25, axis="x")
@@ -184,6 +184,9 @@ def _band(axis: Axes, groups: Any, colour: Any, marker: str, label: str = "") ->
 
 
 def _log_axes(axis: Axes) -> None:
+    if not np.isfinite(axis.dataLim.minposx):
+        axis.set(xlim=(0.5, 2), ylim=(0.5, 2))
+        axis.text(1, 1, "nothing finite to show", ha="center")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     low, high = axis.get_ylim()

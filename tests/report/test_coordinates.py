@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 import looptransfer as lt
+from looptransfer.coordcheck.verdict import judge
 from looptransfer.report.coordinates import plot_cosines, plot_exponents, plot_growth, plot_stream, write_coord_html
 from tests.experiments import tiny_experiment
 
@@ -42,3 +43,11 @@ def test_figures_have_a_line_per_n_and_per_rule(check: lt.CoordCheck) -> None:
 
 def test_a_check_in_which_nothing_loops_has_no_cosines(check: lt.CoordCheck) -> None:
     assert plot_cosines(dataclasses.replace(check, cosines={})) is None
+
+
+def test_a_check_in_which_nothing_was_finite_still_has_a_page(check: lt.CoordCheck, tmp_path: Path) -> None:
+    frame = check.frame.assign(value=float("nan"))
+    broken = judge(frame, check.rules, check.context)
+    assert broken.exit_status == 1
+    write_coord_html(broken, tmp_path / "page.html")
+    assert "is not finite at loops = 1, 2, 4" in (tmp_path / "page.html").read_text()
