@@ -34,7 +34,7 @@ def plot_stream(check: CoordCheck) -> Figure:
 
     A row for every rule; left at initialisation, right after the last step.
     """
-    counts = sorted(_rows(check, check.rule)["loops"].unique())
+    counts = sorted(check.frame["loops"].unique())
     norm = BoundaryNorm(np.arange(len(counts) + 1) - 0.5, 256)
     figure = Figure(figsize=(9.4, 0.9 + 2.3 * len(check.rules)), layout="constrained")
     axes = figure.subplots(len(check.rules), 2, sharex=True, sharey="col", squeeze=False)
