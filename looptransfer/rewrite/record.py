@@ -499,6 +499,8 @@ def _with_multiplier(args: Any, position: int, multiplier: float, in_place: bool
 
 def _broadcasts(shapes: list[torch.Size]) -> bool:
     """One of two shapes is that of their sum."""
+    if shapes[0] == shapes[1]:
+        return True
     try:
         return torch.broadcast_shapes(*shapes) in shapes
     except RuntimeError:
