@@ -312,7 +312,7 @@ def report(told: list[dict[str, Any]], full: bool, seeds: int) -> str:
         counts.append(f"{name} names {caught} of {len(answers)} and lets {passed} pass")
     lines += [
         "",
-        f"{'; '.join(counts)}. INCONCLUSIVE names no fault but is no pass: its exit status is 3.".capitalize(),
+        f"{'; '.join(counts)}. INCONCLUSIVE names no fault but is no pass: its exit status is 3.",
         "",
         f"The reference model {'at the size of the demo' if full else 'reduced, on a made-up language'}; looped: "
         f"{_words(LOOPED, full)}; deep: {_words(DEEP, full)}. The base depth is 1.",

@@ -4,6 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from looptransfer.coordcheck.recommend import Recommendation as Recommendation
+    from looptransfer.coordcheck.recommend import recommend as recommend
+    from looptransfer.coordcheck.run import coord_check as coord_check
+    from looptransfer.coordcheck.verdict import CoordCheck as CoordCheck
     from looptransfer.errors import InputError as InputError
     from looptransfer.errors import ScalingWarning as ScalingWarning
     from looptransfer.errors import VerificationError as VerificationError
@@ -11,6 +15,10 @@ if TYPE_CHECKING:
     from looptransfer.reference.experiment import ReferenceSize as ReferenceSize
     from looptransfer.reference.experiment import reference_experiment as reference_experiment
     from looptransfer.reference.model import LoopedDecoder as LoopedDecoder
+    from looptransfer.report.coordinates import plot_exponents as plot_exponents
+    from looptransfer.report.coordinates import plot_growth as plot_growth
+    from looptransfer.report.coordinates import plot_stream as plot_stream
+    from looptransfer.report.coordinates import write_coord_html as write_coord_html
     from looptransfer.report.figures import plot_curves as plot_curves
     from looptransfer.report.figures import plot_optima as plot_optima
     from looptransfer.report.page import write_html as write_html
@@ -40,9 +48,11 @@ if TYPE_CHECKING:
 # Each name is imported when it is first used: `import looptransfer` and judging a table load no torch (PEP 562).
 _HOMES = {
     "Branch": "rewrite.plan",
+    "CoordCheck": "coordcheck.verdict",
     "Experiment": "trials.experiment",
     "InputError": "errors",
     "LoopedDecoder": "reference.model",
+    "Recommendation": "coordcheck.recommend",
     "ReferenceSize": "reference.experiment",
     "ScalingPlan": "rewrite.plan",
     "ScalingWarning": "errors",
@@ -53,14 +63,19 @@ _HOMES = {
     "baseline_of": "transfer.baseline",
     "check": "transfer.check",
     "compare": "transfer.comparison",
+    "coord_check": "coordcheck.run",
     "fold": "rewrite.apply",
     "gate": "trials.gate",
     "param_groups": "optim",
     "parametrize": "rewrite.apply",
     "plot_curves": "report.figures",
+    "plot_exponents": "report.coordinates",
+    "plot_growth": "report.coordinates",
     "plot_optima": "report.figures",
+    "plot_stream": "report.coordinates",
     "read_baseline": "transfer.baseline",
     "read_results": "transfer.sources",
+    "recommend": "coordcheck.recommend",
     "reference_experiment": "reference.experiment",
     "remove": "rewrite.apply",
     "rescale": "rewrite.apply",
@@ -70,6 +85,7 @@ _HOMES = {
     "tune": "trials.sweep",
     "unfold": "rewrite.apply",
     "verify": "rewrite.verify",
+    "write_coord_html": "report.coordinates",
     "write_html": "report.page",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -97,6 +98,16 @@ few seeds, and says whether the optimum still lies between: a check for every co
 No run is kept: those of another state of the code would say nothing of this one."""
 T = TypeVar("T")
 
+COORDCHECK = """\
+Trains a few steps at every loop count, watches what reaches the residual stream at every visit of
+every branch, and says whether it grows with N as the rule promises, and if not, why.
+
+  looptransfer coordcheck experiment.py --loops 1,2,4,8,16,32,64 --html coordinates.html
+
+EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
+looptransfer.Experiment, or a function of no arguments that returns one."""
+CHECKED = "exit status: 0 passes, 1 fails, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
@@ -133,6 +144,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands.add_parser("tune", help=search, description=TUNE, epilog=TRAINED, formatter_class=raw))
     spread = "train over loop counts and LRs, for a table of results"
     _add_sweep(commands.add_parser("sweep", help=spread, description=SWEEP, epilog=TRAINED, formatter_class=raw))
+    watch = "watch the residual stream over N in a few short trainings"
+    _add_coordcheck(
+        commands.add_parser("coordcheck", help=watch, description=COORDCHECK, epilog=CHECKED, formatter_class=raw)
+    )
     judge = "judge a table of results; trains nothing"
     _add_check(commands.add_parser("check", help=judge, description=CHECK, epilog=STATUS, formatter_class=raw))
     guard = "train a little, and see whether stored optima still hold"
@@ -194,6 +209,21 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
     parser.add_argument("--ledger", default=LEDGER, metavar="FILE", help=f"finished runs, SQLite (default: {LEDGER})")
     parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
+
+
+def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
+    parser.add_argument("--loops", default="1,2,4,8,16,32,64", metavar="N,N,…", help="loop counts (default: 1 to 64)")
+    rules = "factored, sqrt, unscaled, 'as made'; the first is judged (default: factored, or as made if rewritten)"
+    parser.add_argument("--rules", metavar="RULE,…", help=rules)
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: 10)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="K", help="how many, two at least (default: 3)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="base LR (default: 0.001)")
+    parser.add_argument("--tolerance", type=float, default=0.15, help="of an exponent (default: 0.15)")
+    parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the frame as CSV as well")
+    parser.set_defaults(run=_coordcheck)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -258,6 +288,52 @@ def _inspect(arguments: argparse.Namespace) -> int:
     )
     print(plan.to_json() if arguments.json else plan)
     return 0
+
+
+def _coordcheck(arguments: argparse.Namespace) -> int:
+    try:
+        loops = [int(part) for part in arguments.loops.split(",")]
+    except ValueError:
+        raise InputError(f"--loops is {arguments.loops!r}; write whole numbers such as 1,2,4,8") from None
+    from looptransfer.coordcheck.recommend import recommend  # noqa: PLC0415
+    from looptransfer.coordcheck.run import coord_check  # noqa: PLC0415
+    from looptransfer.targets import load_experiment  # noqa: PLC0415
+
+    started = time.perf_counter()
+    result = coord_check(
+        load_experiment(arguments.experiment),
+        loops=loops,
+        rules=arguments.rules and [rule.strip() for rule in arguments.rules.split(",")],
+        steps=arguments.steps,
+        seeds=arguments.seeds,
+        lr=arguments.lr,
+        tolerance=arguments.tolerance,
+    )
+    made = {
+        "experiment": arguments.experiment,
+        "looptransfer": version("looptransfer"),
+        "torch": version("torch"),
+        "steps": arguments.steps,
+        "seeds": arguments.seeds,
+        "LR": arguments.lr,
+        "seconds": f"{time.perf_counter() - started:.0f}",
+    }
+    try:
+        if arguments.html:
+            from looptransfer.report.coordinates import write_coord_html  # noqa: PLC0415
+
+            write_coord_html(result, arguments.html, provenance=made)
+        if arguments.output:
+            result.frame.to_csv(arguments.output, index=False)
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename}: {error.strerror}; choose another file") from None
+    if arguments.json:
+        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
+    else:
+        print(result)
+        if result.context.looped and max(loops) >= 4 * min(loops):
+            print(f"multiplier that this model needs: {recommend(result)}")
+    return result.exit_status
 
 
 def _tune(arguments: argparse.Namespace) -> int:

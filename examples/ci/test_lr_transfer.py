@@ -4,7 +4,6 @@ from experiment import experiment
 
 from looptransfer.pytest_plugin import LRTransfer
 
-
 LRS = [2.0**log2 for log2 in range(-8, -2)]
 
 

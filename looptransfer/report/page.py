@@ -31,21 +31,28 @@ def write_html(
         summary: sentences under the answer.
         provenance: what made the results: command, versions, seeds, wall time.
     """
-    environment = Environment(
-        loader=PackageLoader("looptransfer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("page.html").render(
+    page = render(
+        "page.html",
         verdict=verdict,
         title=title,
         summary=summary,
         provenance=provenance or {},
-        curves=_svg(plot_curves(verdict)),
-        optima=_svg(plot_optima(verdict)),
+        curves=svg(plot_curves(verdict)),
+        optima=svg(plot_optima(verdict)),
     )
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _svg(figure: Figure) -> str:
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this folder; every value is escaped."""
+    environment = Environment(
+        loader=PackageLoader("looptransfer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(**values)
+
+
+def svg(figure: Figure) -> str:
+    """A figure as base64 of an SVG that is the same at every run."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "looptransfer"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -53,7 +53,8 @@ HIDDEN_FRAMES: tuple[str, ...] = (
     "torch/_compile.py",
     "torch/functional.py",
 )
-HIDDEN_FRAMES += ("rewrite/record.py", "torch/utils/_contextlib.py", "torch/_library/", "torch/autograd/function.py")
+HIDDEN_FRAMES += ("rewrite/record.py", "coordcheck/observe.py")
+HIDDEN_FRAMES += ("torch/utils/_contextlib.py", "torch/_library/", "torch/autograd/function.py")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,41 @@ class _Call:
     parts: frozenset[tuple[int, int]]  # (node, offset) of inputs that are part of a storage
 
 
-class Recorder(TorchDispatchMode):
+class SiteCounter(TorchDispatchMode):
+    """Knows which modules run, and which run of which line an addition is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = {id(module): name for name, module in plain_names(model).items()}
+        self.running: list[str] = []
+        self.runs: Counter[Site] = Counter()
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Hook before a module's forward."""
+        name = self.names.get(id(module))
+        if name is not None:
+            self.running.append(name)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook after a module's forward."""
+        if id(module) in self.names:
+            self.running.pop()
+
+    def site(self, name: str, shapes: list[torch.Size]) -> tuple[Site, int] | None:
+        """Where a plain sum of two tensors is spelled, and which run of it this is; None for any other operation."""
+        if name not in SUMS or len(shapes) != 2 or not _broadcasts(shapes):
+            return None
+        return self.next_run()
+
+    def next_run(self) -> tuple[Site, int]:
+        """The line that runs now, and which run of it this is."""
+        line, place = _place()
+        where = Site(line, place, tuple(self.running))
+        self.runs[where] += 1
+        return where, self.runs[where] - 1
+
+
+class Recorder(SiteCounter):
     """Builds the graph of one forward."""
 
     def __init__(
@@ -84,15 +119,12 @@ class Recorder(TorchDispatchMode):
         scale: Mapping[tuple[Site, int], tuple[int, float]],
         strangers: frozenset[int],
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(model)
         self.nodes: list[Node] = []
         # Storage -> its node, and the storage itself: kept alive so that its key stays its own.
         self.owner: dict[int, tuple[int, Any]] = {}
-        self.names = {id(module): name for name, module in plain_names(model).items()}
         self.homes = homes(model)
         self.peaks, self.scale = peaks, scale
-        self.runs: Counter[Site] = Counter()
-        self.running: list[str] = []
         self.calls: Counter[Handle] = Counter()
         self.sums: list[Sum] = []
         self.outputs: list[int] = []
@@ -106,15 +138,15 @@ class Recorder(TorchDispatchMode):
             self._own(tensor, Node())
         for position, (name, parameter) in enumerate(learned.items()):
             self._own(parameter, self._parameter(name, position))
-        for tensor in [held for leaf in tree_leaves(example) for held in _held(leaf)]:
+        for tensor in [tensor for leaf in tree_leaves(example) for tensor in held(leaf)]:
             self._own(tensor, Node(data=True))
 
     # -- what ran where
 
     def enter(self, module: nn.Module, args: Any) -> None:
+        super().enter(module, args)
         name = self.names.get(id(module))
         if name is not None:
-            self.running.append(name)
             self.calls[Handle(name)] += 1
             for own, parameter in module._parameters.items():
                 if isinstance(parameter, nn.Parameter) and (id(module), own) in self.homes:  # no computed weight
@@ -137,13 +169,13 @@ class Recorder(TorchDispatchMode):
         return Node(parameters=own, weights_of=own & self.wide, reaching=1 << position)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        super().leave(module, args, output)
         name = self.names.get(id(module))
         if name is not None:
-            self.running.pop()
             for index, tensor in _parts(output):
                 self._handed_over(tensor, Handle(name, index))
         if name == "":
-            self.results = [found for leaf in tree_leaves(output) for found in _held(leaf)]
+            self.results = [found for leaf in tree_leaves(output) for found in held(leaf)]
             self.outputs = [n for n in map(self._node_of, self.results) if n is not None]
 
     def mark(self, tensor: Tensor, name: str) -> None:
@@ -159,10 +191,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = self._call(func, args, kwargs or {})
         self._note_followed(call)
-        plain_sum = call.name in SUMS and len(call.before) == 2 and _broadcasts(call.shapes)
-        site = self._site() if plain_sum else None
+        site = self.site(call.name, call.shapes)
         scaled = self.scale.get(site, self.scale.get((site[0], ANY))) if site and self.scale else None
-        peaks = tuple(_peak(tensor) for tensor in call.inputs) if plain_sum and self.peaks else ()
+        peaks = tuple(_peak(tensor) for tensor in call.inputs) if site and self.peaks else ()
         given = _with_multiplier(args, *scaled, in_place=bool(call.written)) if scaled else args
         out = func(*given, **call.kwargs)
         written = {_key(tensor) for tensor in call.written}
@@ -178,7 +209,7 @@ class Recorder(TorchDispatchMode):
     def _call(self, func: Any, args: Any, kwargs: Any) -> _Call:
         inputs = tensors((args, kwargs))
         before = [self._node_of(tensor) for tensor in inputs]
-        name, writes = _schema(func)
+        name, writes = schema(func)
         written = [tensor for position in writes for tensor in tensors(_argument(position, args, kwargs))]
         overwritten = {_key(tensor) for tensor in written if name in {"copy", "zero", "fill"} and _whole(tensor)}
         known = [(n, tensor) for n, tensor in zip(before, inputs, strict=True) if n is not None]
@@ -192,12 +223,6 @@ class Recorder(TorchDispatchMode):
         for tensor, number in zip(call.inputs, call.before, strict=True):
             if number is not None and tensor.requires_grad and torch.is_grad_enabled():
                 self.nodes[number].followed = True
-
-    def _site(self) -> tuple[Site, int]:
-        line, place = _place()
-        where = Site(line, place, tuple(self.running))
-        self.runs[where] += 1
-        return where, self.runs[where] - 1
 
     # -- lineage
 
@@ -325,7 +350,7 @@ class Recorder(TorchDispatchMode):
         known = tuple(number for number in operands if number is not None)
         if total is None or len(known) != len(operands) or not any(self.nodes[number].data for number in known):
             return
-        self.sums.append(Sum(total, known, scaled, whole, fused, name, *(site or self._site()), _recorded(), peaks))
+        self.sums.append(Sum(total, known, scaled, whole, fused, name, *(site or self.next_run()), _recorded(), peaks))
 
     def _look_into_kernel(self, call: _Call, out: Any) -> None:
         """With its parameters at zero, a kernel that hands its input back adds a residual branch of its own."""
@@ -383,7 +408,7 @@ def record(
     recorder = Recorder(model, (args, kwargs), peaks, scale or {}, strangers)
     torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
     try:
-        with _as_written(), state_kept(model), _module_hooks(recorder.enter, recorder.leave):
+        with as_written(), state_kept(model), module_hooks(recorder.enter, recorder.leave):
             if seed is not None:
                 torch.manual_seed(seed)
                 random.seed(seed)
@@ -423,7 +448,7 @@ def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict
 
 
 @contextmanager
-def _as_written() -> Iterator[None]:
+def as_written() -> Iterator[None]:
     """Eager, and without the kernel that runs a whole Transformer layer in eval mode."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -439,7 +464,8 @@ def _as_written() -> Iterator[None]:
 
 
 @contextmanager
-def _module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+def module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Call `enter` before and `leave` after the forward of every module."""
     # Global hooks touch no module, so nothing is left behind on the model.
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
@@ -473,6 +499,8 @@ def _with_multiplier(args: Any, position: int, multiplier: float, in_place: bool
 
 def _broadcasts(shapes: list[torch.Size]) -> bool:
     """One of two shapes is that of their sum."""
+    if shapes[0] == shapes[1]:
+        return True
     try:
         return torch.broadcast_shapes(*shapes) in shapes
     except RuntimeError:
@@ -483,7 +511,7 @@ def _holds_zero(args: Any) -> bool:
     return any(isinstance(arg, (int, float)) and arg == 0 for arg in args)
 
 
-def _held(leaf: Any) -> list[Tensor]:
+def held(leaf: Any) -> list[Tensor]:
     """A tensor, or those in the fields of an object."""
     if isinstance(leaf, Tensor):
         return [leaf]
@@ -510,7 +538,7 @@ def _whole(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def _schema(func: Any) -> tuple[str, tuple[int | str, ...]]:
+def schema(func: Any) -> tuple[str, tuple[int | str, ...]]:
     """An operator's base name, and the arguments that it writes to: by position, or by name where keyword-only."""
     name = str(func).split(".")[1].rstrip("_")
     arguments = enumerate(func._schema.arguments)
@@ -555,9 +583,14 @@ def _peak(tensor: Tensor) -> float:
 def _place() -> tuple[str, int]:
     """The line that spelled an operation, and where on it."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and any(part in Path(frame.f_code.co_filename).as_posix() for part in HIDDEN_FRAMES):
+    while frame.f_back is not None and _is_hidden(frame.f_code.co_filename):
         frame = frame.f_back
     return place_of(frame)
+
+
+@functools.cache
+def _is_hidden(filename: str) -> bool:
+    return any(part in Path(filename).as_posix() for part in HIDDEN_FRAMES)
 
 
 def place_of(frame: types.FrameType) -> tuple[str, int]:

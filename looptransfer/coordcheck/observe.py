@@ -1,0 +1,232 @@
+"""One forward of a live model under observation: what reaches the stream at every visit of every branch.
+
+A trace finds the residual adds once; from then on every forward is watched by a light dispatch mode that knows only
+those adds. What is measured is the operand of the addition itself, so that a multiplier which was lost on the way
+shows, whatever the plan says. Nothing but numbers is kept, apart from one running sum and one last state per branch
+and a few positions of the stream per loop: memory grows with branches, not with their visits.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from looptransfer.coordcheck.statistics import (
+    VISIT_STATISTICS,
+    Visit,
+    attention_logit_rms,
+    cosines,
+    written_out_logit_rms,
+)
+from looptransfer.errors import InputError
+from looptransfer.rewrite.branches import DECLARED, find_groups
+from looptransfer.rewrite.ends import factors
+from looptransfer.rewrite.graph import Site
+from looptransfer.rewrite.layers import find_blocks
+from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rewrite.record import (
+    ExampleInputs,
+    SiteCounter,
+    as_written,
+    call_arguments,
+    held,
+    module_hooks,
+    schema,
+    tensors,
+)
+from looptransfer.rewrite.trace import trace
+from looptransfer.rewrite.twin import state_kept
+
+POSITIONS = 32  # of the stream, evenly spread, on which the cosines of increments are taken
+PROBE_SEED = 0  # dropout draws the same masks in every probe
+OUTPUT = "output"
+
+Key = tuple[Site, int]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A residual branch, and the additions that take it to the stream."""
+
+    module: str
+    layer: str  # the block that holds it
+    adds: tuple[tuple[Key, int], ...]  # which addition, and which of its operands is the branch
+    parameters: tuple[str, ...]
+    multiplier: float  # the constant factor between the branch's last learned map and the stream, as traced
+
+    @property
+    def visits(self) -> int:
+        """Residual adds per forward."""
+        return len(self.adds)
+
+
+@dataclass
+class Observation:
+    """What one forward showed."""
+
+    values: list[tuple[str, int, str, float]] = field(default_factory=list)  # module, visit, statistic, value
+    states: dict[str, Tensor] = field(default_factory=dict)  # stream after the last visit of each branch, and output
+    cosines: Tensor | None = None  # between the increments of the loops; None where there is only one
+
+
+def find_taps(model: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan | None = None) -> list[Tap]:
+    """The residual branches of a live model, rewritten or not, by one traced forward. Nothing stays on the model.
+
+    Raises:
+        InputError: as `parametrize`; or no branch is added by a plain addition.
+    """
+    found = trace(model, example_inputs)
+    groups = find_groups(model, found, plan.declared_modules if plan else None)
+    blocks = find_blocks(model, groups)
+    taps = []
+    for group, block in zip(groups, blocks, strict=True):
+        plain = [add for add in group.adds if add.site.source != DECLARED and _is_plain(found.graph, add.total)]
+        if plain:
+            adds = tuple(((add.site, add.occurrence), add.position) for add in plain)
+            constants = factors(found, group) or (1.0,)
+            taps.append(Tap(str(group.handle), block, adds, tuple(sorted(group.parameters)), constants[0]))
+    if not taps:
+        raise InputError(
+            "no residual branch of the model is added by a plain addition, so there is nothing to observe; check that "
+            "the inputs reach the looped layers, or write x + f(x)"
+        )
+    return taps
+
+
+def observe(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    taps: list[Tap],
+    statistics: Mapping[str, Callable[[Visit], Any]] = VISIT_STATISTICS,
+) -> Observation:
+    """Run one forward without gradients and measure.
+
+    The model is run in the mode it is in, with a fixed random seed; random state and buffers are given back. Cosines
+    are those of the increments δ_n = h_n − h_(n−1) of the stream over loops, or over layers where nothing is looped, at
+    32 positions (arXiv 2606.18524, its cosine figures).
+
+    Raises:
+        InputError: the forward no longer runs the additions that were traced.
+    """
+    observer = _Observer(model, taps, statistics)
+    args, kwargs = call_arguments(inputs)
+    with torch.no_grad(), as_written(), state_kept(model), module_hooks(observer.enter, observer.leave), observer:
+        torch.manual_seed(PROBE_SEED)
+        output = model(*args, **kwargs)
+    for tap in taps:
+        if observer.visits[tap.module] == tap.visits:
+            continue
+        raise InputError(
+            f"{tap.module} was added {observer.visits[tap.module]} times and traced {tap.visits} times; a coordinate "
+            "check needs a forward that does the same every time (no random loop count or halting)"
+        )
+    return observer.finish(output)
+
+
+def _is_plain(graph: Any, total: int) -> bool:
+    return graph.nodes[total].op in {"add", "sub"}
+
+
+class _Observer(SiteCounter):
+    def __init__(self, model: nn.Module, taps: list[Tap], statistics: Mapping[str, Callable[[Visit], Any]]) -> None:
+        super().__init__(model)
+        self.statistics = statistics
+        self.by_key = {key: (tap, position) for tap in taps for key, position in tap.adds}
+        self.boundaries, self.last = _boundaries(taps)
+        self.visits: Counter[str] = Counter()
+        self.attention: Counter[str] = Counter()
+        self.added: dict[str, Tensor] = {}
+        self.points: list[Tensor] = []  # the stream at the boundaries of loops, at a few positions
+        self.labels: list[tuple[str, int, str]] = []
+        self.numbers: list[Tensor] = []
+        self.states: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, _ = schema(func)
+        key = None
+        if name in {"add", "sub"}:
+            key = self.site(name, [tensor.shape for tensor in tensors((args, kwargs))])
+        elif "attention" in name or name in {"_softmax", "_safe_softmax"}:
+            self._see_attention(name, args, kwargs)
+        if key not in self.by_key:
+            return func(*args, **kwargs)
+        tap, position = self.by_key[key]
+        if (tap.module, self.visits[tap.module]) in self.boundaries:
+            self.points.append(_few(args[1 - position]))
+        branch = args[position]
+        factor = kwargs.get("alpha", 1) * (-1 if name == "sub" else 1) if position == 1 else 1
+        branch = branch * factor if factor != 1 else branch
+        out = func(*args, **kwargs)
+        self._see(tap, branch, out)
+        return out
+
+    def _see(self, tap: Tap, branch: Tensor, stream: Tensor) -> None:
+        module = tap.module
+        self.visits[module] += 1
+        number = self.visits[module]
+        added = self.added.get(module)
+        self.added[module] = branch.detach().clone() if added is None else added.add_(branch)
+        visit = Visit(module, number, branch.detach(), self.added[module], stream.detach())
+        for name, function in self.statistics.items():
+            self._note(module, number, name, function(visit))
+        if number == tap.visits:
+            self.states[module] = stream.detach().clone()
+            if module == self.last:
+                self.points.append(_few(stream))
+
+    def _see_attention(self, name: str, args: Any, kwargs: Any) -> None:
+        if name.startswith("_scaled_dot_product"):
+            value = attention_logit_rms(args[0], args[1], kwargs.get("scale"))
+        elif args[0].ndim >= 3 and args[1] in {-1, args[0].ndim - 1}:
+            if args[0].ndim == 3 and args[0].shape[-1] != args[0].shape[-2]:
+                return  # a router, not attention
+            value = written_out_logit_rms(args[0])
+        else:
+            return
+        module = self.running[-1] if self.running else ""
+        self.attention[module] += 1
+        self._note(module, self.attention[module], "attention_logit_rms", value)
+
+    def _note(self, module: str, number: int, statistic: str, value: Any) -> None:
+        self.labels.append((module, number, statistic))
+        self.numbers.append(torch.as_tensor(value).detach().double())
+
+    def finish(self, output: Any) -> Observation:
+        logits = next(
+            (t for leaf in torch.utils._pytree.tree_leaves(output) for t in held(leaf) if t.is_floating_point()), None
+        )
+        if logits is not None:
+            self.states[OUTPUT] = logits.detach().clone()
+            self._note(
+                OUTPUT, 0, "output_rms", VISIT_STATISTICS["stream_rms"](Visit(OUTPUT, 0, logits, logits, logits))
+            )
+        increments = torch.stack(self.points).diff(dim=0) if len(self.points) > 1 else None
+        matrix = cosines(increments) if increments is not None and len(increments) > 1 else None
+        if matrix is not None:
+            count = len(matrix)
+            self._note("increments", 0, "alignment", (matrix.sum() - matrix.trace()) / (count * (count - 1)))
+        numbers = torch.stack([number.cpu() for number in self.numbers]).tolist() if self.numbers else []
+        values = [(*label, value) for label, value in zip(self.labels, numbers, strict=True)]
+        return Observation(values, self.states, matrix)
+
+
+def _boundaries(taps: list[Tap]) -> tuple[set[tuple[str, int]], str]:
+    """Before which adds (branch, earlier visits) a loop begins, and after whose last visit the last loop ends."""
+    most = max(tap.visits for tap in taps)
+    if most == 1:
+        first_of_layer = {tap.layer: tap.module for tap in reversed(taps)}
+        return {(module, 0) for module in first_of_layer.values()}, taps[-1].module
+    looped = [tap for tap in taps if tap.visits == most]
+    return {(looped[0].module, n) for n in range(most)}, looped[-1].module
+
+
+def _few(stream: Tensor) -> Tensor:
+    """The stream at a few positions, (positions, width)."""
+    flat = stream.detach().flatten(0, -2) if stream.ndim > 1 else stream.detach()[None]
+    chosen = torch.linspace(0, len(flat) - 1, min(POSITIONS, len(flat)), device=flat.device).long()
+    kept = flat[chosen]
+    return kept if kept.dtype == torch.float64 else kept.float()

@@ -1,0 +1,80 @@
+"""What a rule promises of every statistic, as an exponent of N or of L: plain data, no torch.
+
+With ε ∝ N^−α (α = 1 factored, ½ sqrt, 0 unscaled), a branch adds N^−α at each of its N visits. Visits of tied weights
+point the same way at best and walk at random at worst, so that their sum grows as N^(½−α) to N^(1−α) (arXiv 2606.18524,
+Theorem 1); an Adam-like step changes the output alike (Theorem 2). Over L with ε ∝ L^−½ and LR ∝ L^−½ both stay bounded
+(Theorem 3 and the section on many layers).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["loops", "layers", "width"]
+Where = Literal["looped", "once", "final", "output", "attention", "branches", "outside", "on stream"]
+Together = Literal["all branches"]  # one value: root mean square over the branches
+Moment = Literal["init", "one", "end"]  # before training, after one step, after the last
+Which = Literal["first", "all", "last"]  # visit; all: root mean square over the visits
+
+EXPONENTS = {"factored": 1.0, "sqrt": 0.5, "unscaled": 0.0}  # α
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The exponent of one statistic lies between `low` and `high`."""
+
+    axis: Axis
+    statistic: str
+    where: Where | Together
+    moment: Moment
+    which: Which
+    low: float
+    high: float
+
+
+def promises(rule: str, adam: bool) -> list[Promise]:
+    """All that `rule` promises; "as made" is held to "factored".
+
+    What has no theory under a rule is left out: gradients under the controls, whose stream grows, for one.
+
+    Args:
+        rule: a scaling rule.
+        adam: the optimizer is Adam or AdamW, whose step does not depend on the gradient's size.
+    """
+    alpha = EXPONENTS.get(rule, 1.0)
+    low, high = 0.5 - alpha, 1.0 - alpha
+    found = [
+        Promise("loops", "branch_rms", "looped", "init", "first", -alpha, -alpha),
+        Promise("loops", "branch_rms", "looped", "init", "all", -alpha - (1 - alpha) / 2, -alpha + (1 - alpha) / 2),
+        Promise("loops", "branch_rms", "once", "init", "all", 0, 0),
+        Promise("loops", "added_rms", "looped", "init", "last", low, high),
+        Promise("loops", "stream_rms", "final", "init", "last", min(0, low), high),
+        Promise("loops", "stream_rms", "final", "end", "last", min(0, low), high),
+        Promise("loops", "change_since_step", "final", "one", "last", low, high),
+        Promise("loops", "change_since_init", "final", "end", "last", min(0, low), high),
+        Promise("loops", "update_rms", "outside", "one", "all", 0, 0),
+    ]
+    if alpha == 1:
+        found += [
+            Promise("loops", "output_rms", "output", "init", "all", 0, 0),
+            Promise("loops", "change_since_step", "output", "one", "all", low, high),
+            Promise("loops", "change_since_init", "output", "end", "all", low, high),
+            Promise("loops", "attention_logit_rms", "attention", "init", "last", 0, 0),
+            Promise("loops", "gradient_rms", "branches", "one", "all", low, high),
+            Promise("loops", "gradient_rms", "outside", "one", "all", 0, 0),
+        ]
+    found.append(Promise("loops", "update_rms", "branches", "one", "all", 0 if adam else low, 0))
+    if adam:  # LR/n, as `param_groups` makes it (our extension)
+        found.append(Promise("loops", "update_rms", "on stream", "one", "all", -1, -1))
+    return found + _over_layers(alpha, rule, adam)
+
+
+def _over_layers(alpha: float, rule: str, adam: bool) -> list[Promise]:
+    if rule == "unscaled":
+        return [Promise("layers", "multiplier", "looped", "init", "all", 0, 0)]
+    found = [
+        Promise("layers", "multiplier", "looped", "init", "all", -0.5, -0.5),
+        Promise("layers", "stream_rms", "final", "init", "last", -0.5, 0),
+        Promise("layers", "change_since_step", "final", "one", "last", -0.5, 0),
+        Promise("layers", "update_rms", "outside", "one", "all", 0, 0),
+    ]
+    return [*found, Promise("layers", "update_rms", "all branches", "one", "all", -0.5, -0.5)] if adam else found

@@ -1,0 +1,350 @@
+"""The coordinate check: a few short trainings over N, watched at every step."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from looptransfer.coordcheck.exponents import COLUMNS
+from looptransfer.coordcheck.observe import OUTPUT, Observation, Tap, find_taps, observe
+from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTICS, VISIT_STATISTICS, Change, Step, Visit
+from looptransfer.coordcheck.verdict import ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
+from looptransfer.errors import InputError
+from looptransfer.optim import param_groups
+from looptransfer.rewrite.apply import apply_plan, parametrize, planned
+from looptransfer.rewrite.names import named_parameters
+from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rules import Rule, check_rule
+from looptransfer.trials.experiment import Batch, Experiment, token_loss
+
+LOOPS = (1, 2, 4, 8, 16, 32, 64)
+AS_MADE = "as made"
+
+Batches = Callable[[int], Iterable[Batch]] | Sequence[Batch]
+MakeOptimizer = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Where a training stands on the axes."""
+
+    loops: int
+    width: int | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all trainings of one check share."""
+
+    make_model: Callable[..., nn.Module]
+    batches: Batches
+    loss: Callable[[Any, Any], Tensor]
+    make_optimizer: MakeOptimizer
+    steps: int
+    lam: float
+    base_layers: int
+    statistics: Mapping[str, Callable[[Visit], Any]]
+    width: int | None
+
+    def model(self, size: _Size, seed: int) -> nn.Module:
+        """A fresh model, its weights those of the seed."""
+        torch.manual_seed(seed)
+        more = {name: n for name, n in (("width", size.width), ("layers", size.layers)) if n is not None}
+        model = self.make_model(size.loops, **more)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"make_model({size.loops}) gave a {type(model).__name__}; it must give a torch.nn.Module")
+        return model
+
+    def batches_of(self, seed: int) -> list[Batch]:
+        """The probe batch and one batch per step."""
+        source = self.batches(seed) if callable(self.batches) else self.batches
+        found = list(islice(iter(source), self.steps + 1))
+        if len(found) <= self.steps:
+            raise InputError(
+                f"batches gave {len(found)} for seed {seed}; {self.steps} steps need {self.steps + 1}, one of them to "
+                "probe with. Give more of them, or fewer steps"
+            )
+        return found
+
+
+def coord_check(
+    make_model: Callable[..., nn.Module] | Experiment,
+    batches: Batches | None = None,
+    loops: Sequence[int] = LOOPS,
+    rules: Sequence[str] | None = None,
+    steps: int = 10,
+    seeds: int | Sequence[int] = 3,
+    *,
+    loss: Callable[[Any, Any], Tensor] = token_loss,
+    lr: float = 1e-3,
+    make_optimizer: MakeOptimizer | None = None,
+    lam: float = 1.0,
+    base_layers: int = 1,
+    widths: Sequence[int] = (),
+    layers: Sequence[int] = (),
+    statistics: Mapping[str, Callable[[Visit], Any]] | None = None,
+    tolerance: float = 0.15,
+    level: float = 0.05,
+) -> CoordCheck:
+    """Train a few steps at every loop count, watch what reaches the stream, and judge how it grows with N.
+
+    The first rule is the one that is judged; the others are controls. A plain model is rewritten afresh for every rule.
+    A model that `make_model` has rewritten already, and one that scales its branches by itself, is taken "as made" and
+    judged by the rule of its plan, or by "factored" where it has none. Weights and data of one seed are the same at
+    every N (paired seeds), and the LR is the same everywhere.
+
+    Args:
+        make_model: loop count -> fresh model; or an `Experiment`, which brings batches, loss, λ and base layers along.
+            With `widths` or `layers` it is called with `width=` and `layers=` too.
+        batches: seed -> batches (inputs, targets), `steps` + 1 of them; or a list of them for all seeds. The first is
+            the fixed probe batch and is not trained on.
+        loops: loop counts N, two at least.
+        rules: "factored", "sqrt", "unscaled", "as made"; default "factored", or "as made" for a rewritten model.
+        steps: optimizer steps, 1 at least.
+        seeds: how many, or which; two at least.
+        loss: (model output, targets) -> scalar.
+        lr: base LR of the default optimizer, AdamW on `param_groups`, without decay.
+        make_optimizer: model -> optimizer, or (optimizer, scheduler), where yours is to be checked.
+        lam: λ.
+        base_layers: L_ref.
+        widths: widths to be run as well, at the second loop count.
+        layers: numbers of unique layers L to be run as well, at the second loop count.
+        statistics: further functions of a `Visit`, by name. They stand in the frame and are not judged.
+        tolerance: how far an exponent of N may lie from what the rule promises; two thirds of it for what a branch
+            adds at its first visit, twice as much over L.
+        level: chance of one false alarm or more in the whole check (Holm over all statistics).
+
+    Raises:
+        InputError: numbers out of range, too few batches, a model without residual branches, and what `parametrize`
+            refuses.
+    """
+    width = None
+    if isinstance(make_model, Experiment):
+        experiment = make_model
+        make_model, loss, lam = experiment.make_model, experiment.loss, experiment.lam
+        base_layers, width = experiment.base_layers, experiment.width
+        batches = experiment.batches if batches is None else batches
+    if batches is None:
+        raise InputError("batches is missing; give seed -> batches (inputs, targets), or an Experiment, which has them")
+    loops = _counts("loops", loops, least=2)
+    own_statistics = {**VISIT_STATISTICS, **(statistics or {})}
+    optimizer = make_optimizer or (lambda model: _default_optimizer(model, lr))
+    setting = _Setting(make_model, batches, loss, optimizer, steps, lam, base_layers, own_statistics, width)
+    _check_numbers(steps, lr, tolerance, level)
+    chosen = _seeds(seeds)
+    sizes = [_Size(n, *_first(widths, layers)) for n in loops]
+    sizes += [_Size(loops[1], w, _first(widths, layers)[1]) for w in _counts("widths", widths)[1:]]
+    sizes += [_Size(loops[1], _first(widths, layers)[0], n) for n in _counts("layers", layers)[1:]]
+    with torch.random.fork_rng():
+        chosen_rules = _rules(setting, sizes[0], chosen[0], rules)
+        runs = _Runs(setting)
+        for size in sizes:
+            for seed in chosen:
+                runs.add(size, seed, chosen_rules)
+    return runs.judged(chosen_rules, tolerance, level)
+
+
+@dataclass
+class _Runs:
+    """The trainings of one check, and what they showed."""
+
+    setting: _Setting
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    matrices: dict[tuple[str, int, int], list[Any]] = field(default_factory=dict)
+    plans: dict[tuple[str, _Size], ScalingPlan | None] = field(default_factory=dict)
+    taps: dict[tuple[str, _Size], list[Tap]] = field(default_factory=dict)
+    adam: bool = True
+    width_scaled: bool = False
+
+    def add(self, size: _Size, seed: int, rules: Sequence[str]) -> None:
+        """Train once under every rule, with the same weights and batches."""
+        setting = self.setting
+        data = setting.batches_of(seed)
+        for rule in rules:
+            model = setting.model(size, seed)
+            plan = self._rewrite(model, data[0][0], rule, size)
+            if (rule, size) not in self.taps:
+                self.taps[rule, size] = find_taps(model, data[0][0], plan)
+            taps = self.taps[rule, size]
+            made = setting.make_optimizer(model)
+            self.adam = isinstance(made[0] if isinstance(made, tuple) else made, (torch.optim.Adam, torch.optim.AdamW))
+            self.width_scaled = any(hasattr(parameter, "infshape") for parameter in model.parameters())
+            layers = plan.layers if plan else len({tap.layer for tap in taps})
+            where = (rule, size.loops, size.width or setting.width, layers, seed)
+            if plan is None or plan.realisation == "multiplier":  # a folded one is in the weights
+                self.rows += [(*where, 0, tap.module, 0, "multiplier", tap.multiplier) for tap in taps]
+            for step, observation, more in train_watched(
+                model, made, taps, data, setting.loss, plan, setting.statistics
+            ):
+                self.rows += [(*where, step, *value) for value in [*observation.values, *more]]
+                if observation.cosines is not None and step in {0, setting.steps}:
+                    self.matrices.setdefault((rule, size.loops, step), []).append(observation.cosines.double().cpu())
+
+    def _rewrite(self, model: nn.Module, inputs: Any, rule: str, size: _Size) -> ScalingPlan | None:
+        """Put `rule` into the model. The branches of a size are found once; other rules and seeds get the same plan."""
+        if rule == AS_MADE:
+            return self.plans.setdefault((rule, size), _own_plan(model))
+        known = next((p for (_, at), p in self.plans.items() if at == size and p is not None), None)
+        if known is None:
+            plan = parametrize(model, inputs, cast(Rule, rule), self.setting.lam, self.setting.base_layers)
+        else:
+            plan = replace(known, rule=cast(Rule, rule)).with_visits([branch.visits for branch in known.branches])
+            apply_plan(model, plan)
+        self.plans[rule, size] = plan
+        return plan
+
+    def judged(self, rules: Sequence[str], tolerance: float, level: float) -> CoordCheck:
+        """The frame and its verdict."""
+        frame = pd.DataFrame(self.rows, columns=COLUMNS)
+        means = {key: torch.stack(found).mean(0).numpy() for key, found in self.matrices.items()}
+        (_, largest), taps = max(self.taps.items(), key=lambda item: item[0][1].loops)
+        plan = self.plans[rules[0], largest]
+        base_layers = plan.base_layers if plan else self.setting.base_layers
+        branches = tuple(Branch(tap.module, tap.layer, tap.visits) for tap in taps)
+        return judge(
+            frame, rules, Context(branches, base_layers, self.adam, self.width_scaled), tolerance, level, means
+        )
+
+
+def _own_plan(model: nn.Module) -> ScalingPlan | None:
+    try:
+        return planned(model)[1]
+    except InputError:
+        return None
+
+
+# -- one training
+
+
+def train_watched(
+    model: nn.Module,
+    made: Any,
+    taps: list[Tap],
+    data: Sequence[Batch],
+    loss: Callable[[Any, Any], Tensor] = token_loss,
+    plan: ScalingPlan | None = None,
+    statistics: Mapping[str, Callable[[Visit], Any]] = VISIT_STATISTICS,
+) -> Iterator[tuple[int, Observation, list[tuple[str, int, str, float]]]]:
+    """Train on `data[1:]` and yield what the probe `data[0]` showed: step, observation, and changes and steps as rows.
+
+    Step 0 is initialisation. A loss that is no number ends the training.
+
+    Args:
+        model: any; its residual branches are `taps`.
+        made: an optimizer, or (optimizer, scheduler).
+        taps: from `find_taps`.
+        data: batches (inputs, targets).
+        loss: (model output, targets) -> scalar.
+        plan: tells parameters on the stream from others.
+        statistics: of every visit.
+    """
+    optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
+    parts = _parts(model, plan, taps)
+    probe = data[0][0]
+    seen = initial = observe(model, probe, taps, statistics)
+    yield 0, seen, []
+    for step, (inputs, targets) in enumerate(data[1:], start=1):
+        value = loss(model(inputs), targets)
+        if not bool(torch.isfinite(value)):
+            yield step, Observation(), [(OUTPUT, 0, "output_rms", math.nan)]
+            return
+        optimizer.zero_grad()
+        value.backward()
+        before = {id(p): p.detach().clone() for part in parts.values() for p in part}
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        steps = {name: _step(part, before) for name, part in parts.items()}
+        del before
+        previous, seen = seen, observe(model, probe, taps, statistics)
+        yield step, seen, [*_changes(taps, seen, previous, initial), *_step_values(steps)]
+
+
+def _parts(model: nn.Module, plan: ScalingPlan | None, taps: Sequence[Tap]) -> dict[str, list[nn.Parameter]]:
+    """The trained parameters by branch; of no branch: on the stream, or outside."""
+    live = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
+    parts = {tap.module: [live[name] for name in tap.parameters if name in live] for tap in taps}
+    taken = {id(p) for part in parts.values() for p in part}
+    on_stream = plan.on_stream if plan else {}
+    parts[ON_STREAM] = [p for name, p in live.items() if name in on_stream and id(p) not in taken]
+    taken |= {id(p) for p in parts[ON_STREAM]}
+    parts[OUTSIDE] = [p for p in live.values() if id(p) not in taken]
+    return {name: part for name, part in parts.items() if part}
+
+
+def _step(part: Sequence[nn.Parameter], before: Mapping[int, Tensor]) -> Step:
+    pairs = [(p, p.grad) for p in part]
+    moved = [(gradient, p.detach() - before[id(p)]) for p, gradient in pairs if gradient is not None]
+    return Step([gradient for gradient, _ in moved], [update for _, update in moved])
+
+
+def _step_values(steps: Mapping[str, Step]) -> Iterator[tuple[str, int, str, float]]:
+    for module, step in steps.items():
+        for name, function in STEP_STATISTICS.items():
+            yield module, 0, name, float(function(step))
+
+
+def _changes(
+    taps: Sequence[Tap], now: Observation, before: Observation, initial: Observation
+) -> Iterator[tuple[str, int, str, float]]:
+    last_visit = {tap.module: tap.visits for tap in taps}
+    for module, state in now.states.items():
+        change = Change(state, before.states[module], initial.states[module])
+        for name, function in CHANGE_STATISTICS.items():
+            yield module, last_visit.get(module, 0), name, float(function(change))
+
+
+def _default_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    if _own_plan(model) is None:
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    return torch.optim.AdamW(param_groups(model, torch.optim.AdamW, lr=lr))
+
+
+# -- what was given
+
+
+def _rules(setting: _Setting, size: _Size, seed: int, rules: Sequence[str] | None) -> list[str]:
+    if rules is None:
+        return ["factored" if _own_plan(setting.model(size, seed)) is None else AS_MADE]
+    if isinstance(rules, str) or not rules or len(set(rules)) < len(rules):
+        raise InputError(f"rules is {rules!r}; give a list such as ['factored', 'unscaled'], each once")
+    for rule in rules:
+        if rule != AS_MADE:
+            check_rule(rule)
+    return list(rules)
+
+
+def _counts(name: str, counts: Sequence[int], least: int = 0) -> list[int]:
+    given = list(counts) if isinstance(counts, Iterable) and not isinstance(counts, str) else [counts]
+    wrong = [n for n in given if not isinstance(n, int) or isinstance(n, bool) or n < 1]
+    if wrong or len(given) < least or len(set(given)) < len(given):
+        few = f", {least} of them at least, since one tells no exponent" if least else ""
+        raise InputError(f"{name} is {counts!r}; give whole numbers from 1 up, each once{few}, such as 1, 2, 4, 8")
+    return sorted(given)
+
+
+def _seeds(seeds: int | Sequence[int]) -> list[int]:
+    chosen = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds)  # type: ignore[arg-type]
+    if len(chosen) < 2 or len(set(chosen)) < len(chosen) or any(not isinstance(s, int) or s < 0 for s in chosen):
+        raise InputError(f"seeds is {seeds!r}; give two or more, such as 3 or [0, 1, 2]: one seed has no interval")
+    return chosen
+
+
+def _first(widths: Sequence[int], layers: Sequence[int]) -> tuple[int | None, int | None]:
+    return min(widths, default=None), min(layers, default=None)
+
+
+def _check_numbers(steps: int, lr: float, tolerance: float, level: float) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"steps is {steps!r}; it must be a whole number from 1 up")
+    for name, value in (("lr", lr), ("tolerance", tolerance)):
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise InputError(f"{name} is {value!r}; it must be a finite number above 0")
+    if not 0 < level < 0.5:
+        raise InputError(f"level is {level!r}; it must lie between 0 and 0.5, such as 0.05")
