@@ -317,7 +317,7 @@ def report(told: list[dict[str, Any]], full: bool, seeds: int) -> str:
         f"The reference model {'at the size of the demo' if full else 'reduced, on a made-up language'}; looped: "
         f"{_words(LOOPED, full)}; deep: {_words(DEEP, full)}. The base depth is 1.",
         f"Stored optima: 7 LRs an octave apart, 4 seeds. Cheap mode: 3 LRs, {seeds} seeds. Full check: 5 LRs, {seeds} "
-        "seeds; its seconds are those on top of the cheap mode, whose runs it shares.",
+        "seeds.",
         f"CPU seconds of one thread. Python {platform.python_version()}, torch {version('torch')}, "
         f"looptransfer {version('looptransfer')}, {platform.machine()}.",
     ]
