@@ -266,7 +266,7 @@ def plot_power(frame: pd.DataFrame) -> Figure:
     styles = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^")]
     for panel, noise in zip(panels, noises, strict=True):
         for (colour, marker), ((lrs, step), some) in zip(
-            styles, frame[frame["noise"] == noise].groupby(["lrs", "step"]), strict=True
+            styles, frame[frame["noise"] == noise].sort_values("seeds").groupby(["lrs", "step"]), strict=True
         ):
             panel.plot(
                 some["seeds"], some["FLAT"], color=colour, marker=marker, label=f"{lrs} LRs, {step:g} octave apart"
