@@ -8,6 +8,9 @@
     def test_the_optimum_is_still_bracketed(lr_transfer):
         lr_transfer.assert_bracketed(experiment, baseline="lr-optima.json")
 
+    def test_the_stream_grows_as_promised(lr_transfer):
+        lr_transfer.assert_coordinates(experiment, loops=[1, 2, 4, 8])
+
 Nothing heavy is imported before the fixture is asked for something.
 """
 
@@ -23,6 +26,7 @@ from looptransfer.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from looptransfer.coordcheck.verdict import CoordCheck
     from looptransfer.transfer.baseline import Baseline
     from looptransfer.transfer.comparison import Comparison
     from looptransfer.transfer.verdict import Verdict
@@ -136,6 +140,16 @@ class LRTransfer:
         told = gate(experiment, stored, ledger=self._ledger(experiment), **options)
         if told.exit_status:
             pytest.fail(f"{told}\n{FIX}", pytrace=False)
+        return told
+
+    def assert_coordinates(self, make_model: Any, *arguments: Any, **options: Any) -> "CoordCheck":
+        """Fail unless `looptransfer.coord_check`, which takes it all, finds every statistic as the rule promises."""
+        __tracebackhide__ = True
+        from looptransfer.coordcheck.run import coord_check  # noqa: PLC0415
+
+        told = coord_check(make_model, *arguments, **options)
+        if not told.passed:
+            pytest.fail(str(told), pytrace=False)
         return told
 
     def _ledger(self, experiment: "Experiment") -> Path:

@@ -134,3 +134,17 @@ def test_runs_are_kept_for_the_same_commit_and_never_for_changed_code(tmp_path: 
     (tmp_path / "model.py").write_text("changed = True\n")
     assert run_pytest(tmp_path).returncode == 0
     assert kept[0].read_bytes() == before
+
+
+def test_coordinates_that_grow_otherwise_fail_with_their_reading(tmp_path: Path) -> None:
+    (tmp_path / "test_stream.py").write_text(
+        "from tests.experiments import tiny_experiment\n"
+        "SIZE = dict(loops=[1, 2, 4, 8], steps=1, seeds=4)\n"
+        "def test_scaled(lr_transfer):\n"
+        "    lr_transfer.assert_coordinates(tiny_experiment(), rules=['factored'], **SIZE)\n"
+        "def test_plain(lr_transfer):\n"
+        "    lr_transfer.assert_coordinates(tiny_experiment(), rules=['as made'], **SIZE)\n"
+    )
+    done = run_pytest(tmp_path)
+    assert "1 failed, 1 passed" in done.stdout
+    assert "the multiplier of block is not applied" in done.stdout
