@@ -1,32 +1,27 @@
 """The command line. Commands import what they need when they run, so that help and `check` load no torch."""
 
 import argparse
-import csv
-import io
 import json
 import os
-import re
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
+from looptransfer.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
 from looptransfer.errors import InputError
-from looptransfer.files import write_text
+from looptransfer.files import check_new, check_writable, write_text
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from looptransfer.transfer.comparison import Comparison
     from looptransfer.transfer.verdict import Verdict
 
 USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
 LEDGER, OPTIMA = "looptransfer.db", "lr-optima.json"
-MOST_SEEDS = 1000
 STATUS = "exit status: 0 flat, 1 drifts or moved, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 HELD = "exit status: 0 holds, 1 moved or worse, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 START = """\
@@ -96,7 +91,6 @@ few seeds, and says whether the optimum still lies between: a check for every co
 
 {EXPERIMENT}
 No run is kept: those of another state of the code would say nothing of this one."""
-T = TypeVar("T")
 
 COORDCHECK = """\
 Trains a few steps at every loop count, watches what reaches the residual stream at every visit of
@@ -337,10 +331,10 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    seeds = _seeds(arguments.seeds)
+    seeds = seeds_of(arguments.seeds)
     if arguments.output:
-        _check_new(arguments.output)
-        _check_writable(arguments.output, arguments.ledger)
+        check_new(arguments.output)
+        check_writable(arguments.output, arguments.ledger)
     from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.trials.sweep import tune  # noqa: PLC0415
 
@@ -356,20 +350,22 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    loops, seeds = _listed("--loops", arguments.loops, int, "1,2,4,8,16"), _seeds(arguments.seeds)
+    loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8,16"), seeds_of(arguments.seeds)
     path = arguments.append or arguments.output
+    from looptransfer.trials.table import grown, loss_table, read_table  # noqa: PLC0415
+
     if arguments.output:
-        _check_new(path)
-    runs_there = _read_table(path)[1] if arguments.append else []
-    _check_writable(path, arguments.ledger)
-    where = _learning_rates(arguments)
+        check_new(path)
+    runs_there = read_table(path)[1] if arguments.append else []
+    check_writable(path, arguments.ledger)
+    where = learning_rates(arguments)
     from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.trials.sweep import sweep  # noqa: PLC0415
     from looptransfer.trials.trial import Run  # noqa: PLC0415
 
     experiment = load_experiment(arguments.experiment)
     if "around" in where:
-        where["around"] = _centre(where["around"], experiment.identity())
+        where["around"] = centre_of(where["around"], experiment.identity())
     results = sweep(
         experiment,
         loops,
@@ -380,9 +376,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
         known=[Run(*run) for run in runs_there],
         **where,
     )
-    text = _grown(path, results) if arguments.append else results.to_csv(index=False)
+    text = grown(path, results) if arguments.append else results.to_csv(index=False)
     write_text(path, text)
-    print(f"{_loss_table(text)}\nruns written to {path}: {len(results)}")
+    print(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
     _print_next("check", path)
     return 0
 
@@ -394,7 +390,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.html and arguments.html.resolve() == Path(arguments.source).resolve():
         raise InputError(f"--html {arguments.html} would overwrite the table; choose another file")
     verdict = check(
-        read_results(arguments.source, _columns(arguments.columns), arguments.axis),
+        read_results(arguments.source, columns_of(arguments.columns), arguments.axis),
         rule=arguments.rule,
         transferred_lr=arguments.lr,
         tolerance=arguments.tolerance,
@@ -405,9 +401,16 @@ def _check(arguments: argparse.Namespace) -> int:
     )
     if arguments.html:
         from looptransfer.report.page import write_html  # noqa: PLC0415
+        from looptransfer.transfer.baseline import fingerprint_of  # noqa: PLC0415
 
         try:
-            write_html(verdict, arguments.html, provenance={"results": arguments.source})
+            made = {
+                "command": shlex.join(["looptransfer", *sys.argv[1:]]),
+                "source": arguments.source,
+                **{name: version(name) for name in ("looptransfer", "numpy", "scipy", "pandas")},
+                **fingerprint_of(verdict.runs, verdict.axis),
+            }
+            write_html(verdict, arguments.html, provenance=made)
         except OSError as error:
             raise InputError(f"cannot write {arguments.html}: {error.strerror}; choose another file") from None
     told = _against_baseline(arguments, verdict)
@@ -443,7 +446,7 @@ def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Com
 
 
 def _gate(arguments: argparse.Namespace) -> int:
-    loops = None if arguments.loops is None else _listed("--loops", arguments.loops, int, "2,16")
+    loops = None if arguments.loops is None else listed("--loops", arguments.loops, int, "2,16")
     from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
     from looptransfer.trials.gate import gate  # noqa: PLC0415
@@ -456,138 +459,6 @@ def _gate(arguments: argparse.Namespace) -> int:
     else:
         print(told.to_markdown() if arguments.markdown else told)
     return told.exit_status
-
-
-# -- what was given
-
-
-def _columns(texts: Sequence[str]) -> dict[str, str]:
-    """{"lr": "config.lr"} from "lr=config.lr"."""
-    pairs = [text.partition("=") for text in texts]
-    wrong = [text for text, (name, _, there) in zip(texts, pairs, strict=True) if not name or not there]
-    if wrong:
-        raise InputError(f"--columns {wrong[0]!r}; write NAME=THERE, such as lr=config.lr")
-    return {name: there for name, _, there in pairs}
-
-
-def _listed(option: str, text: str, number: Callable[[str], T], example: str) -> list[T]:
-    try:
-        return [number(part) for part in text.split(",")]
-    except ValueError:
-        kind = "whole numbers" if number is int else "numbers"
-        raise InputError(f"{option} is {text!r}; write {kind} separated by commas, such as {example}") from None
-
-
-def _seeds(text: str) -> int | list[int]:
-    """A count from "4"; seeds from "0-3" or "0,2,5"."""
-    spans = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part) for part in text.split(",")]
-    ends = [(int(span[1]), int(span[2] or span[1])) for span in spans if span]
-    how_many = re.fullmatch(r"\d{1,9}", text)
-    count = int(text) if how_many else sum(high - low + 1 for low, high in ends)
-    if len(ends) < len(spans) or any(high < low for low, high in ends) or count > MOST_SEEDS:
-        raise InputError(
-            f"--seeds is {text!r}; write how many, up to {MOST_SEEDS}, or which ones: 4, 0-3, 0,2,5 or 7-7"
-        )
-    return count if how_many else [seed for low, high in ends for seed in range(low, high + 1)]
-
-
-def _learning_rates(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `sweep` that say which LRs; `around` is still a number or a file."""
-    if arguments.lrs is not None:
-        if arguments.octaves is not None:
-            raise InputError("--octaves are distances from --around; with --lrs give the LRs alone")
-        return {"lrs": _listed("--lrs", arguments.lrs, float, "0.001,0.002,0.004")}
-    where = {"around": arguments.around}
-    if arguments.octaves is not None:
-        where["octaves"] = _listed("--octaves", arguments.octaves, float, "--octaves=-1,0,1")
-    return where
-
-
-def _centre(text: str, identity: Mapping[str, Any]) -> float:
-    """The LR of --around. A file of another experiment earns a warning: tuning on one and sweeping another is a use."""
-    from looptransfer.trials.sweep import read_tuned  # noqa: PLC0415
-
-    try:
-        return float(text)
-    except ValueError:
-        tuned = read_tuned(text)
-    there, here = tuned["experiment"], json.loads(json.dumps(identity))
-    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    if keys:
-        what = ", ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys)
-        print(f"looptransfer: warning: {text} was tuned on another experiment ({what})", file=sys.stderr)
-    return float(tuned["lr"])
-
-
-# -- what is written
-
-
-def _read_table(path: Path) -> tuple[str, list[tuple[Any, ...]]]:
-    """The text of a table that `sweep` wrote, and its runs as rule, loops, lr, seed."""
-    from looptransfer.transfer.results import COLUMNS  # noqa: PLC0415
-
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        header, *rows = csv.reader(text.splitlines() or [""])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no CSV"
-        raise InputError(f"cannot read {path}: {why}; give a table that sweep wrote, or a new file with -o") from None
-    if header != COLUMNS:
-        raise InputError(
-            f"{path} has other columns, {','.join(header)[:200]!r}; --append needs a table that sweep wrote, with "
-            f"{','.join(COLUMNS)}: give one, or a new file with -o"
-        )
-    runs = []
-    for line, row in enumerate(rows, start=2):
-        if not row:
-            continue
-        try:
-            cells = dict(zip(COLUMNS, row, strict=True))
-            runs.append((cells["rule"], int(cells["loops"]), float(cells["lr"]), int(cells["seed"])))
-        except ValueError as error:
-            raise InputError(f"{path}, line {line} is no run: {error}; correct it, or drop the line") from None
-    return text if text.endswith("\n") else text + "\n", runs
-
-
-def _grown(path: Path, results: "pd.DataFrame") -> str:
-    """The table at `path` with the runs that it lacks; read again, since another sweep may have added to it."""
-    text, there = _read_table(path)
-    runs = results[["rule", "loops", "lr", "seed"]].itertuples(index=False, name=None)
-    return text + str(results[[run not in there for run in runs]].to_csv(index=False, header=False))
-
-
-def _check_new(path: Path) -> None:
-    if os.path.lexists(path):
-        raise InputError(
-            f"{path} exists already; choose another file, or remove it (a table grows with sweep --append)"
-        )
-
-
-def _check_writable(path: Path, ledger: str) -> None:
-    """Find out before the training whether there is a place for what comes of it."""
-    if path.resolve() == Path(ledger).resolve():
-        raise InputError(f"{path} is the ledger; choose another file")
-    write_text(path, None)
-
-
-def _loss_table(text: str) -> str:
-    """Mean loss over seeds in nats, LRs down and N across, a block for each rule; * is the lowest of its N."""
-    import pandas as pd  # noqa: PLC0415
-
-    frame = pd.read_csv(io.StringIO(text))
-    frame["loss"] = pd.to_numeric(frame["loss"], errors="coerce").fillna(float("inf"))
-    lines = []
-    for rule, rows in frame.groupby("rule"):
-        mean = rows.groupby(["lr", "loops"])["loss"].mean().unstack()
-        lowest = mean.min()
-        lines.append(f"rule {rule}: mean loss in nats, seeds: {rows['seed'].nunique()}, * marks the lowest of each N")
-        lines.append("".join(f"{head:>11}" for head in ["LR", *(f"N = {count}" for count in mean.columns)]))
-        for lr, losses in mean.iterrows():
-            cells = (
-                f"{loss:.4f}" + ("*" if loss == lowest[count] < float("inf") else " ") for count, loss in losses.items()
-            )
-            lines.append(f"{lr:>11.4g}" + "".join(f"{cell.replace('nan', '-'):>11}" for cell in cells))
-    return "\n".join(lines)
 
 
 def _print_next(*arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""Writing a file in one go."""
+"""Writing a file in one go, or not at all."""
 
 import os
 from pathlib import Path
@@ -24,3 +24,18 @@ def write_text(path: str | Path, text: str | None) -> None:
         raise InputError(
             f"cannot write {path}: {error.strerror}; choose a file in a folder that exists and that you may write to"
         ) from None
+
+
+def check_new(path: Path) -> None:
+    """Refuse to write over what is there."""
+    if os.path.lexists(path):
+        raise InputError(
+            f"{path} exists already; choose another file, or remove it (a table grows with sweep --append)"
+        )
+
+
+def check_writable(path: Path, ledger: str) -> None:
+    """Find out before the training whether there is a place for what comes of it."""
+    if path.resolve() == Path(ledger).resolve():
+        raise InputError(f"{path} is the ledger; choose another file")
+    write_text(path, None)

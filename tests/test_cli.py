@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from looptransfer import cli
+from looptransfer.arguments import seeds_of
 from looptransfer.cli import main
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials import sweep as trials
@@ -267,7 +268,7 @@ def test_the_centre_may_be_a_number_and_octaves_are_distances_from_it(folder: Pa
     ("text", "seeds"), [("4", 4), ("0-3", [0, 1, 2, 3]), ("0,2,5", [0, 2, 5]), ("7-7", [7]), ("0-1,9", [0, 1, 9])]
 )
 def test_seeds_are_a_count_a_range_or_a_list(text: str, seeds: Any) -> None:
-    assert cli._seeds(text) == seeds
+    assert seeds_of(text) == seeds
 
 
 def test_an_lr_that_was_tuned_on_another_experiment_is_used_with_a_warning(

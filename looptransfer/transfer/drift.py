@@ -141,7 +141,7 @@ def curve_shift(table: pd.DataFrame, reference: pd.DataFrame, confidence: float)
     def misfit(shift: float) -> float:
         gap = losses.mean(axis=1) - shape(x - shift).mean(axis=1)
         inside = np.isfinite(gap)
-        return _variance(gap[inside], weight[inside]) if inside.sum() >= 3 else math.inf
+        return _variance(gap[inside], weight[inside]) if inside.sum() >= 3 else 1e9  # finite, for the search
 
     tried: list[float] = np.arange(-FURTHEST, FURTHEST + 1e-9, 0.125).tolist()
     best = int(np.argmin([misfit(shift) for shift in tried]))
