@@ -154,6 +154,7 @@ def test_width_and_depth_are_axes_too() -> None:
     assert set(result.frame["layers"]) == {1, 4}
     depth = [one for one in result.judged if one.axis == "layers" and one.statistic == "multiplier"]
     assert [one.answer for one in depth] == ["passes"] * 2
+    assert set(result.cosines) == {("factored", 2, 0), ("factored", 2, 1)}
 
 
 def mup_scaled(loops: int, width: int, shaped: bool = True) -> nn.Module:
