@@ -512,7 +512,7 @@ def _beside_section(rows: list[dict[str, Any]]) -> list[str]:
         "picture; given here are the slopes of its l1, the mean over visits and seeds, after the last step. It looks "
         "at what modules return: a multiplier lost inside the module shows as one slope among many when N is handed "
         "in, and not in the picture over width; one undone at the addition shows in neither. MiB: growth of the "
-        "process's peak memory.\n",
+        "process's peak memory beyond that of one plain training step at the largest N.\n",
         "| fault | check | s | MiB | rows | what it says |",
         "|---|---|---|---|---|---|",
     ]

@@ -156,7 +156,7 @@ class _Runs:
 
     setting: _Setting
     rows: list[tuple[Any, ...]] = field(default_factory=list)
-    matrices: dict[tuple[str, int, int], list[Any]] = field(default_factory=dict)
+    matrices: dict[tuple[str, _Size, int], list[Any]] = field(default_factory=dict)
     plans: dict[tuple[str, _Size], ScalingPlan | None] = field(default_factory=dict)
     taps: dict[tuple[str, _Size], list[Tap]] = field(default_factory=dict)
     adam: bool = True
@@ -184,7 +184,7 @@ class _Runs:
             ):
                 self.rows += [(*where, step, *value) for value in [*observation.values, *more]]
                 if observation.cosines is not None and step in {0, setting.steps}:
-                    self.matrices.setdefault((rule, size.loops, step), []).append(observation.cosines.double().cpu())
+                    self.matrices.setdefault((rule, size, step), []).append(observation.cosines.double().cpu())
 
     def _rewrite(self, model: nn.Module, inputs: Any, rule: str, size: _Size) -> ScalingPlan | None:
         """Put `rule` into the model. The branches of a size are found once; other rules and seeds get the same plan."""
@@ -202,8 +202,12 @@ class _Runs:
     def judged(self, rules: Sequence[str], tolerance: float, level: float) -> CoordCheck:
         """The frame and its verdict."""
         frame = pd.DataFrame(self.rows, columns=COLUMNS)
-        means = {key: torch.stack(found).mean(0).numpy() for key, found in self.matrices.items()}
         (_, largest), taps = max(self.taps.items(), key=lambda item: item[0][1].loops)
+        means = {
+            (rule, size.loops, step): torch.stack(found).mean(0).numpy()
+            for (rule, size, step), found in self.matrices.items()
+            if size == replace(largest, loops=size.loops)
+        }
         plan = self.plans[rules[0], largest]
         base_layers = plan.base_layers if plan else self.setting.base_layers
         branches = tuple(Branch(tap.module, tap.layer, tap.visits) for tap in taps)

@@ -16,8 +16,9 @@ import pandas as pd
 from scipy.special import stdtr
 
 from looptransfer.coordcheck.exponents import Array, exponent_table, fit_exponents, holm, on_axis
-from looptransfer.coordcheck.promises import EXPONENTS, Promise, promises
+from looptransfer.coordcheck.promises import EXPONENTS, Axis, Moment, Promise, Which, promises
 from looptransfer.coordcheck.readings import reading
+from looptransfer.errors import InputError
 from looptransfer.transfer.optimum import Interval, t_interval
 
 SCHEMA_VERSION = 1
@@ -154,6 +155,39 @@ class CoordCheck:
             first.setdefault((one.statistic, one.module), one.reading)
         return list(dict.fromkeys(first.values()))
 
+    def exponent(
+        self,
+        statistic: str,
+        module: str | None = None,
+        *,
+        axis: Axis = "loops",
+        moment: Moment = "init",
+        which: Which = "last",
+        rule: str | None = None,
+    ) -> Interval:
+        """The growth exponent of any statistic in the frame along an axis, with its 90 % t-interval over seeds.
+
+        Args:
+            statistic: a name in the frame; what changes has no value at initialisation, take moment "one" or "end".
+            module: a module in the frame; default the last branch.
+            axis: "loops", "layers" or "width".
+            moment: "init", "one" (after one step) or "end".
+            which: the "first" or "last" visit, or "all" as their root mean square.
+            rule: default the one judged.
+
+        Raises:
+            InputError: the frame has no finite positive values for it at two places of the axis or more.
+        """
+        rows = on_axis(self.frame[self.frame["rule"] == (rule or self.rule)], axis)
+        mine = rows[(rows["statistic"] == statistic) & (rows["module"] == (module or self.context.branches[-1].module))]
+        table = exponent_table(mine, Promise(axis, statistic, "final", moment, which, 0, 0), rows)
+        if table is None or table.shape[1] < 2 or not ((table > 0) & np.isfinite(table)).all(axis=None):
+            raise InputError(
+                f"there is no finite {statistic} above 0 at two or more values of {axis} for module {module!r} at "
+                f"moment {moment!r}; the frame has {', '.join(sorted(rows['statistic'].unique()))}"
+            )
+        return t_interval(fit_exponents(table), CONFIDENCE)
+
     def __str__(self) -> str:
         head = f"coordinate check, {self.rule}: {self.answer} ({len(self.judged)} statistics, level {self.level:g})"
         shown = [*self.failures, *(one for one in self.judged if one.answer == "inconclusive")] or self.judged
@@ -209,7 +243,7 @@ class _Measured:
 
 
 def _exponents(rows: pd.DataFrame, rule: str, context: Context, tolerance: float) -> Iterator[_Measured]:
-    for promise in promises(rule, context.adam):
+    for promise in promises(rule, context.adam, context.width_scaled):
         along = on_axis(rows, promise.axis)
         width = tolerance * _share(promise)
         if along[promise.axis].nunique() < 2:

@@ -98,7 +98,7 @@ def plot_exponents(check: CoordCheck) -> Figure:
     ends += [edge for one in shown for edge in (one.low - one.tolerance, one.high + one.tolerance)]
     axis.set_xlim(min(ends) - 0.15, max(ends) + 0.15)
     axis.set_ylim(-0.8, len(shown) - 0.2)
-    axis.set(xlabel="exponent of N (of L where it says so)")
+    axis.set(xlabel="exponent of N (of layers or width where it says so)")
     axis.grid(alpha=0.25, axis="x")
     names = {answer for answer in ANSWER_STYLES if any(one.answer == answer for one in shown)}
     handles: list[Any] = [

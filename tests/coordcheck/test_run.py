@@ -3,6 +3,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import mup
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,37 @@ def test_width_and_depth_are_axes_too() -> None:
     assert set(result.frame["layers"]) == {1, 4}
     depth = [one for one in result.judged if one.axis == "layers" and one.statistic == "multiplier"]
     assert [one.answer for one in depth] == ["passes"] * 2
+    assert set(result.cosines) == {("factored", 2, 0), ("factored", 2, 1)}
+
+
+def mup_scaled(loops: int, width: int, shaped: bool = True) -> nn.Module:
+    """The decoder under μP: its standard deviations and LRs follow the width."""
+    model = lt.LoopedDecoder(width=width, heads=2, layers=1, loops=loops, tied_head=False, vocab=16)
+    model.head = mup.MuReadout(width, 16, bias=False)
+    if shaped:
+        base, delta = mup_scaled(1, 8, shaped=False), mup_scaled(1, 16, shaped=False)
+        mup.set_base_shapes(model, base, delta=delta)
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                mup.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_width_is_judged_under_mup_alone() -> None:
+    tokens = torch.randint(16, (8, 9), generator=torch.Generator().manual_seed(0))
+    batches = [(tokens[:, :-1], tokens[:, 1:])] * 2
+    result = lt.coord_check(mup_scaled, batches, [1, 2], steps=1, seeds=4, widths=[8, 32, 128])
+    over_width = [one for one in result.judged if one.axis == "width"]
+    assert [one.statistic for one in over_width] == ["stream_rms", "change_since_step"]
+    assert all(one.answer != "fails" for one in over_width)
+    assert result.exponent("change_since_step", axis="width", moment="one").estimate < 0.3
+
+    def plain(loops: int, width: int) -> nn.Module:
+        return lt.LoopedDecoder(width=width, heads=2, layers=1, loops=loops, tied_head=False, vocab=16)
+
+    other = lt.coord_check(plain, batches, [1, 2], steps=1, seeds=4, widths=[8, 32, 128])
+    assert not [one for one in other.judged if one.axis == "width"]
+    assert other.exponent("change_since_step", axis="width", moment="one").estimate > 0.5
 
 
 def test_a_users_statistic_stands_in_the_frame() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from looptransfer.coordcheck.exponents import COLUMNS, on_axis
 from looptransfer.coordcheck.verdict import Branch, Context, CoordCheck, judge
+from looptransfer.errors import InputError
 
 LOOPS = [1, 2, 4, 8]
 CONTEXT = Context((Branch("f", "f", 8),))
@@ -118,3 +119,13 @@ def test_axes_are_told_apart() -> None:
     both = pd.concat([table, deeper])
     assert set(on_axis(both, "loops")["layers"]) == {1}
     assert set(on_axis(both, "layers")["loops"]) == {2}
+
+
+def test_any_exponent_can_be_asked_for() -> None:
+    result = verdict(frame(-0.5))
+    assert result.exponent("added_rms", "f").estimate == pytest.approx(0.5, abs=0.02)
+    assert result.exponent("branch_rms", which="first").estimate == pytest.approx(-0.5, abs=0.02)
+    with pytest.raises(InputError, match="there is no finite other above 0"):
+        result.exponent("other")
+    with pytest.raises(InputError, match="at two or more values of width"):
+        result.exponent("stream_rms", axis="width")
