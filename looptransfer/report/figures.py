@@ -67,7 +67,15 @@ def plot_optima(verdict: Verdict) -> Figure:
             error = [[one.regret.estimate - one.regret.low], [one.regret.high - one.regret.estimate]]
             right.errorbar(position, one.regret.estimate, yerr=error, color=colour, marker=marker, capsize=4)
         else:
-            right.text(position, 0, "not\nknown", ha="center", va="bottom", color="0.35")
+            right.text(
+                position,
+                0.02,
+                "not\nknown",
+                ha="center",
+                va="bottom",
+                color="0.35",
+                transform=right.get_xaxis_transform(),
+            )
     _tolerance_band(left, verdict)
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
