@@ -289,10 +289,13 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
         loops = [int(part) for part in arguments.loops.split(",")]
     except ValueError:
         raise InputError(f"--loops is {arguments.loops!r}; write whole numbers such as 1,2,4,8") from None
+    import torch  # noqa: PLC0415
+
     from looptransfer.coordcheck.recommend import recommend  # noqa: PLC0415
     from looptransfer.coordcheck.run import coord_check  # noqa: PLC0415
     from looptransfer.targets import load_experiment  # noqa: PLC0415
 
+    torch.set_num_threads(1)  # as in a sweep's workers: at these sizes more threads take longer
     started = time.perf_counter()
     result = coord_check(
         load_experiment(arguments.experiment),
