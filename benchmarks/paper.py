@@ -160,7 +160,7 @@ def matrix_rows(matrix: Any, **labels: Any) -> list[dict[str, Any]]:
     return [{**labels, "m": m + 1, "n": n + 1, "cosine": float(c)} for (m, n), c in np.ndenumerate(matrix)]
 
 
-def short_trainings(scale: Scale) -> tuple[pd.DataFrame, pd.DataFrame]:
+def short_trainings(scale: Scale, _: Path) -> dict[str, pd.DataFrame]:
     """Norms and changes of the stream by run and step, and mean cosines at initialisation."""
     check = looped(scale)
     tables = [at_the_end(check, "looped")]
@@ -174,7 +174,7 @@ def short_trainings(scale: Scale) -> tuple[pd.DataFrame, pd.DataFrame]:
         cosines += matrix_rows(check.cosines["as made", scale.matrix, 0], stack="untied", rule=rule)
     columns = ["stack", "rule", "count", "seed", "step"]
     columns += ["stream_rms", "change_since_step", "change_since_init", "alignment"]
-    return pd.concat(tables)[columns], pd.DataFrame(cosines)
+    return {"short.csv": pd.concat(tables)[columns], "cosines_init.csv": pd.DataFrame(cosines).round(4)}
 
 
 # -- the reference experiment: figures 4 to 6
@@ -199,7 +199,7 @@ def experiment(scale: Scale, layers: int | None = None, base_layers: int | None 
     )
 
 
-def sweep_layers(scale: Scale, out: Path) -> pd.DataFrame:
+def sweep_layers(scale: Scale, out: Path) -> dict[str, pd.DataFrame]:
     """LRs by L at one N: base depth 1, which brings the factor m_L^(−1/2), and base depth L, which brings none."""
     tables = []
     for layers, (arm, base) in itertools.product(scale.layers, ((WITH, 1), (WITHOUT, None))):
@@ -210,10 +210,10 @@ def sweep_layers(scale: Scale, out: Path) -> pd.DataFrame:
         around, seeds = scale.long_lr, scale.long_seeds
         table = lt.sweep(trained, [scale.layers_loops], around, seeds=seeds, octaves=OCTAVES, ledger=ledger, workers=1)
         tables.append(table.assign(arm=arm))
-    return pd.concat(tables)
+    return {"layers.csv": pd.concat(tables)}
 
 
-def trained_models(scale: Scale) -> tuple[pd.DataFrame, pd.DataFrame]:
+def trained_models(scale: Scale, _: Path) -> dict[str, pd.DataFrame]:
     """The stream along the loop after training, by run, and cosines of increments before and after."""
     streams: list[dict[str, Any]] = []
     cosines: list[dict[str, Any]] = []
@@ -225,7 +225,7 @@ def trained_models(scale: Scale) -> tuple[pd.DataFrame, pd.DataFrame]:
         if loops == max(scale.long_loops):
             for moment, (matrix, _) in (("before", before), ("after", after)):
                 cosines += matrix_rows(matrix, **run, moment=moment)
-    return pd.DataFrame(streams), pd.DataFrame(cosines)
+    return {"along_the_loop.csv": pd.DataFrame(streams), "cosines_trained.csv": pd.DataFrame(cosines).round(4)}
 
 
 def train_and_observe(scale: Scale, rule: Rule, loops: int, seed: int) -> tuple[Any, Any, float]:
@@ -503,7 +503,7 @@ def short_sections(out: Path) -> tuple[list[Section], pd.DataFrame]:
     """Figures 1 to 3, and all exponents."""
     short, cosines = pd.read_csv(out / "short.csv"), pd.read_csv(out / "cosines_init.csv")
     fitted = exponents(short)
-    save(fitted, out / "exponents.csv")
+    fitted.to_csv(out / "exponents.csv", index=False, float_format="%.4g")
     draw_cosines_at_init(short, cosines).savefig(out / "1_cosines_init.png", dpi=150)
     draw_stream(short).savefig(out / "2_stream_steps.png", dpi=150)
     draw_growth(short, fitted).savefig(out / "2_stream_growth.png", dpi=150)
@@ -731,35 +731,31 @@ def exponent_lines(fitted: pd.DataFrame) -> str:
 
 
 def measure(scale: Scale, out: Path) -> None:
-    """Run everything, and write it to CSV files."""
-    seconds = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        started, before = time.monotonic(), time.process_time()
-        found = work()
-        seconds[name] = {"wall": round(time.monotonic() - started), "cpu": round(time.process_time() - before)}
-        return found
-
-    short, at_init = timed("figures 1 to 3", lambda: short_trainings(scale))
-    save(short, out / "short.csv")
-    save(at_init, out / "cosines_init.csv")
-    streams, cosines = timed("figures 5 and 6", lambda: trained_models(scale))
-    save(streams, out / "along_the_loop.csv")
-    save(cosines, out / "cosines_trained.csv")
-    timed("figure 4, over L", lambda: sweep_layers(scale, out).to_csv(out / "layers.csv", index=False))
+    """Run everything, and write it to CSV files. An interrupted run goes on; a finished one is made again."""
+    parts: dict[str, Callable[[Scale, Path], dict[str, pd.DataFrame]]] = {
+        "figures 1 to 3": short_trainings,
+        "figures 5 and 6": trained_models,
+        "figure 4b": sweep_layers,
+    }
     device = torch.cuda.get_device_name() if scale.device == "cuda" else f"{os.cpu_count()} CPU cores, one thread"
-    record = {
-        "command": shlex.join(["python", "benchmarks/paper.py", *sys.argv[1:]]),
-        "seconds": seconds,
+    same = {
+        "scale": repr(scale),
         "machine": f"{platform.system()} {platform.machine()}, {device}",
         "python": platform.python_version(),
         **{name: version(name) for name in ("looptransfer", "torch", "numpy")},
     }
-    (out / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def save(table: pd.DataFrame, path: Path) -> None:
-    table.to_csv(path, index=False, float_format="%.4g")
+    record = out / "run.json"
+    before = json.loads(record.read_text()) if record.exists() else {"seconds": {}}
+    goes_on = same.items() <= before.items() and set(before["seconds"]) < set(parts)
+    seconds = before["seconds"] if goes_on else {}
+    for name, work in parts.items():
+        if name not in seconds:
+            wall, cpu = time.monotonic(), time.process_time()
+            for file, table in work(scale, out).items():
+                table.to_csv(out / file, index=False, float_format="%.5g")
+            seconds[name] = {"wall": round(time.monotonic() - wall), "cpu": round(time.process_time() - cpu)}
+            command = shlex.join(["python", "benchmarks/paper.py", *sys.argv[1:]])
+            record.write_text(json.dumps({**same, "command": command, "seconds": seconds}, indent=2) + "\n")
 
 
 def main() -> None:

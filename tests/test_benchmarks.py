@@ -1,6 +1,7 @@
 """The benchmark scripts that write reports run from end to end."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,15 @@ def test_the_papers_diagnostics_are_measured_drawn_and_reported(tmp_path: Path) 
     assert {name[0] for name in pictures} == set("123456")
     assert all(f"]({name})" in text for name in pictures)
     assert text.count("**Where they differ:**") == 7
+
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["seconds"]["figure 4b"]  # as if the run had been interrupted there
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "layers.csv").unlink()
+    (tmp_path / "short.csv").write_text("kept")
+    paper.measure(tiny, tmp_path)
+    assert (tmp_path / "layers.csv").exists()
+    assert (tmp_path / "short.csv").read_text() == "kept"
 
 
 def test_a_gpu_is_asked_for_in_words_where_there_is_none(
