@@ -276,18 +276,18 @@ def verified(project: Project, fault: Fault) -> tuple[bool, float]:
     """Whether `verify` finds the fault at N = 4, and in what time."""
     torch.manual_seed(0)
     model = faulty(project, fault)(4)
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         lt.verify(model, next(project.batches(0))[0])
     except lt.VerificationError:
-        return True, time.perf_counter() - started
-    return False, time.perf_counter() - started
+        return True, time.process_time() - started
+    return False, time.process_time() - started
 
 
 def checked(project: Project, fault: Fault) -> tuple[lt.CoordCheck, float]:
-    started = time.perf_counter()
+    started = time.process_time()
     result = lt.coord_check(faulty(project, fault), project.batches, make_optimizer=fault.optimizer, **CI_SIZED)
-    return result, time.perf_counter() - started
+    return result, time.process_time() - started
 
 
 def faults_table() -> list[dict[str, Any]]:
@@ -395,7 +395,7 @@ def our_verdict(fault: str, axis: str) -> dict[str, Any]:
 
 
 def measured(function: str, fault: str, axis: str, plans: dict[str, str]) -> dict[str, Any]:
-    """Run in a process of its own: seconds without imports, and by how much the peak of its memory grew."""
+    """Run in a process of its own: CPU seconds without imports, and by how much the peak of its memory grew."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     PLANS.update(plans)
@@ -404,9 +404,9 @@ def measured(function: str, fault: str, axis: str, plans: dict[str, str]) -> dic
         F.cross_entropy(
             project.plain(size)(next(project.batches(0))[0]).flatten(0, 1), torch.zeros(128).long()
         ).backward()
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     found = globals()[function](fault, axis)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return {**found, "s": seconds, "MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
@@ -434,8 +434,9 @@ def side_by_side() -> list[dict[str, Any]]:
 
 HEAD = """# Does the coordinate check see what is wrong?
 
-Made by `python benchmarks/coordcheck_faults.py` in {seconds:.0f} s, one thread: looptransfer {looptransfer}, torch {torch},
-mup {mup}, Python {python}. Seeds 0–2 for the faults, {seeds} for the clean runs.
+Made by `python benchmarks/coordcheck_faults.py` in {seconds:.0f} s ({cpu:.0f} s of CPU time;
+all other seconds here are CPU time of one thread, since the machine was shared): looptransfer {looptransfer}, torch
+{torch}, mup {mup}, Python {python}. Seeds 0–2 for the faults, {seeds} for the clean runs.
 
 Three projects are rewritten by `parametrize` and trained on the groups of `param_groups`: a pre-norm decoder
 (*reference*), an *ALBERT-like* post-norm encoder, and a *prelude-loop-coda* decoder; width 32, two layers in the loop.
@@ -447,7 +448,13 @@ steps, three seeds. It fails (exit 1), refuses a model that is no longer a plain
 
 def report(faults: list[dict[str, Any]], clean: pd.DataFrame, beside: list[dict[str, Any]], seconds: float) -> str:
     versions = {name: version(name) for name in ("looptransfer", "torch", "mup")}
-    head = HEAD.format(seconds=seconds, python=platform.python_version(), seeds=f"0–{3 * len(clean) - 1}", **versions)
+    head = HEAD.format(
+        seconds=seconds,
+        cpu=time.process_time(),
+        python=platform.python_version(),
+        seeds=f"0–{3 * len(clean) - 1}",
+        **versions,
+    )
     return (
         "\n".join([head, *_faults_section(pd.DataFrame(faults)), *_clean_section(clean), *_beside_section(beside)])
         + "\n"
@@ -505,7 +512,7 @@ def _beside_section(rows: list[dict[str, Any]]) -> list[str]:
         "picture; given here are the slopes of its l1, the mean over visits and seeds, after the last step. It looks "
         "at what modules return: a multiplier lost inside the module shows as one slope among many when N is handed "
         "in, and not in the picture over width; one undone at the addition shows in neither. MiB: growth of the "
-        "process's peak memory.\n",
+        "process's peak memory beyond that of one plain training step at the largest N.\n",
         "| fault | check | s | MiB | rows | what it says |",
         "|---|---|---|---|---|---|",
     ]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from looptransfer.report.coordinates import plot_exponents as plot_exponents
     from looptransfer.report.coordinates import plot_growth as plot_growth
     from looptransfer.report.coordinates import plot_stream as plot_stream
+    from looptransfer.report.coordinates import write_coord_html as write_coord_html
     from looptransfer.report.figures import plot_curves as plot_curves
     from looptransfer.report.figures import plot_optima as plot_optima
     from looptransfer.report.page import write_html as write_html
@@ -32,10 +33,14 @@ if TYPE_CHECKING:
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
     from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
-    from looptransfer.transfer.results import read_results as read_results
+    from looptransfer.transfer.baseline import baseline_of as baseline_of
+    from looptransfer.transfer.baseline import read_baseline as read_baseline
+    from looptransfer.transfer.check import check as check
+    from looptransfer.transfer.comparison import compare as compare
+    from looptransfer.transfer.sources import read_results as read_results
     from looptransfer.transfer.verdict import Verdict as Verdict
-    from looptransfer.transfer.verdict import check as check
     from looptransfer.trials.experiment import Experiment as Experiment
+    from looptransfer.trials.gate import gate as gate
     from looptransfer.trials.sweep import TunedLR as TunedLR
     from looptransfer.trials.sweep import sweep as sweep
     from looptransfer.trials.sweep import tune as tune
@@ -55,9 +60,12 @@ _HOMES = {
     "Verdict": "transfer.verdict",
     "VerificationError": "errors",
     "apply_plan": "rewrite.apply",
-    "check": "transfer.verdict",
+    "baseline_of": "transfer.baseline",
+    "check": "transfer.check",
+    "compare": "transfer.comparison",
     "coord_check": "coordcheck.run",
     "fold": "rewrite.apply",
+    "gate": "trials.gate",
     "param_groups": "optim",
     "parametrize": "rewrite.apply",
     "plot_curves": "report.figures",
@@ -65,7 +73,8 @@ _HOMES = {
     "plot_growth": "report.coordinates",
     "plot_optima": "report.figures",
     "plot_stream": "report.coordinates",
-    "read_results": "transfer.results",
+    "read_baseline": "transfer.baseline",
+    "read_results": "transfer.sources",
     "recommend": "coordcheck.recommend",
     "reference_experiment": "reference.experiment",
     "remove": "rewrite.apply",
@@ -76,6 +85,7 @@ _HOMES = {
     "tune": "trials.sweep",
     "unfold": "rewrite.apply",
     "verify": "rewrite.verify",
+    "write_coord_html": "report.coordinates",
     "write_html": "report.page",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -2,20 +2,32 @@
 
 import argparse
 import json
+import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from looptransfer.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
 from looptransfer.errors import InputError
+from looptransfer.files import check_new, check_writable, write_text
 
-USAGE, UNEXPECTED, INTERRUPTED = 2, 70, 130
-STATUS = "exit status: 0 flat, 1 drifts, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
+if TYPE_CHECKING:
+    from looptransfer.transfer.comparison import Comparison
+    from looptransfer.transfer.verdict import Verdict
+
+USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
+LEDGER, OPTIMA = "looptransfer.db", "lr-optima.json"
+STATUS = "exit status: 0 flat, 1 drifts or moved, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
+HELD = "exit status: 0 holds, 1 moved or worse, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 START = """\
 start here:   looptransfer demo --quick
 your model:   looptransfer inspect my_project.model:make
+your LR:      looptransfer tune experiment.py --loops 2 -o best.json
 your results: looptransfer check results.csv"""
 ABOUT = "Tune the LR of a looped Transformer at small N, carry it to large N, and check that it holds."
 DEMO = """\
@@ -34,13 +46,51 @@ cannot tell the branches, the message says what settles it, often --branches 'la
 CHECK = """\
 Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains nothing.
 
-The CSV has one row per training run, with columns
-  loops     N, a whole number from 1
+  looptransfer check results.csv
+  looptransfer check wandb.jsonl --columns lr=config.lr loops=config.n_loops loss=summary.val_loss
+  looptransfer check 'sqlite:///optuna.db#study' --axis width --markdown >> "$GITHUB_STEP_SUMMARY"
+
+SOURCE is a table in CSV, JSON lines or Parquet, a ledger of tune and sweep, or the URL of an Optuna study. It has one
+row per training run, with columns
+  loops     N, a whole number from 1 (or the column that --axis names)
   lr        absolute learning rate
   loss      final loss in nats; inf or nan where the run diverged
   seed      optional; runs of one seed are compared with each other, and one seed settles nothing
   rule      optional; the other rules serve as controls
-  diverged  optional; true or false"""
+  diverged  optional; true or false
+  step      optional; where there is a row for every step, the optimum at 50 and 75 % of the training is shown too"""
+
+TRAINED = "exit status: 0 done, 2 bad usage or input, 70 anything unexpected, 130 interrupted"
+EXPERIMENT = """\
+EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
+looptransfer.Experiment, or a function of no arguments that returns one."""
+KEPT = "Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was."
+TUNE = f"""\
+Finds the best LR of a proxy, your experiment with few loops: a coarse look with one seed, then
+half-octave steps with every seed, and the optimum with its interval over seeds.
+
+  looptransfer tune experiment.py --loops 2 -o best.json
+
+{EXPERIMENT}
+{KEPT}"""
+SWEEP = f"""\
+Trains at every loop count, LR and seed around the LR that was tuned, and writes the table that
+`looptransfer check` judges. Control rules show whether the sweep could have seen a drift.
+
+  looptransfer sweep experiment.py --loops 1,2,4,8,16 --around best.json -o results.csv
+  looptransfer sweep experiment.py --loops 1,4,16 --lrs 0.001,0.002,0.004 --seeds 4-7 --append results.csv
+
+{EXPERIMENT}
+{KEPT}"""
+GATE = f"""\
+Trains at half, once and twice the stored LR optimum, at the smallest and the largest stored N with a
+few seeds, and says whether the optimum still lies between: a check for every commit.
+
+  looptransfer check results.csv --baseline {OPTIMA} --update-baseline
+  looptransfer gate experiment.py --baseline {OPTIMA}
+
+{EXPERIMENT}
+No run is kept: those of another state of the code would say nothing of this one."""
 
 COORDCHECK = """\
 Trains a few steps at every loop count, watches what reaches the residual stream at every visit of
@@ -57,13 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
     except InputError as error:
         print(f"looptransfer: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `looptransfer check … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except Exception:
         traceback.print_exc()
         print("looptransfer: this is unexpected; please report it with the lines above", file=sys.stderr)
@@ -79,12 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help=story, description=DEMO, formatter_class=raw))
     look = "show what would be rewritten in a model"
     _add_inspect(commands.add_parser("inspect", help=look, description=INSPECT, formatter_class=raw))
+    search = "find the best LR of a proxy"
+    _add_tune(commands.add_parser("tune", help=search, description=TUNE, epilog=TRAINED, formatter_class=raw))
+    spread = "train over loop counts and LRs, for a table of results"
+    _add_sweep(commands.add_parser("sweep", help=spread, description=SWEEP, epilog=TRAINED, formatter_class=raw))
     watch = "watch the residual stream over N in a few short trainings"
     _add_coordcheck(
         commands.add_parser("coordcheck", help=watch, description=COORDCHECK, epilog=CHECKED, formatter_class=raw)
     )
     judge = "judge a table of results; trains nothing"
     _add_check(commands.add_parser("check", help=judge, description=CHECK, epilog=STATUS, formatter_class=raw))
+    guard = "train a little, and see whether stored optima still hold"
+    _add_gate(commands.add_parser("gate", help=guard, description=GATE, epilog=HELD, formatter_class=raw))
     return parser
 
 
@@ -97,7 +158,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="PACKAGE.MODULE:FACTORY", help="what makes the model")
+    parser.add_argument("target", metavar="FACTORY", help="package.module:factory or path/to/file.py:factory")
     parser.add_argument(
         "--inputs",
         nargs="+",
@@ -113,6 +174,37 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_inspect)
 
 
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    _add_experiment(parser)
+    parser.add_argument("--loops", type=int, required=True, metavar="N", help="loop count of the proxy")
+    parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write what was found as JSON, for sweep")
+    parser.set_defaults(run=_tune)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    _add_experiment(parser)
+    parser.add_argument("--loops", required=True, metavar="N,N,…", help="loop counts, such as 1,2,4,8,16")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--around", metavar="LR", help="centre of the LRs: a number, or the file that tune wrote")
+    where.add_argument("--lrs", metavar="LR,LR,…", help="the LRs themselves")
+    octaves = "LRs as log2 distances from the centre (default: -3,-2.25,-1.5,-0.75,0,0.75,1.5); write --octaves=-1,0,1"
+    parser.add_argument("--octaves", metavar="X,X,…", help=octaves)
+    rules = "factored, sqrt, unscaled; all but the one judged are controls (default: factored)"
+    parser.add_argument("--rules", default="factored", metavar="RULE,…", help=rules)
+    table = parser.add_mutually_exclusive_group(required=True)
+    table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table as CSV into a new file")
+    table.add_argument("--append", type=Path, metavar="FILE", help="make what this table lacks and add it there")
+    parser.set_defaults(run=_sweep)
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
+    parser.add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
+    parser.add_argument("--ledger", default=LEDGER, metavar="FILE", help=f"finished runs, SQLite (default: {LEDGER})")
+    parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
+
+
 def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
     parser.add_argument("--loops", default="1,2,4,8,16,32,64", metavar="N,N,…", help="loop counts (default: 1 to 64)")
@@ -121,7 +213,7 @@ def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: 10)")
     parser.add_argument("--seeds", type=int, default=3, metavar="K", help="how many, two at least (default: 3)")
     parser.add_argument("--lr", type=float, default=1e-3, help="base LR (default: 0.001)")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="of an exponent (default: 0.1)")
+    parser.add_argument("--tolerance", type=float, default=0.15, help="of an exponent (default: 0.15)")
     parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the frame as CSV as well")
@@ -129,7 +221,11 @@ def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="RESULTS.csv", help="the table")
+    parser.add_argument("source", metavar="SOURCE", help="table, ledger or study, such as results.csv")
+    called = "what a column is called in SOURCE, such as lr=config.lr"
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=THERE", help=called)
+    parser.add_argument("--axis", default="loops", metavar="COLUMN", help="what grows: loops, width, layers, …")
+    parser.add_argument("--maximize", action="store_true", help="loss is a metric of which more is better")
     parser.add_argument("--rule", help="the rule to judge (default: factored, or the only one there)")
     parser.add_argument(
         "--lr", type=float, help="the transferred LR, absolute (default: the optimum at the smallest N)"
@@ -137,9 +233,31 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, default=0.20, help="octaves per doubling of N (default: 0.20)")
     parser.add_argument("--regret", type=float, default=0.02, help="tolerated regret in nats (default: 0.02)")
     parser.add_argument("--confidence", type=float, default=0.90, help="of the intervals (default: 0.90)")
-    parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
+    form.add_argument("--markdown", action="store_true", help="the verdict as Markdown on standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    stored = "compare the optima with these: exit status 1 where one moved or its loss got worse"
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help=f"{stored} (such as lr-optima.json)")
+    parser.add_argument("--update-baseline", action="store_true", help="write the optima into --baseline instead")
+    moved = "octaves that an optimum may be away from the stored one (default: 0.5)"
+    parser.add_argument("--moved", type=float, default=0.5, metavar="OCTAVES", help=moved)
     parser.set_defaults(run=_check)
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
+    parser.add_argument("--baseline", type=Path, default=Path(OPTIMA), metavar="FILE", help=f"(default: {OPTIMA})")
+    parser.add_argument(
+        "--loops", metavar="N,N,…", help="which of the stored N (default: the smallest and the largest)"
+    )
+    parser.add_argument("--seeds", type=int, default=6, help="how many (default: 6)")
+    parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
+    parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
+    form.add_argument("--markdown", action="store_true", help="the answer as Markdown on standard output")
+    parser.set_defaults(run=_gate)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -196,7 +314,9 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
     }
     try:
         if arguments.html:
-            result.to_html(arguments.html, provenance=made)
+            from looptransfer.report.coordinates import write_coord_html  # noqa: PLC0415
+
+            write_coord_html(result, arguments.html, provenance=made)
         if arguments.output:
             result.frame.to_csv(arguments.output, index=False)
     except OSError as error:
@@ -210,26 +330,136 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
     return result.exit_status
 
 
-def _check(arguments: argparse.Namespace) -> int:
-    from looptransfer.transfer.results import read_results  # noqa: PLC0415
-    from looptransfer.transfer.verdict import check  # noqa: PLC0415
+def _tune(arguments: argparse.Namespace) -> int:
+    seeds = seeds_of(arguments.seeds)
+    if arguments.output:
+        check_new(arguments.output)
+        check_writable(arguments.output, arguments.ledger)
+    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.trials.sweep import tune  # noqa: PLC0415
 
-    if arguments.html and arguments.html.resolve() == arguments.results.resolve():
+    experiment = load_experiment(arguments.experiment)
+    best = tune(experiment, arguments.loops, seeds, arguments.ledger, arguments.workers, arguments.rule)
+    print(best)
+    if arguments.output:
+        write_text(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
+    around = arguments.output or f"{best.lr:.6g}"
+    follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
+    _print_next(*follow, *(["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []))
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8,16"), seeds_of(arguments.seeds)
+    path = arguments.append or arguments.output
+    from looptransfer.trials.table import grown, loss_table, read_table  # noqa: PLC0415
+
+    if arguments.output:
+        check_new(path)
+    runs_there = read_table(path)[1] if arguments.append else []
+    check_writable(path, arguments.ledger)
+    where = learning_rates(arguments)
+    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.trials.sweep import sweep  # noqa: PLC0415
+    from looptransfer.trials.trial import Run  # noqa: PLC0415
+
+    experiment = load_experiment(arguments.experiment)
+    if "around" in where:
+        where["around"] = centre_of(where["around"], experiment.identity())
+    results = sweep(
+        experiment,
+        loops,
+        rules=[rule.strip() for rule in arguments.rules.split(",")],
+        seeds=seeds,
+        ledger=arguments.ledger,
+        workers=arguments.workers,
+        known=[Run(*run) for run in runs_there],
+        **where,
+    )
+    text = grown(path, results) if arguments.append else results.to_csv(index=False)
+    write_text(path, text)
+    print(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
+    _print_next("check", path)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from looptransfer.transfer.check import check  # noqa: PLC0415
+    from looptransfer.transfer.sources import read_results  # noqa: PLC0415
+
+    if arguments.html and arguments.html.resolve() == Path(arguments.source).resolve():
         raise InputError(f"--html {arguments.html} would overwrite the table; choose another file")
     verdict = check(
-        read_results(arguments.results),
+        read_results(arguments.source, columns_of(arguments.columns), arguments.axis),
         rule=arguments.rule,
         transferred_lr=arguments.lr,
         tolerance=arguments.tolerance,
         regret_tolerance=arguments.regret,
         confidence=arguments.confidence,
+        axis=arguments.axis,
+        maximize=arguments.maximize,
     )
     if arguments.html:
         from looptransfer.report.page import write_html  # noqa: PLC0415
+        from looptransfer.transfer.baseline import fingerprint_of  # noqa: PLC0415
 
         try:
-            write_html(verdict, arguments.html, provenance={"results": arguments.results})
+            made = {
+                "command": shlex.join(["looptransfer", *sys.argv[1:]]),
+                "source": arguments.source,
+                **{name: version(name) for name in ("looptransfer", "numpy", "scipy", "pandas")},
+                **fingerprint_of(verdict.runs, verdict.axis),
+            }
+            write_html(verdict, arguments.html, provenance=made)
         except OSError as error:
             raise InputError(f"cannot write {arguments.html}: {error.strerror}; choose another file") from None
-    print(json.dumps(verdict.to_dict(), indent=2, allow_nan=False) if arguments.json else verdict)
-    return verdict.exit_status
+    told = _against_baseline(arguments, verdict)
+    if arguments.json:
+        extra = {} if told is None else {"baseline": told.to_dict()}
+        print(json.dumps(verdict.to_dict() | extra, indent=2, allow_nan=False))
+    else:
+        print(*(one.to_markdown() if arguments.markdown else one for one in (verdict, told) if one), sep="\n")
+    statuses = {verdict.exit_status} | (set() if told is None else {told.exit_status})
+    return 1 if 1 in statuses else max(statuses)
+
+
+def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Comparison | None":
+    if arguments.baseline is None:
+        if arguments.update_baseline:
+            raise InputError(f"--update-baseline needs to know which; add --baseline {OPTIMA}")
+        return None
+    from looptransfer.transfer.baseline import baseline_of, read_baseline  # noqa: PLC0415
+    from looptransfer.transfer.comparison import compare  # noqa: PLC0415
+
+    if arguments.update_baseline:
+        if arguments.baseline.resolve() in {
+            Path(arguments.source).resolve(),
+            arguments.html and arguments.html.resolve(),
+        }:
+            raise InputError(
+                f"--baseline {arguments.baseline} would overwrite the table or the page; choose another file"
+            )
+        baseline_of(verdict, arguments.baseline).write(arguments.baseline)
+        print(f"optima written to {arguments.baseline}", file=sys.stderr)
+        return None
+    return compare(verdict, read_baseline(arguments.baseline), arguments.moved)
+
+
+def _gate(arguments: argparse.Namespace) -> int:
+    loops = None if arguments.loops is None else listed("--loops", arguments.loops, int, "2,16")
+    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
+    from looptransfer.trials.gate import gate  # noqa: PLC0415
+
+    stored = read_baseline(arguments.baseline)
+    experiment = load_experiment(arguments.experiment)
+    told = gate(experiment, stored, loops, arguments.seeds, arguments.rule, workers=arguments.workers)
+    if arguments.json:
+        print(json.dumps(told.to_dict(), indent=2, allow_nan=False))
+    else:
+        print(told.to_markdown() if arguments.markdown else told)
+    return told.exit_status
+
+
+def _print_next(*arguments: object) -> None:
+    print("next:", shlex.join(["looptransfer", *map(str, arguments)]))

@@ -18,7 +18,8 @@ from looptransfer.reference.experiment import ReferenceSize, reference_experimen
 from looptransfer.report.figures import plot_curves, plot_optima
 from looptransfer.report.page import write_html
 from looptransfer.rules import Rule
-from looptransfer.transfer.verdict import Verdict, check
+from looptransfer.transfer.check import check
+from looptransfer.transfer.verdict import Verdict
 from looptransfer.trials.sweep import OCTAVES, TunedLR, sweep, tune
 
 PROXY = 2

@@ -1,9 +1,6 @@
 """What would be rewritten in a model that is named on the command line."""
 
-import importlib
-import os
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +12,7 @@ from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.apply import parametrize
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule
+from looptransfer.targets import load_target
 
 DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}
 FORMS = "float:2x16x32, long:2x16, bool:2x16 or a number; NAME=… for a keyword argument"
@@ -29,7 +27,7 @@ def inspect_model(
     branches: Sequence[str] | None = None,
     layers: int | None = None,
 ) -> ScalingPlan:
-    """The plan for the model that `target`, "package.module:factory", makes.
+    """The plan for the model that `target`, "package.module:factory" or "path/to/file.py:factory", makes.
 
     The factory takes no arguments and returns a model, or a model and example inputs; a model will do as well. `inputs`
     describe the example inputs, see `FORMS`; tensors of kind long hold zeros and ones, which fit any vocabulary.
@@ -76,30 +74,7 @@ def _parse_input(text: str) -> tuple[str, Any]:
 
 
 def _make(target: str) -> tuple[nn.Module, Any]:
-    module_name, _, attribute = target.partition(":")
-    if not module_name or not attribute:
-        raise InputError(
-            f"{target!r} names no factory; write PACKAGE.MODULE:FACTORY, such as looptransfer:LoopedDecoder"
-        )
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
-    try:
-        made: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            made = getattr(made, part)
-    except Exception as error:
-        raise InputError(
-            f"cannot import {target}: {type(error).__name__}: {error}; run the command where "
-            f"`import {module_name}` works"
-        ) from error
-    finally:
-        sys.path.pop(0)
-    if not isinstance(made, nn.Module):
-        try:
-            made = made()
-        except Exception as error:
-            raise InputError(
-                f"{target}() fails: {type(error).__name__}: {error}; name a factory that takes no arguments"
-            ) from error
+    made = load_target(target, nn.Module, "factory")
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise InputError(f"{target}() returns a {type(model).__name__}; it must return a model, or (model, inputs)")

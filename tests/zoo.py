@@ -1197,6 +1197,80 @@ add("numbered parts", "streams", lambda: Looped([NumberedParts(), NumberedParts(
 add("a table in attention", "streams", TableInAttention, *(("values." + i, "values." + i, 3) for i in "01"))
 add("stacked weights, cast", "streams", StackedAndCast, (":branch", ":branch", 3), layers=2)
 
+# -- branches without a learned matrix
+
+
+class Pooling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2) - x
+
+
+class PoolFormerBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pool, self.mlp = nn.LayerNorm(WIDTH), Pooling(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.pool(self.norm(x))
+        return x + self.mlp(x)
+
+
+class FourierBlock(nn.Module):
+    """Post-norm, as FNet is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.first, self.second = ffn(), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x + torch.fft.fft2(x).real)
+        normed: Tensor = self.second(x + self.mlp(x))
+        return normed
+
+
+class Stages(nn.Module):
+    """Lists of blocks of one branch each, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList([Branch(), Branch()]) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for _ in range(3):
+                for block in stage:
+                    x = block(x)
+        return x
+
+
+add(
+    "stages of blocks with one branch",
+    "drivers",
+    Stages,
+    *((f"stages.{i}.{j}", f"stages.{i}.{j}.f", 3) for i in (0, 1) for j in (0, 1)),
+)
+
+FIXED = "branches without a learned matrix"
+for name, block, warns in (
+    ("pooling", PoolFormerBlock, (FIXED,)),
+    ("a Fourier transform", FourierBlock, (FIXED, "post-norm")),
+):
+    add(
+        f"{name} beside an MLP",
+        "fixed branches",
+        lambda b=block: Looped([b()]),
+        ("blocks.0", "blocks.0.mlp", 3),
+        warns=warns,
+    )
+add(
+    "pooling beside an MLP, declared",
+    "fixed branches",
+    lambda: Looped([PoolFormerBlock(), PoolFormerBlock()]),
+    *per_block("blocks", ["pool"], 3, 2),
+    *per_block("blocks", ["mlp"], 3, 2),
+    kwargs={"branches": ["blocks.*.pool", "blocks.*.mlp"]},
+)
+
 # -- Hugging Face, x-transformers, PEFT
 
 
@@ -2179,6 +2253,52 @@ class OverTime(nn.Module):
         return h
 
 
+class DropoutTwice(nn.Module):
+    """As in XLNet: attention in one forward, whose scores go through the dropout that the branch goes through too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.dropout = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            scores = self.dropout((x @ x.transpose(1, 2)).softmax(-1))
+            x = x + self.dropout(scores @ x @ self.weight)
+        return x
+
+
+class Segments(nn.Module):
+    """One block for segment after segment, with what the one before left behind put in front."""
+
+    def __init__(self, cut: Callable[[Tensor, int], Tensor], loops: int = 1) -> None:
+        super().__init__()
+        self.block, self.cut, self.loops = PreNormBlock(), cut, loops
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, out = torch.zeros_like(x[:, :1]), []
+        for start in (0, 2):
+            h = torch.cat([memory, self.cut(x, start)], dim=1)
+            for _ in range(self.loops):
+                h = self.block(h)
+            memory = h[:, -1:]
+            out.append(h[:, 1:])
+        return torch.cat(out, dim=1)
+
+
+class Cached(nn.Module):
+    """Token after token, each reads what was made of those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(2 * WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [torch.zeros_like(x[:, 0])]
+        for token in x.unbind(1):
+            made.append(token + self.f(torch.cat([token, torch.stack(made).sum(0)], dim=-1)))
+        return torch.stack(made[1:], dim=1)
+
+
 class Penalised(nn.Module):
     """The branch is used for a penalty too."""
 
@@ -2270,6 +2390,22 @@ for name, step in STEPS.items():
     )
 add("a kernel with its own skip", "refusals", Kernel, refusal=KERNEL, line="residual_kernel(x")
 add("a recurrence over time", "refusals", OverTime, refusal=TIME, line="h = h + self.f(")
+add(
+    "one dropout on scores and on the branch", "refusals", DropoutTwice, refusal=NO_MODULE, line="x = x + self.dropout("
+)
+for name, cut, loops in (
+    ("slices", lambda x, start: x[:, start : start + 2], 1),
+    ("copies", lambda x, start: x[:, start : start + 2].clone(), 1),
+    ("slices, looped", lambda x, start: x[:, start : start + 2], 2),
+):
+    add(
+        f"segments after one another, {name}",
+        "refusals",
+        lambda cut=cut, loops=loops: Segments(cut, loops),
+        refusal=TIME,
+        line="x = x + self.attn(",
+    )
+add("token after token with a cache", "refusals", Cached, refusal=TIME, line="made.append(token + self.f(")
 add("a branch used elsewhere", "refusals", lambda: PenalisedModel(marked=False), refusal=REUSED, line="else out")
 add("a midpoint step", "refusals", lambda: Midpoint(marked=False), refusal=NO_MODULE, line="else slope")
 add(
@@ -2281,6 +2417,13 @@ add(
 )
 add("a midpoint step, marked", "settled", lambda: Midpoint(marked=True), (":branch", ":branch", 3))
 add("a recurrence over time, declared", "settled", OverTime, ("f", "f", 4), kwargs={"branches": ["f"]})
+add(
+    "segments after one another, declared with their loops",
+    "settled",
+    lambda: Segments(lambda x, start: x[:, start : start + 2], 2),
+    *per_block(["block"], BOTH, 2),
+    kwargs={"branches": ["block.attn", "block.mlp"], "loops": 2},
+)
 for name in ("a damped skip", "DeepNorm", "a stack that is summed", "index_add", "addcmul", "lerp by a constant"):
     add(
         f"{name}, declared",

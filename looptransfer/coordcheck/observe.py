@@ -116,18 +116,14 @@ def observe(
     with torch.no_grad(), as_written(), state_kept(model), module_hooks(observer.enter, observer.leave), observer:
         torch.manual_seed(PROBE_SEED)
         output = model(*args, **kwargs)
-    missing = [tap.module for tap in taps if observer.visits[tap.module] != tap.visits]
-    if missing:
+    for tap in taps:
+        if observer.visits[tap.module] == tap.visits:
+            continue
         raise InputError(
-            f"{missing[0]} was added {observer.visits[missing[0]]} times and traced {taps_visits(taps, missing[0])} "
-            "times; a coordinate check needs a forward that does the same every time (no random loop count or halting)"
+            f"{tap.module} was added {observer.visits[tap.module]} times and traced {tap.visits} times; a coordinate "
+            "check needs a forward that does the same every time (no random loop count or halting)"
         )
     return observer.finish(output)
-
-
-def taps_visits(taps: list[Tap], module: str) -> int:
-    """How often a branch is added."""
-    return next(tap.visits for tap in taps if tap.module == module)
 
 
 def _is_plain(graph: Any, total: int) -> bool:

@@ -31,7 +31,7 @@ class Promise:
     high: float
 
 
-def promises(rule: str, adam: bool, scaled_on_stream: bool = True) -> list[Promise]:
+def promises(rule: str, adam: bool, width_scaled: bool = False) -> list[Promise]:
     """All that `rule` promises; "as made" is held to "factored".
 
     What has no theory under a rule is left out: gradients under the controls, whose stream grows, for one.
@@ -39,7 +39,7 @@ def promises(rule: str, adam: bool, scaled_on_stream: bool = True) -> list[Promi
     Args:
         rule: a scaling rule.
         adam: the optimizer is Adam or AdamW, whose step does not depend on the gradient's size.
-        scaled_on_stream: parameters on the stream have LR/n, as `param_groups` makes it.
+        width_scaled: `mup.set_base_shapes` was called; without μP nothing is promised over width.
     """
     alpha = EXPONENTS.get(rule, 1.0)
     low, high = 0.5 - alpha, 1.0 - alpha
@@ -64,8 +64,13 @@ def promises(rule: str, adam: bool, scaled_on_stream: bool = True) -> list[Promi
             Promise("loops", "gradient_rms", "outside", "one", "all", 0, 0),
         ]
     found.append(Promise("loops", "update_rms", "branches", "one", "all", 0 if adam else low, 0))
-    if adam and scaled_on_stream:
+    if adam:  # LR/n, as `param_groups` makes it (our extension)
         found.append(Promise("loops", "update_rms", "on stream", "one", "all", -1, -1))
+    if width_scaled:  # activations keep their size and change by as much at every width (arXiv 2203.03466)
+        found += [
+            Promise("width", "stream_rms", "final", "init", "last", -0.5, 0),
+            Promise("width", "change_since_step", "final", "one", "last", -0.5, 0),
+        ]
     return found + _over_layers(alpha, rule, adam)
 
 

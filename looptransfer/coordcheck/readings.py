@@ -10,8 +10,9 @@ def reading(promise: Promise, module: str, exponent: float, alpha: float, answer
     """One sentence. `exponent` is what was measured, `alpha` the rule's: ε ∝ N^−α."""
     if promise.statistic in _LEVELS:
         text = _LEVELS[promise.statistic](module, exponent, promise.low, answer == "passes")
-    elif promise.axis == "layers":
-        text = f"{_subject(promise, module)} {_grows(exponent, 'L')} where {_promised(promise, 'L')}"
+    elif promise.axis != "loops":
+        symbol = "L" if promise.axis == "layers" else "width"
+        text = f"{_subject(promise, module)} {_grows(exponent, symbol)} where {_promised(promise, symbol)}"
     elif promise.statistic == "branch_rms" and answer != "passes":
         text = _branch(promise, module, exponent, alpha)
     elif promise.statistic in {"added_rms", "stream_rms"} and answer != "passes":

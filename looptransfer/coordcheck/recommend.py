@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from looptransfer.coordcheck.exponents import exponent_table, fit_exponents, on_axis
 from looptransfer.coordcheck.promises import Promise
-from looptransfer.coordcheck.verdict import CONFIDENCE, CoordCheck, exponent_table, fit_exponents, on_axis
+from looptransfer.coordcheck.verdict import CONFIDENCE, CoordCheck
 from looptransfer.errors import InputError
 from looptransfer.transfer.optimum import Interval, t_interval
 

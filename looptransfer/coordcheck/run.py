@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from looptransfer.coordcheck.exponents import COLUMNS
 from looptransfer.coordcheck.observe import OUTPUT, Observation, Tap, find_taps, observe
 from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTICS, VISIT_STATISTICS, Change, Step, Visit
-from looptransfer.coordcheck.verdict import COLUMNS, ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
+from looptransfer.coordcheck.verdict import ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
 from looptransfer.errors import InputError
 from looptransfer.optim import param_groups
 from looptransfer.rewrite.apply import apply_plan, parametrize, planned
@@ -88,7 +89,7 @@ def coord_check(
     widths: Sequence[int] = (),
     layers: Sequence[int] = (),
     statistics: Mapping[str, Callable[[Visit], Any]] | None = None,
-    tolerance: float = 0.1,
+    tolerance: float = 0.15,
     level: float = 0.05,
 ) -> CoordCheck:
     """Train a few steps at every loop count, watch what reaches the stream, and judge how it grows with N.
@@ -115,7 +116,8 @@ def coord_check(
         widths: widths to be run as well, at the second loop count.
         layers: numbers of unique layers L to be run as well, at the second loop count.
         statistics: further functions of a `Visit`, by name. They stand in the frame and are not judged.
-        tolerance: how far an exponent may lie from what the rule promises.
+        tolerance: how far an exponent of N may lie from what the rule promises; two thirds of it for what a branch
+            adds at its first visit, twice as much over L.
         level: chance of one false alarm or more in the whole check (Holm over all statistics).
 
     Raises:
@@ -154,7 +156,7 @@ class _Runs:
 
     setting: _Setting
     rows: list[tuple[Any, ...]] = field(default_factory=list)
-    matrices: dict[tuple[str, int, int], list[Any]] = field(default_factory=dict)
+    matrices: dict[tuple[str, _Size, int], list[Any]] = field(default_factory=dict)
     plans: dict[tuple[str, _Size], ScalingPlan | None] = field(default_factory=dict)
     taps: dict[tuple[str, _Size], list[Tap]] = field(default_factory=dict)
     adam: bool = True
@@ -182,7 +184,7 @@ class _Runs:
             ):
                 self.rows += [(*where, step, *value) for value in [*observation.values, *more]]
                 if observation.cosines is not None and step in {0, setting.steps}:
-                    self.matrices.setdefault((rule, size.loops, step), []).append(observation.cosines.double().cpu())
+                    self.matrices.setdefault((rule, size, step), []).append(observation.cosines.double().cpu())
 
     def _rewrite(self, model: nn.Module, inputs: Any, rule: str, size: _Size) -> ScalingPlan | None:
         """Put `rule` into the model. The branches of a size are found once; other rules and seeds get the same plan."""
@@ -200,8 +202,12 @@ class _Runs:
     def judged(self, rules: Sequence[str], tolerance: float, level: float) -> CoordCheck:
         """The frame and its verdict."""
         frame = pd.DataFrame(self.rows, columns=COLUMNS)
-        means = {key: torch.stack(found).mean(0).numpy() for key, found in self.matrices.items()}
         (_, largest), taps = max(self.taps.items(), key=lambda item: item[0][1].loops)
+        means = {
+            (rule, size.loops, step): torch.stack(found).mean(0).numpy()
+            for (rule, size, step), found in self.matrices.items()
+            if size == replace(largest, loops=size.loops)
+        }
         plan = self.plans[rules[0], largest]
         base_layers = plan.base_layers if plan else self.setting.base_layers
         branches = tuple(Branch(tap.module, tap.layer, tap.visits) for tap in taps)

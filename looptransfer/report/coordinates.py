@@ -13,43 +13,44 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from looptransfer.coordcheck.verdict import CoordCheck, Finding, on_axis
+from looptransfer.coordcheck.exponents import on_axis
+from looptransfer.coordcheck.verdict import CoordCheck, Finding
 from looptransfer.report.figures import ORDERED, RULE_STYLES
 from looptransfer.report.page import render, svg
 
 # What a figure shows: statistic, which visit, step (0, 1 or the last), title.
 AGAINST_N = [
-    ("branch_rms", "first", 0, "Added by a branch at its first visit"),
+    ("branch_rms", "first", 0, "Added by {} at its first visit"),
     ("stream_rms", "last", 0, "Stream at initialisation"),
     ("change_since_step", "last", 1, "Change of the stream in one step"),
     ("change_since_init", "last", -1, "Change of the stream in all steps"),
 ]
+LEAST_OCTAVES = 3
 ANSWER_STYLES = {"passes": ("#0072B2", "o"), "fails": ("#D55E00", "X"), "inconclusive": ("#777777", "D")}
 
 
 def plot_stream(check: CoordCheck) -> Figure:
     """Stream RMS after every visit of the last looped branch, one colour per N; bands reach over all seeds.
 
-    A column for every rule; above at initialisation, below after the last step.
+    A row for every rule; left at initialisation, right after the last step.
     """
-    counts = sorted(_rows(check, check.rule)["loops"].unique())
+    counts = sorted(check.frame["loops"].unique())
     norm = BoundaryNorm(np.arange(len(counts) + 1) - 0.5, 256)
-    figure = Figure(figsize=(1.4 + 3.0 * len(check.rules), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(check.rules), sharex=True, sharey="row", squeeze=False)
+    figure = Figure(figsize=(9.4, 0.9 + 2.3 * len(check.rules)), layout="constrained")
+    axes = figure.subplots(len(check.rules), 2, sharex=True, sharey="col", squeeze=False)
     module = (check.context.looped or [check.context.branches[-1].module])[-1]
-    for column, rule in enumerate(check.rules):
+    for row, rule in enumerate(check.rules):
         rows = _rows(check, rule)
         rows = rows[(rows["statistic"] == "stream_rms") & (rows["module"] == module)]
-        for row, step in enumerate((0, rows["step"].max())):
-            axis = axes[row, column]
+        for axis, step in zip(axes[row], (0, rows["step"].max()), strict=True):
             for place, count in enumerate(counts):
                 chosen = rows[(rows["loops"] == count) & (rows["step"] == step)]
                 _band(axis, chosen.groupby("visit")["value"], ORDERED(norm(place)), "o" if count == 1 else "")
             _log_axes(axis)
             axis.set_title(f"{rule}, {'at initialisation' if step == 0 else f'after {step} steps'}", fontsize="medium")
-        axes[1, column].set_xlabel("visit n")
-    for row in range(2):
         axes[row, 0].set_ylabel("stream RMS")
+    for axis in axes[-1]:
+        axis.set_xlabel("visit n")
     handles = [
         axes[0, 0].plot([], [], color=ORDERED(norm(i)), linewidth=2.5, label=f"N = {n}")[0]
         for i, n in enumerate(counts)
@@ -62,9 +63,9 @@ def plot_growth(check: CoordCheck) -> Figure:
     """Four statistics against N, a line per rule: mean over seeds, the band reaches over all of them."""
     figure = Figure(figsize=(9.4, 6.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).flat
-    looped = check.context.looped or [check.context.branches[0].module]
+    branch = _worst_branch(check)
     for axis, (statistic, which, step, title) in zip(axes, AGAINST_N, strict=True):
-        module = looped[0] if statistic == "branch_rms" else check.context.branches[-1].module
+        module = branch if statistic == "branch_rms" else check.context.branches[-1].module
         for place, rule in enumerate(check.rules):
             colour, marker = RULE_STYLES[place % len(RULE_STYLES)]
             rows = _rows(check, rule)
@@ -73,7 +74,7 @@ def plot_growth(check: CoordCheck) -> Figure:
             visit = rows.groupby(["loops", "seed"])["visit"].transform("min" if which == "first" else "max")
             _band(axis, rows[rows["visit"] == visit].groupby("loops")["value"], colour, marker, rule)
         _log_axes(axis)
-        axis.set(title=title, ylabel="RMS")
+        axis.set(title=title.format(branch), ylabel="RMS")
     for axis in figure.axes[2:]:
         axis.set_xlabel("loop count N")
     figure.axes[0].legend(frameon=False, fontsize="small")
@@ -90,14 +91,14 @@ def plot_exponents(check: CoordCheck) -> Figure:
         colour, marker = ANSWER_STYLES[one.answer]
         low, high = one.low - one.tolerance, one.high + one.tolerance
         axis.barh(place, high - low, left=low, height=0.86, color="#009E73", alpha=0.22, linewidth=0)
-        ends = [[one.exponent.estimate - one.exponent.low], [one.exponent.high - one.exponent.estimate]]
-        axis.errorbar(one.exponent.estimate, place, xerr=ends, color=colour, marker=marker, markersize=4.5, capsize=2)
+        error = [[one.exponent.estimate - one.exponent.low], [one.exponent.high - one.exponent.estimate]]
+        axis.errorbar(one.exponent.estimate, place, xerr=error, color=colour, marker=marker, markersize=4.5, capsize=2)
     axis.set_yticks(range(len(shown)), [_label(one) for one in reversed(shown)], fontsize="x-small")
-    edges = [edge for one in shown for edge in (one.low - one.tolerance, one.high + one.tolerance)]
-    middle = [one.exponent.estimate for one in shown if one.exponent]
-    axis.set_xlim(min([*edges, *middle]) - 0.15, max([*edges, *middle]) + 0.15)
+    ends = [-1.0, 0.0, *(one.exponent.estimate for one in shown if one.exponent)]
+    ends += [edge for one in shown for edge in (one.low - one.tolerance, one.high + one.tolerance)]
+    axis.set_xlim(min(ends) - 0.15, max(ends) + 0.15)
     axis.set_ylim(-0.8, len(shown) - 0.2)
-    axis.set(xlabel="exponent of N (of L where it says so)")
+    axis.set(xlabel="exponent of N (of layers or width where it says so)")
     axis.grid(alpha=0.25, axis="x")
     names = {answer for answer in ANSWER_STYLES if any(one.answer == answer for one in shown)}
     handles: list[Any] = [
@@ -129,7 +130,7 @@ def plot_cosines(check: CoordCheck) -> Figure | None:
     return figure
 
 
-def write_page(
+def write_coord_html(
     check: CoordCheck,
     path: str | Path,
     *,
@@ -166,6 +167,16 @@ def _rows(check: CoordCheck, rule: str) -> pd.DataFrame:
     return rows[np.isfinite(rows["value"]) & (rows["value"] > 0)]
 
 
+def _worst_branch(check: CoordCheck) -> str:
+    """The looped branch whose multiplier is furthest from what is promised."""
+    found = [
+        (abs(one.exponent.estimate - one.low), one.module)
+        for one in check.judged
+        if one.statistic == "branch_rms" and one.which == "first" and one.exponent
+    ]
+    return max(found)[1] if found else check.context.branches[0].module
+
+
 def _band(axis: Axes, groups: Any, colour: Any, marker: str, label: str = "") -> None:
     mean, low, high = groups.mean(), groups.min(), groups.max()
     axis.plot(mean.index, mean, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
@@ -173,8 +184,14 @@ def _band(axis: Axes, groups: Any, colour: Any, marker: str, label: str = "") ->
 
 
 def _log_axes(axis: Axes) -> None:
+    if not np.isfinite(axis.dataLim.minposx):
+        axis.set(xlim=(0.5, 2), ylim=(0.5, 2))
+        axis.text(1, 1, "nothing finite to show", ha="center")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
+    low, high = axis.get_ylim()
+    spare = max(0.0, (LEAST_OCTAVES - math.log2(high / low)) / 2)  # what is flat shall look flat
+    axis.set_ylim(low / 2**spare, high * 2**spare)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{math.log2(value):.0f}}}$"))
     for along in (axis.xaxis, axis.yaxis):

@@ -26,7 +26,7 @@ def plot_curves(verdict: Verdict) -> Figure:
 
     Crosses at the top are LRs at which runs diverged, the dashed line is the transferred LR.
     """
-    counts = sorted({optimum.loops for one in verdict.rules.values() for optimum in one.optima})
+    counts = sorted({optimum.at for one in verdict.rules.values() for optimum in one.optima})
     rules = list(verdict.rules.values())
     figure = Figure(figsize=(1.2 + 3.4 * len(rules), 3.6), layout="constrained")
     axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
@@ -36,18 +36,20 @@ def plot_curves(verdict: Verdict) -> Figure:
     high = min(float(finite.max()), low + 4 * max(0.02, float(finite.median()) - low))
     for axis, one in zip(axes, rules, strict=True):
         for optimum in one.optima:
-            colour = ORDERED(norm(counts.index(optimum.loops)))
-            runs = verdict.runs[(verdict.runs["rule"] == one.rule) & (verdict.runs["loops"] == optimum.loops)]
+            colour = ORDERED(norm(counts.index(optimum.at)))
+            runs = verdict.runs[(verdict.runs["rule"] == one.rule) & (verdict.runs[verdict.axis] == optimum.at)]
             _curve(axis, runs, optimum, colour, high)
         if verdict.transferred_lr is not None:
             axis.axvline(verdict.transferred_lr, color="0.35", linestyle="--", linewidth=1, zorder=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"$2^{{{math.log2(lr):.0f}}}$"))
-        axis.set(title=f"{one.rule}: {one.answer}", xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
+        axis.set(title=_plain(f"{one.rule}: {one.answer}"), xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("held-out loss (nats)")
+    axes[0].set_ylabel("metric, negated" if verdict.maximize else "held-out loss (nats)")
     handles = [
-        axes[0].plot([], [], color=ORDERED(norm(i)), marker="o", markersize=4, label=f"N = {n}")[0]
+        axes[0].plot(
+            [], [], color=ORDERED(norm(i)), marker="o", markersize=4, label=_plain(f"{verdict.axis_label} = {n}")
+        )[0]
         for i, n in enumerate(counts)
     ]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -70,13 +72,18 @@ def plot_optima(verdict: Verdict) -> Figure:
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     left.xaxis.set_minor_locator(NullLocator())
-    left.set(xlabel="loop count N", ylabel="optimum, log2(LR)", title="Where the best LR lies")
+    left.set(
+        xlabel="loop count N" if verdict.axis == "loops" else _plain(verdict.axis),
+        ylabel="optimum, log2(LR)",
+        title="Where the best LR lies",
+    )
     left.grid(alpha=0.25)
     left.legend(frameon=False, fontsize="small")
     right.axhline(verdict.regret_tolerance, color="0.35", linestyle="--", linewidth=1, label="tolerance")
-    names = list(verdict.rules)
+    names = [_plain(rule) for rule in verdict.rules]
     right.set_xticks(range(len(names)), names)
-    right.set(xlim=(-0.6, len(names) - 0.4), ylabel="nats, at the largest N", title="Regret of the transferred LR")
+    unit = _plain(f"{verdict.unit}, at the largest {verdict.axis_label}")
+    right.set(xlim=(-0.6, len(names) - 0.4), ylabel=unit, title="Regret of the transferred LR")
     right.grid(alpha=0.25, axis="y")
     right.legend(frameon=False, fontsize="small")
     return figure
@@ -100,11 +107,15 @@ def _curve(axis: Axes, runs: pd.DataFrame, optimum: Optimum, colour: object, top
 
 
 def _optima(axis: Axes, one: RuleVerdict, colour: str, marker: str) -> None:
-    known = [(o.loops, o.log2_lr) for o in one.optima if o.log2_lr is not None]
+    known = [(o.at, o.log2_lr) for o in one.optima if o.log2_lr is not None]
     if known:
         loops = [n for n, _ in known]
         axis.plot(
-            loops, [log2.estimate for _, log2 in known], color=colour, marker=marker, label=f"{one.rule}: {one.answer}"
+            loops,
+            [log2.estimate for _, log2 in known],
+            color=colour,
+            marker=marker,
+            label=_plain(f"{one.rule}: {one.answer}"),
         )
         axis.fill_between(
             loops, [i.low for _, i in known], [i.high for _, i in known], color=colour, alpha=0.18, linewidth=0
@@ -113,10 +124,15 @@ def _optima(axis: Axes, one: RuleVerdict, colour: str, marker: str) -> None:
 
 def _tolerance_band(axis: Axes, verdict: Verdict) -> None:
     """How far the optimum of the rule asked for could move and still be flat."""
-    known = [(o.loops, o.log2_lr.estimate) for o in verdict.rules[verdict.rule].optima if o.log2_lr is not None]
+    known = [(o.at, o.log2_lr.estimate) for o in verdict.judged.optima if o.log2_lr is not None]
     if len(known) >= 2:
         loops = np.array([n for n, _ in known])
         spread = verdict.tolerance * np.log2(loops / loops[0])
         style: dict[str, Any] = {"color": "0.35", "linestyle": ":", "linewidth": 1}
         axis.plot(loops, known[0][1] + spread, label=f"±{verdict.tolerance:g} octave per doubling", **style)
         axis.plot(loops, known[0][1] - spread, **style)
+
+
+def _plain(text: str) -> str:
+    """A user's words, which are no formula whatever signs they hold."""
+    return text.replace("$", r"\$")

@@ -122,12 +122,14 @@ def _marked_alone(found: Trace, handle: Handle) -> Group:
 
 
 def _usable(found: Trace) -> set[Handle]:
-    """The handles that hand over nothing but branches, and branches with a matrix in common."""
+    """The handles that hand over nothing but branches, none of them twice, and branches with a matrix in common."""
     handed: defaultdict[Handle, set[int]] = defaultdict(set)
     common: dict[Handle, frozenset[str]] = {}
+    twice: set[Handle] = set()
     for add in _scalable(found):
         for node in proportional(found.graph, add.branch, add.way):
             for handle in found.graph.nodes[node].handles:
+                twice |= {handle} if any(found.graph.precedes(node, n) for n in handed[handle] & add.way) else set()
                 handed[handle].add(node)
                 common[handle] = common.get(handle, add.matrices) & add.matrices
 
@@ -138,7 +140,7 @@ def _usable(found: Trace) -> set[Handle]:
         return found.graph.calls[handle if handle.mark is not None else Handle(handle.module)]
 
     marked = {handle for handle in handed if handle.mark is not None}
-    return marked | {h for h in handed if h.module and common[h] and times(h) == calls(h)}
+    return marked | {h for h in handed.keys() - twice if h.module and common[h] and times(h) == calls(h)}
 
 
 def proportional(graph: Graph, number: int, inside: frozenset[int]) -> Iterator[int]:
@@ -205,9 +207,19 @@ def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
     adds = [add for add, nodes in reached if nodes]
     canonical = parameter_names(model)
     owned = {p: canonical[id(p)] for p in module_of(model, name).parameters()}
-    matrices = frozenset(name for p, name in owned.items() if p.ndim >= 2)
+    matrices = frozenset(name for p, name in owned.items() if p.ndim >= 2) or frozenset([str(handles[0])])
     others = [n for n in places if not any(n in nodes for _, nodes in reached)]
     return _at(handles[0], places, adds + _standing_alone(others, frozenset(owned.values()), matrices))
+
+
+def scaled(found: Trace, groups: list[Group]) -> list[ResidualAdd]:
+    """The adds whose branch some group hands over."""
+    taken, nodes = {id(add) for group in groups for add in group.adds}, {n for group in groups for n in group.nodes}
+    return [
+        add
+        for add in found.adds
+        if id(add) in taken or (add.kind == "fixed" and nodes & set(proportional(found.graph, add.branch, add.way)))
+    ]
 
 
 def _standing_alone(places: list[int], parameters: frozenset[str], matrices: frozenset[str]) -> list[ResidualAdd]:
@@ -238,7 +250,7 @@ def _refuse_what_cannot_be_scaled(found: Trace) -> None:
     if time:
         raise InputError(
             f"each visit of the residual add at {time[0].site.source} reads another slice of the input: that is a "
-            f"recurrence over time, not over depth, and its length is no loop count. {DECLARE}"
+            f"recurrence over time, not over depth, and its length is no loop count. {DECLARE}, and N with loops="
         )
     if gated:
         raise InputError(

@@ -5,13 +5,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from looptransfer.rewrite.branches import Group
+from looptransfer.rewrite.branches import Group, scaled
 from looptransfer.rewrite.ends import gates
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.trace import ResidualAdd, Trace
-
-NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm", "rsqrt", "var", "std"}
-NORMS |= {"linalg_vector_norm", "_native_batch_norm_legit", "var_mean", "cudnn_batch_norm"}
+from looptransfer.rewrite.trace import NORMS, ResidualAdd, Trace
 
 
 def find_caveats(
@@ -24,6 +21,7 @@ def find_caveats(
     checks = [
         _unused(model, found, groups),
         _injection(found),
+        _fixed(found, groups),
         _post_norm(found),
         _depth_scaling(found, groups, constants),
         _cut_loops(model, found, groups),
@@ -51,6 +49,18 @@ def _injection(found: Trace) -> str | None:
     return (
         f"streams left alone: what is added at {', '.join(sources)} is an input injection or a long skip and keeps "
         "factor 1, so its balance to the scaled branches changes with N"
+    )
+
+
+def _fixed(found: Trace, groups: list[Group]) -> str | None:
+    taken = scaled(found, groups)
+    sources = list(dict.fromkeys(add.site.source for add in found.of("fixed") if add not in taken))
+    if not sources:
+        return None
+    return (
+        f"branches without a learned matrix: what is added at {', '.join(sources)} (a Fourier transform, a pooling) "
+        "keeps factor 1 and grows with N; to scale it too, mark it, looptransfer.residual(…), or name all branches, "
+        "branches=[…]"
     )
 
 
@@ -120,9 +130,12 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
 
 
 def _cut_between(found: Trace, earlier: ResidualAdd, later: ResidualAdd) -> bool:
-    nodes, graph = found.graph.nodes, found.graph
-    between = [earlier.total, *graph.way(earlier.total, later.total)]
-    return any(nodes[n].cut for n in between if n != later.total)
+    """No gradient comes from the later sum back to the earlier one on any way."""
+    reached = {earlier.total}
+    for n in found.graph.way(earlier.total, later.total):
+        if found.graph.nodes[n].gradients_to & reached:
+            reached.add(n)
+    return found.graph.nodes[earlier.total].followed and later.total not in reached
 
 
 def _prelude(groups: list[Group]) -> str | None:
@@ -138,8 +151,8 @@ def _prelude(groups: list[Group]) -> str | None:
 def _trained(model: nn.Module) -> str | None:
     """Norm gains start out equal; where they differ, the model was trained."""
     for name, module in model.named_modules():
-        gain = getattr(module, "weight", None)
-        if "Norm" not in type(module).__name__ or not isinstance(gain, torch.Tensor) or gain.is_meta:
+        gain = module._parameters.get("weight")  # an attribute may be computed, and move the buffers of spectral norm
+        if "Norm" not in type(module).__name__ or gain is None or gain.is_meta:
             continue
         if gain.ndim == 1 and gain.numel() > 1 and bool((gain != gain[0]).any()):
             return (

@@ -37,7 +37,7 @@ class _Walk:
     """From a node back to the learned maps that it is a sum of, with the constant share of each."""
 
     def __init__(self, found: Trace, inside: frozenset[int]) -> None:
-        self.nodes, self.inside = found.graph.nodes, inside
+        self.graph, self.nodes, self.inside = found.graph, found.graph.nodes, inside
         self.known: dict[int, dict[int, float]] = {}
 
     def shares(self, number: int) -> dict[int, float]:
@@ -78,11 +78,18 @@ class _Walk:
             return mine
         if number not in self.inside or not node.proportional_to:
             return {number: factor}
-        ways = [self._sum(alternative, factor, node.weights) for alternative in node.proportional_to]
-        if len(ways) == 1:
+        ways = [way for one in node.proportional_to if (way := self._way(node, one, factor))]
+        if len(node.proportional_to) == 1 and ways:
             return ways[0]
         whole = [way for way in ways if all(self.learned(end) for end in way)]
         return whole[0] if whole else {number: factor}  # a product of two things that both depend on data
+
+    def _way(self, node: Node, alternative: tuple[int, ...], factor: float) -> dict[int, float]:
+        """Empty where the other factor holds what it ends in, as in y / |y|: ε would not come out of the product."""
+        others = [n for n in node.sources if self.nodes[n].data and n not in alternative]
+        ends = self._sum(alternative, factor, node.weights)
+        apart = all(end != n and not self.graph.precedes(end, n) for end in ends for n in others)
+        return ends if apart else {}
 
     def _sum(self, sources: Sequence[int], factor: float, weights: Sequence[float] = ()) -> dict[int, float]:
         total: dict[int, float] = {}

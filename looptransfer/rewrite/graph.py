@@ -58,7 +58,7 @@ class Node:
     even: bool = True  # it is the same for all elements
     weights: tuple[float, ...] = ()  # of each node of an alternative, where they are not 1
     followed: bool = False  # autograd follows it
-    cut: bool = False  # it does, and some operation took it without
+    gradients_to: frozenset[int] = frozenset()  # the sources that autograd followed into it
     index: bool = False  # whole numbers or truth values: it chooses, and is no amount
     noise: bool = False  # random numbers and what is made of them alone: a dropout mask
     slices: frozenset[tuple[int, int]] = frozenset()  # (source, offset) where it reads a part of it
@@ -134,12 +134,17 @@ class Graph:
 
     def way(self, start: int, end: int) -> list[int]:
         """The nodes on the paths from `start` to `end`, `end` included."""
-        between = self.nodes[end].ancestors >> (start + 1)
-        found = []
-        while between:
-            lowest = (between & -between).bit_length() - 1
-            between &= between - 1
-            number = start + 1 + lowest
-            if self.precedes(start, number):
-                found.append(number)
+        later = self.nodes[end].ancestors >> (start + 1) << (start + 1)
+        found = [number for number in bits(later) if self.precedes(start, number)]
         return [*found, end] if self.precedes(start, end) else []
+
+
+def bits(mask: int) -> Iterator[int]:
+    """The numbers in a bitmask, the smallest first."""
+    number = 0
+    while mask:
+        zeros = (mask & -mask).bit_length() - 1
+        number += zeros
+        yield number
+        mask >>= zeros + 1
+        number += 1

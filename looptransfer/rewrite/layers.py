@@ -33,7 +33,9 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
         siblings = {one for one, where in zip(units, places, strict=True) if where == around and one != around}
         if _element(model, around, holder):
             return around if _in_list(model, around) and _differ(model, siblings) else unit
-        return around if around in holders or _in_list(model, around) or _differ(model, siblings) else unit
+        stage = isinstance(model.get_submodule(around), (*LISTS, nn.Sequential)) and _alike(model, siblings)
+        one = around in holders or (_in_list(model, around) and not stage) or _differ(model, siblings)
+        return around if one else unit
 
     return [block_of(*one) for one in zip(places, holders, units, groups, strict=True)]
 
@@ -127,5 +129,13 @@ def _numbered(model: nn.Module, holders: list[str], groups: list[Group]) -> set[
 
 def _differ(model: nn.Module, names: set[str]) -> bool:
     """No two of the parts are built alike: attention and MLP, not two layers."""
-    builds = [tuple(type(module).__qualname__ for module in model.get_submodule(name).modules()) for name in names]
-    return len(set(builds)) == len(builds)
+    return len(_builds(model, names)) == len(names)
+
+
+def _alike(model: nn.Module, names: set[str]) -> bool:
+    """All of the parts are built alike: the layers of a stage."""
+    return len(_builds(model, names)) == 1
+
+
+def _builds(model: nn.Module, names: set[str]) -> set[tuple[str, ...]]:
+    return {tuple(type(module).__qualname__ for module in model.get_submodule(name).modules()) for name in names}

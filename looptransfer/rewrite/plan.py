@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.branches import Group, find_groups
+from looptransfer.rewrite.branches import DECLARE, Group, find_groups, scaled
 from looptransfer.rewrite.caveats import find_caveats
 from looptransfer.rewrite.ends import factors, last_maps
 from looptransfer.rewrite.graph import Handle
@@ -28,6 +28,7 @@ REASONS = {
     "fused": "the operation that adds computes the branch",
     "time": "a recurrence over time",
     "read-out": "a weighted sum of states that does not come back into the stream",
+    "fixed": "no learned matrix acts in the branch",
     "leaf": "not declared as a branch",
 }
 
@@ -186,7 +187,8 @@ def make_plan(
     if not groups:
         raise InputError(
             "no residual add was found: nothing of the form x + f(x), with learned matrices in f, ran in the forward. "
-            "Check that the example inputs reach the looped layers and that the model was not compiled"
+            "Check that the example inputs reach the looped layers and that the model was not compiled. Where a "
+            f"branch is added in another way, mark it there: looptransfer.residual(…). {DECLARE}"
         )
     blocks = find_blocks(model, groups)
     layers = layers or count_layers(model, blocks, groups)
@@ -243,7 +245,7 @@ def _branch(model: nn.Module, found: Trace, group: Group, block: str) -> Branch:
 
 
 def _left_alone(found: Trace, groups: list[Group]) -> tuple[LeftAlone, ...]:
-    taken = {id(add) for group in groups for add in group.adds}
+    taken = {id(add) for add in scaled(found, groups)}
     others = Counter((add.site.source, add.kind) for add in found.adds if id(add) not in taken)
     return tuple(LeftAlone(source, REASONS[kind]) for source, kind in others)
 

@@ -92,9 +92,10 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, groups: list
     wanted = record(twin_of(twin), example_inputs, seed=SEED, scale=scale).results
     if not all_agree(rewritten, wanted, twin):
         names = ", ".join(str(group.handle) for group in groups[:4])
+        lines = list(dict.fromkeys(add.site.source for group in groups for add in group.adds))
         raise InputError(
             f"multiplying what {names}{', …' * (len(groups) > 4)} hand over is not the same as multiplying what is "
-            "added to the stream, so no faithful rewrite is known. Mark the branches: "
+            f"added to the stream at {', '.join(lines[:4])}, so no faithful rewrite is known. Mark the branches: "
             f"x + looptransfer.residual(…). {DECLARE}"
         )
 

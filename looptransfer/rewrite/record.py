@@ -70,6 +70,7 @@ class _Call:
     shapes: list[torch.Size]
     written: list[Tensor]
     sources: list[int]  # the nodes that the result is made of
+    gradients_to: frozenset[int]  # those of them that autograd follows, or may follow once no_grad is over
     parts: frozenset[tuple[int, int]]  # (node, offset) of inputs that are part of a storage
 
 
@@ -137,7 +138,7 @@ class Recorder(SiteCounter):
             self._own(tensor, Node())
         for position, (name, parameter) in enumerate(learned.items()):
             self._own(parameter, self._parameter(name, position))
-        for tensor in tensors(example):
+        for tensor in [tensor for leaf in tree_leaves(example) for tensor in held(leaf)]:
             self._own(tensor, Node(data=True))
 
     # -- what ran where
@@ -148,7 +149,7 @@ class Recorder(SiteCounter):
         if name is not None:
             self.calls[Handle(name)] += 1
             for own, parameter in module._parameters.items():
-                if parameter is not None and (id(module), own) in self.homes:
+                if isinstance(parameter, nn.Parameter) and (id(module), own) in self.homes:  # no computed weight
                     self._learn(parameter, self.homes[id(module), own])
         elif id(module) in self.strangers:
             raise InputError(
@@ -157,7 +158,7 @@ class Recorder(SiteCounter):
             )
 
     def _learn(self, parameter: Tensor, name: str) -> None:
-        """FSDP gathers a parameter into another tensor for the forward."""
+        """FSDP gathers a parameter into another one for the forward."""
         number = self._node_of(parameter)
         if number is None or self.nodes[number].parameters != {name}:
             position = self.parameters.index(name)
@@ -189,7 +190,7 @@ class Recorder(SiteCounter):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = self._call(func, args, kwargs or {})
-        self._note_cuts(call)
+        self._note_followed(call)
         site = self.site(call.name, call.shapes)
         scaled = self.scale.get(site, self.scale.get((site[0], ANY))) if site and self.scale else None
         peaks = tuple(_peak(tensor) for tensor in call.inputs) if site and self.peaks else ()
@@ -214,16 +215,14 @@ class Recorder(SiteCounter):
         known = [(n, tensor) for n, tensor in zip(before, inputs, strict=True) if n is not None]
         sources = [n for n, tensor in known if name not in SHAPED_LIKE and _key(tensor) not in overwritten]
         parts = frozenset((n, int(tensor.storage_offset())) for n, tensor in known if not _whole(tensor))
-        return _Call(func, name, args, kwargs, inputs, before, [t.shape for t in inputs], written, sources, parts)
+        followed = frozenset(n for n, tensor in known if tensor.requires_grad or not torch.is_grad_enabled())
+        shapes = [tensor.shape for tensor in inputs]
+        return _Call(func, name, args, kwargs, inputs, before, shapes, written, sources, followed, parts)
 
-    def _note_cuts(self, call: _Call) -> None:
-        if not torch.is_grad_enabled():
-            return
+    def _note_followed(self, call: _Call) -> None:
         for tensor, number in zip(call.inputs, call.before, strict=True):
-            if number is not None and tensor.requires_grad:
+            if number is not None and tensor.requires_grad and torch.is_grad_enabled():
                 self.nodes[number].followed = True
-            elif number is not None and self.nodes[number].followed and call.func is not torch.ops.aten.detach.default:
-                self.nodes[number].cut = True
 
     # -- lineage
 
@@ -241,7 +240,7 @@ class Recorder(SiteCounter):
 
     def _derive(self, call: _Call) -> Node:
         name, sources, parts = call.name, call.sources, call.parts
-        node = Node(op=name, sources=tuple(sources), slices=parts)
+        node = Node(op=name, sources=tuple(sources), slices=parts, gradients_to=call.gradients_to)
         learned: set[str] = set()
         for number in sources:
             source = self.nodes[number]
@@ -500,6 +499,8 @@ def _with_multiplier(args: Any, position: int, multiplier: float, in_place: bool
 
 def _broadcasts(shapes: list[torch.Size]) -> bool:
     """One of two shapes is that of their sum."""
+    if shapes[0] == shapes[1]:
+        return True
     try:
         return torch.broadcast_shapes(*shapes) in shapes
     except RuntimeError:
@@ -511,7 +512,7 @@ def _holds_zero(args: Any) -> bool:
 
 
 def held(leaf: Any) -> list[Tensor]:
-    """A tensor, or those in the fields of an output object."""
+    """A tensor, or those in the fields of an object."""
     if isinstance(leaf, Tensor):
         return [leaf]
     return tensors(list(vars(leaf).values())) if hasattr(leaf, "__dict__") and not callable(leaf) else []
@@ -552,8 +553,17 @@ def _argument(position: int | str, args: Any, kwargs: Any) -> Any:
 
 
 def _recorded() -> bool:
-    """Autograd is on, or will be: reentrant checkpoints run a forward without it and once more with it."""
-    return torch.is_grad_enabled() or marker.checkpoints() > 0
+    """Autograd is on, or the forward is that of an autograd.Function, such as a reversible layer or a checkpoint."""
+    return torch.is_grad_enabled() or _in_function()
+
+
+def _in_function() -> bool:
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename == torch.autograd.function.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _size(tensor: Tensor) -> tuple[float, bool]:

@@ -6,7 +6,7 @@ is written out, a manual norm or RoPE would qualify.
 """
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,10 +14,21 @@ from typing import Any, Literal
 
 from torch import nn
 
-from looptransfer.rewrite.graph import Graph, Site, Sum
+from looptransfer.rewrite.graph import Graph, Site, Sum, bits
 from looptransfer.rewrite.record import ExampleInputs, record
 
-Kind = Literal["leaf", "composite", "inner", "gated", "fused", "time", "read-out"]
+Kind = Literal["leaf", "composite", "inner", "gated", "fused", "time", "read-out", "fixed"]
+NORMS = {
+    "native_layer_norm",
+    "native_group_norm",
+    "native_batch_norm",
+    "_fused_rms_norm",
+    "rsqrt",
+    "sqrt",
+    "var",
+    "std",
+}
+NORMS |= {"linalg_vector_norm", "_native_batch_norm_legit", "var_mean", "cudnn_batch_norm"}
 # Operations through which a skip is still a skip, though a scaled one.
 ELEMENTWISE = {
     "mul",
@@ -41,7 +52,7 @@ class ResidualAdd:
     leaf: the branch is to be scaled. composite: the branch holds the stream itself (an input injection, a long skip).
     inner: it stands alone inside a leaf's branch and never becomes the stream. gated: the skip is scaled. fused: the
     branch is computed by the very operation that adds it. time: a recurrence over time, not depth. read-out: a sum
-    of states that does not come back into the stream.
+    of states that does not come back into the stream. fixed: the branch has no learned matrix.
     """
 
     kind: Kind
@@ -95,7 +106,11 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Tr
     _tell_nested(found)
     _tell_read_outs(found)
     _note_parameters(found)
+    found.adds += _fixed_adds(found)
     return found
+
+
+Reading = tuple[ResidualAdd, list[int]]  # an add, and the offsets at which it reads a part of something
 
 
 class _Judge:
@@ -127,6 +142,16 @@ class _Judge:
             add = self._add(total, s, b, frozenset(way), gated)
             add.roots = frozenset([root])
             return add
+        return None
+
+    def fixed(self, total: Sum) -> ResidualAdd | None:
+        """A sum of a stream and something as large that is made of it, whatever acts on the way."""
+        for s, b in self._pairs(total):
+            root = self._root(total.operands[s], total.operands[b], total.fused)
+            if root is not None and self.graph.nodes[root].data and all(total.whole[:2]) and not any(total.scaled):
+                add = self._add(total, s, b, frozenset(self.graph.way(root, total.operands[b])), gated=False)
+                add.kind = "fixed"
+                return add
         return None
 
     @staticmethod
@@ -189,18 +214,27 @@ def _tell_time(found: Trace) -> None:
     sites: defaultdict[Site, list[ResidualAdd]] = defaultdict(list)
     for add in found.of("leaf"):
         sites[add.site].append(add)
+    begun = _slices_begun(found)
     for adds in sites.values():
-        read = [_slices_read(found, add) for add in adds] if len(adds) > 1 else []
-        for source in {source for one in read for source, _ in one}:
-            reading = [
-                (add, frozenset(offset for s, offset in one if s == source))
-                for add, one in zip(adds, read, strict=True)
-                if any(s == source for s, _ in one)
-            ]
-            apart = len({offsets for _, offsets in reading}) == len(reading) > 1
-            if apart and all(found.graph.precedes(a.total, b.total) for (a, _), (b, _) in pairwise(reading)):
-                for add, _ in reading:
-                    add.kind = "time"
+        for read in (_slices_read, lambda _, add: begun[add.total]):
+            parts = [read(found, add) for add in adds] if len(adds) > 1 else []
+            for source in {source for one in parts for source, _ in one}:
+                reading = [
+                    (add, [offset for s, offset in one if s == source])
+                    for add, one in zip(adds, parts, strict=True)
+                    if any(s == source for s, _ in one)
+                ]
+                times = Counter(offset for _, offsets in reading for offset in offsets)
+                apart = len(reading) > 1 and max(times.values()) == 1
+                if apart and all(_in_time(found, source, *both) for both in pairwise(reading)):
+                    for add, _ in reading:
+                        add.kind = "time"
+
+
+def _in_time(found: Trace, source: int, now: Reading, then: Reading) -> bool:
+    """One add is computed from an earlier one, which did not know what it reads: no halves of a stream that swap."""
+    known = {offset for n in now[0].way for s, offset in found.graph.nodes[n].slices if s == source}
+    return found.graph.precedes(now[0].total, then[0].total) and not known & set(then[1])
 
 
 def _tell_gated(found: Trace) -> None:
@@ -229,6 +263,20 @@ def _slices_read(found: Trace, add: ResidualAdd) -> frozenset[tuple[int, int]]:
     fresh = {s for s in fresh if not graph.precedes(add.stream, s)}
     own = {one for n in add.way for one in nodes[n].slices if one[0] in fresh}
     return frozenset(own | {one for s in fresh for one in nodes[s].slices if nodes[one[0]].data})
+
+
+def _slices_begun(found: Trace) -> dict[int, frozenset[tuple[int, int]]]:
+    """Which parts of which data the stream of each add begins with, other than through an earlier add; by its sum."""
+    nodes, begun = found.graph.nodes, {}
+    sliced = functools.reduce(lambda mask, n: mask | 1 << n, (n for n, node in enumerate(nodes) if node.slices), 0)
+    earlier = 0
+    for add in found.adds:
+        chain = [add.total, *found.graph.same(add.stream)]
+        own = functools.reduce(lambda mask, n: mask | 1 << n, chain, nodes[chain[-1]].ancestors) & ~earlier
+        read = {one for n in bits(own & sliced) for one in nodes[n].slices}
+        begun[add.total] = frozenset(one for one in read if nodes[one[0]].data)
+        earlier |= nodes[add.total].ancestors | 1 << add.total
+    return begun
 
 
 def _tell_composites(found: Trace) -> None:
@@ -300,6 +348,26 @@ def _tell_read_outs(found: Trace) -> None:
     for add in found.of("gated"):
         if add.roots & states and not any(found.graph.precedes(add.total, leaf.total) for leaf in leaves):
             add.kind = "read-out"
+
+
+def _fixed_adds(found: Trace) -> list[ResidualAdd]:
+    """What is added to the stream without a learned matrix, as a Fourier transform or a pooling is."""
+    nodes, known = found.graph.nodes, {add.site for add in found.adds}
+    sums = {total.node: total for total in found.graph.sums if total.site not in known}
+    fixed: dict[int, ResidualAdd] = {}
+    for leaf in found.of("leaf"):
+        start: int | None = leaf.stream
+        while start is not None:
+            *_, start = found.graph.same(start)
+            if nodes[start].op in NORMS:
+                start = next((n for n in nodes[start].sources if nodes[n].data), None)
+            elif start in sums.keys() - fixed.keys():
+                add = _Judge(found).fixed(sums[start])
+                fixed |= {start: add} if add is not None else {}
+                start = add.stream if add is not None else None
+            else:
+                start = None
+    return list(fixed.values())
 
 
 def _follows(found: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:

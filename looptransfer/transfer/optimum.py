@@ -1,6 +1,7 @@
-"""The LR optimum of one loop count, from paired seeds, and when it cannot be told.
+"""The LR optimum of one loop count, from paired seeds: its place, its basin, and when it cannot be told.
 
-x is log2 of the LR, so distances are octaves; losses are in nats.
+x is log2 of the LR, so distances are octaves; losses are in nats. Everything here is our extension: the paper reads
+its optima off a plot.
 """
 
 import math
@@ -10,17 +11,21 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.interpolate import PchipInterpolator
 from scipy.special import stdtrit
 
 Array = npt.NDArray[np.float64]
 Censored = Literal["low edge", "high edge", "diverged", "plateau", "one seed", "too few LRs"]
 
-WINDOW = 1.5  # octaves that the fit reaches on either side of the LR nearest to the vertex
+REACH = 2.5  # octaves from the vertex at which the weight of an LR in the fit has fallen to zero
+WALL = 2.5  # times the height of the basin's lower side, above which a loss is no part of the basin
+NEAR_WALL = 1.5  # octaves from the vertex within which a wall bends the fit
+TRUSTED = 1.25  # octaves from the vertex within which the fit stands for the loss
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with a two-sided t-interval over seeds."""
+    """An estimate with a two-sided interval over seeds."""
 
     estimate: float
     low: float
@@ -31,25 +36,62 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Basin:
+    """The LRs whose mean loss lies within a tolerance of the lowest, as log2(LR).
+
+    `low_open`, `high_open`: the basin reaches the last LR that was run and was stable, so it may be wider.
+    """
+
+    low: float
+    high: float
+    low_open: bool
+    high_open: bool
+
+    @property
+    def octaves(self) -> float:
+        """The width; a lower bound where an end is open."""
+        return self.high - self.low
+
+
+@dataclass(frozen=True)
 class Optimum:
     """Where the loss of one loop count is lowest, in log2(LR).
 
-    `censored` says why there is no usable optimum; `log2_lr` and the rest are then None. `by_seed` holds one optimum
-    per seed, linearised at the pooled vertex, `curves` the coefficients (a, b, c) of a + b·x + c·x² per seed.
+    Attributes:
+        at: the loop count N, or the value of another axis that is checked.
+        seeds: how many there are.
+        censored: why there is no usable optimum; all below but the stability edge is then None.
+        stable_up_to: log2 of the largest LR at which, and below which, no seed diverged; None where the lowest did.
+        diverges: whether some LR above it was run, and diverged.
+        log2_lr: the vertex, with its t-interval over seeds.
+        by_seed: one vertex per seed, linearised at the pooled vertex; their mean is the vertex.
+        curves: per seed the coefficients, constant first, of the fitted polynomial in log2(LR) − vertex.
+        basin: the LRs that are as good as the best, within the tolerance asked for.
+        walled: an LR within 1.5 octaves of the vertex has so high a finite loss that it is no part of the basin.
     """
 
-    loops: int
+    at: int
+    seeds: int
     censored: Censored | None
+    stable_up_to: float | None = None
+    diverges: bool = False
     log2_lr: Interval | None = None
     by_seed: pd.Series | None = None
     curves: pd.DataFrame | None = None
-    window: tuple[float, float] | None = None  # log2(LR)
-    seeds: int = 0
+    basin: Basin | None = None
+    walled: bool = False
+
+    @property
+    def degree(self) -> int:
+        """Of the fitted polynomial: 3, or 2 where too few LRs are near; 0 without an optimum."""
+        return 0 if self.curves is None else self.curves.shape[1] - 1
 
     def loss(self, log2_lr: float) -> pd.Series:
-        """The fitted loss per seed, in nats; meaningful inside `window`."""
+        """The fitted loss per seed, in nats; to be trusted within 1.25 octaves of the vertex."""
         assert self.curves is not None
-        return self.curves["a"] + self.curves["b"] * log2_lr + self.curves["c"] * log2_lr**2
+        assert self.log2_lr is not None
+        u = log2_lr - self.log2_lr.estimate
+        return pd.Series(self.curves.to_numpy() @ u ** np.arange(self.degree + 1), self.curves.index)
 
 
 def t_interval(values: pd.Series | Array, confidence: float) -> Interval:
@@ -69,64 +111,157 @@ def curve(runs: pd.DataFrame) -> pd.DataFrame:
     return table.dropna().sort_index()
 
 
-def find_optimum(loops: int, table: pd.DataFrame, confidence: float) -> Optimum:
-    """The vertex of a quadratic in log2(LR), fitted within ±1.5 octaves of the LR nearest to it.
+def find_optimum(
+    at: int,
+    table: pd.DataFrame,
+    confidence: float,
+    basin_tolerance: float = 0.02,
+    degree: Literal[2, 3] = 3,
+) -> Optimum:
+    """The vertex of a local cubic in log2(LR), with weights (1 − (distance/2.5)²)² about the vertex itself.
 
-    The window and the design are the same for every seed (paired seeds), so the mean of the seeds' fits is the fit of
-    their mean. A seed's own vertex is a ratio with heavy tails; instead each seed takes one Newton step from the pooled
-    vertex v with the pooled curvature c, v − f_s'(v)/(2c). The mean of those is v exactly. (Our extension.)
+    The cubic term takes up the asymmetry that LR basins have; without it, and with a window that jumps from LR to LR,
+    the vertex depends on how the grid happens to lie. With fewer than four LRs in reach a parabola is fitted.
+
+    Weights and design are the same for every seed (paired seeds), so the mean of the seeds' fits is the fit of their
+    mean. A seed's own vertex is a ratio with heavy tails; instead each seed takes one Newton step from the pooled
+    vertex v with the pooled curvature c, v − f_s'(v)/(2c), divided by how far the moving weights let it. The mean of
+    those is v exactly.
 
     Args:
-        loops: N, for the record.
-        table: losses from `curve`; inf where a run diverged.
+        at: N, for the record.
+        table: losses from `curve`; inf where a run diverged. An LR at which any seed diverged takes no part in the fit.
         confidence: of the two-sided interval, such as 0.9.
+        basin_tolerance: nats above the lowest mean loss that still count as the basin.
+        degree: 2 fits a parabola in any case.
     """
-    seeds = table.shape[1]
+    finite = np.isfinite(table.to_numpy(dtype=float)).all(axis=1)
+    grid = table.index.to_numpy(dtype=float)
+    edge = int(np.argmin(finite)) if not finite.all() else len(finite)
+    diverges = not finite.all()
+    stable_up_to = float(grid[edge - 1]) if edge else None
 
     def censored(why: Censored) -> Optimum:
-        return Optimum(loops, why, seeds=seeds)
+        return Optimum(at, table.shape[1], why, stable_up_to, diverges)
 
-    stable = table[np.isfinite(table).all(axis=1)]
-    if len(stable) < 3:
-        return censored("diverged" if len(table) >= 3 else "too few LRs")
-    if np.ptp(stable.mean(axis=1)) == 0:
+    x, losses = grid[finite], table.to_numpy(dtype=float)[finite]
+    why = _hidden(grid, x, losses)
+    if why is not None:
+        return censored(why)
+    mean = losses.mean(axis=1)
+    vertex = _descend(x, mean, degree, REACH)
+    if vertex is None:
+        return censored("plateau" if _near(x, float(x[int(np.argmin(mean))]), REACH) >= 3 else "too few LRs")
+    root_weights = _root_weights(x, mean, vertex, REACH)
+    walled = bool((root_weights[np.abs(x - vertex) < NEAR_WALL] <= 0).any())
+    fitted = _fit(x, losses, vertex, degree, root_weights)
+    slope, curvature = fitted[1], fitted[2]
+    stiffness = _stiffness(x, mean, vertex, degree)
+    if t_interval(curvature, confidence).low <= 0 or not stiffness > 0.25:
         return censored("plateau")
-    best = float(stable.mean(axis=1).idxmin())
-    if best == table.index[0]:
-        return censored("low edge")
-    if best == table.index[-1]:
-        return censored("high edge")
-    if best == stable.index[-1] or best == stable.index[0]:
-        return censored("diverged")
-    if seeds < 2:
-        return censored("one seed")
-    centre = best
-    for _ in range(8):  # until the window is centred on the LR nearest to the vertex
-        near = stable[np.abs(stable.index - centre) <= WINDOW + 1e-9]
-        if len(near) < 3:
-            return censored("too few LRs")
-        fitted = _fit(near)
-        vertex = _vertex(fitted.mean())
-        if vertex is None or not near.index[0] < vertex < near.index[-1]:
-            return censored("plateau")
-        nearest = float(stable.index[int(np.argmin(np.abs(stable.index - vertex)))])
-        if nearest == centre:
-            break
-        centre = nearest
-    if t_interval(fitted["c"], confidence).low <= 0:
-        return censored("plateau")
-    mean = fitted.mean()
-    by_seed = vertex - (fitted["b"] + 2 * fitted["c"] * vertex) / (2 * float(mean["c"]))
-    window = (float(near.index[0]), float(near.index[-1]))
-    return Optimum(loops, None, t_interval(by_seed, confidence), by_seed, fitted, window, seeds)
+    by_seed = pd.Series(vertex - slope / (2 * curvature.mean() * stiffness), table.columns)
+    curves = pd.DataFrame(fitted.T, table.columns)
+    basin = _basin(x, mean, vertex, float(fitted[0].mean()), basin_tolerance)
+    log2_lr = t_interval(by_seed, confidence)
+    return Optimum(at, table.shape[1], None, stable_up_to, diverges, log2_lr, by_seed, curves, basin, walled)
 
 
-def _fit(near: pd.DataFrame) -> pd.DataFrame:
-    x = near.index.to_numpy(dtype=float)
-    design = np.stack([np.ones_like(x), x, x * x], axis=1)
-    solution = np.linalg.lstsq(design, near.to_numpy(dtype=float), rcond=None)[0]
-    return pd.DataFrame(solution.T, index=near.columns, columns=["a", "b", "c"])
+def pooled_vertex(table: pd.DataFrame, degree: int, reach: float) -> float | None:
+    """The vertex alone, in log2(LR), by a fit of another reach; None where that fit has none inside the stable LRs."""
+    losses = table.to_numpy(dtype=float)
+    finite = np.isfinite(losses).all(axis=1)
+    return _descend(table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1), degree, reach)
 
 
-def _vertex(mean: pd.Series) -> float | None:
-    return None if mean["c"] <= 0 else float(-mean["b"] / (2 * mean["c"]))
+def _hidden(grid: Array, x: Array, losses: Array) -> Censored | None:
+    """What keeps the optimum from being seen at all, before anything is fitted."""
+    if len(x) < 3:
+        return "diverged" if len(grid) >= 3 else "too few LRs"
+    mean = losses.mean(axis=1)
+    if np.ptp(mean) == 0:
+        return "plateau"
+    best = float(x[int(np.argmin(mean))])
+    if best == grid[0]:
+        return "low edge"
+    if best == grid[-1]:
+        return "high edge"
+    if best in (x[0], x[-1]):
+        return "diverged"
+    return "one seed" if losses.shape[1] < 2 else None
+
+
+def _descend(x: Array, mean: Array, degree: int, reach: float) -> float | None:
+    """The fixed point at which the local fit of the mean loss has its minimum; None where there is none inside x."""
+    vertex, step = float(x[int(np.argmin(mean))]), math.inf
+    for _ in range(60):
+        step = _step(x, mean, vertex, degree, reach)
+        vertex += max(-0.5, min(0.5, step))
+        if not x[0] < vertex < x[-1]:  # also where the step is no number
+            return None
+        if abs(step) < 1e-8:
+            return vertex
+    return vertex if abs(step) < 1e-3 else None
+
+
+def _step(x: Array, mean: Array, centre: float, degree: int, reach: float) -> float:
+    """From a centre to the minimum of the fit about it; nan where it has none or fewer than three LRs are near."""
+    root_weights = _root_weights(x, mean, centre, reach)
+    if (root_weights > 0).sum() < 3:
+        return math.nan
+    _, b, c, *rest = _fit(x, mean[:, None], centre, degree, root_weights)[:, 0]
+    root = c * c - 3 * b * (rest[0] if rest else 0.0)
+    return float(-b / (c + math.sqrt(root))) if root >= 0 and c + math.sqrt(root) > 0 else math.nan
+
+
+def _stiffness(x: Array, mean: Array, vertex: float, degree: int) -> float:
+    """How much the step from a centre shrinks per octave that the centre moves towards the vertex; 1 for a polynomial.
+
+    The weights move with the vertex, so that one seed's pull moves it by more or less than a fixed window says.
+    """
+    ahead, behind = (_step(x, mean, vertex + h, degree, REACH) for h in (0.02, -0.02))
+    return (behind - ahead) / 0.04
+
+
+def _near(x: Array, centre: float, reach: float) -> int:
+    return int((np.abs(x - centre) < reach).sum())
+
+
+def _root_weights(x: Array, mean: Array, centre: float, reach: float) -> Array:
+    """Biweight in the distance from the centre and in the height above the lowest mean loss.
+
+    The height is measured by the lower of the two sides at the end of the reach: a wall of unstable runs whose loss is
+    finite stands many times higher than that, and has no part in where the basin is lowest.
+    """
+    height = mean - mean.min()
+    sides = []
+    for end in (max(centre - reach, x[0]), min(centre + reach, x[-1])):
+        if abs(end - centre) > 0.5:
+            sides.append(float(np.interp(end, x, height)) * (reach / (end - centre)) ** 2)
+    highest = max(WALL * min(sides, default=math.inf), 1e-12)
+    near = np.maximum(1 - ((x - centre) / reach) ** 2, 0)
+    return np.asarray(near * np.maximum(1 - (height / highest) ** 2, 0))
+
+
+def _fit(x: Array, losses: Array, centre: float, degree: int, root_weights: Array) -> Array:
+    """Coefficients, constant first, of the weighted least-squares polynomial in x − centre, a column per seed."""
+    used = root_weights > 0
+    u, root_weights = x[used] - centre, root_weights[used][:, None]
+    degree = min(degree, len(u) - 1)
+    design = u[:, None] ** np.arange(degree + 1) * root_weights
+    # The normal equations: within a few octaves they are well conditioned, and four times as fast as an orthogonal fit.
+    return np.asarray(np.linalg.solve(design.T @ design, design.T @ (losses[used] * root_weights)))
+
+
+def _basin(x: Array, mean: Array, vertex: float, lowest: float, tolerance: float) -> Basin:
+    """Where the mean losses, joined by monotone pieces through the vertex, first rise above lowest + tolerance."""
+    apart = np.abs(x - vertex) > 1e-6
+    knots = np.append(x[apart], vertex)
+    order = np.argsort(knots)
+    loss = PchipInterpolator(knots[order], np.append(mean[apart], lowest)[order])
+    ends = []
+    for end in (x[0], x[-1]):
+        way = np.linspace(vertex, end, 2001)
+        above = loss(way) > lowest + tolerance
+        ends.append((float(way[int(np.argmax(above))]) if above.any() else float(end), not above.any()))
+    (low, low_open), (high, high_open) = ends
+    return Basin(low, high, low_open, high_open)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from looptransfer.errors import InputError
 from looptransfer.rules import RULES
 from looptransfer.transfer.results import COLUMNS
+from looptransfer.transfer.sources import finished_trials
 from looptransfer.trials.experiment import Experiment
 from looptransfer.trials.search import Search
 from looptransfer.trials.trial import Run, train
@@ -78,10 +79,7 @@ def available_cores() -> int:
 
 def finished_runs(study: optuna.Study) -> pd.DataFrame:
     """One row per finished run, with the columns of results.csv and `last_loss`."""
-    rows = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        rows.append({**trial.user_attrs["run"], **trial.user_attrs["outcome"], "loss": trial.value})
-    return pd.DataFrame(rows, columns=[*COLUMNS, "last_loss"])
+    return finished_trials(study).reindex(columns=[*COLUMNS, "last_loss"]).reset_index(drop=True)
 
 
 # -- the ledger

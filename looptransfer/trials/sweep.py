@@ -1,9 +1,12 @@
 """The two things a user asks for: the best LR of a proxy, and a sweep around it over N."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,19 +24,38 @@ from looptransfer.trials.trial import Run
 
 LEDGER = "looptransfer.db"
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
+SCHEMA = 1  # of a tuned LR as JSON
+SAME_LR = 1e-6  # relative distance below which two LRs are one
 
 
 @dataclass(frozen=True)
 class TunedLR:
     """The best base LR of a proxy model, absolute, with the t-interval over seeds that `optimum` holds.
 
-    Where no optimum could be fitted, `lr` is the best one that was run and `optimum.censored` says why.
+    Where no optimum could be fitted, `lr` is the best one that was run and `optimum.censored` says why. `experiment` is
+    the identity of what was trained.
     """
 
     lr: float
     loops: int
     optimum: Optimum
     results: pd.DataFrame = field(repr=False, compare=False)
+    rule: Rule = "factored"
+    experiment: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: what was found, and the seeds and the identity of the experiment it was found with."""
+        interval = self.optimum.log2_lr
+        return {
+            "schema_version": SCHEMA,
+            "loops": self.loops,
+            "lr": self.lr,
+            "rule": self.rule,
+            "log2_lr": asdict(interval) if interval else None,
+            "censored": self.optimum.censored,
+            "seeds": sorted(int(seed) for seed in self.results["seed"].unique()),
+            "experiment": dict(self.experiment),
+        }
 
     def __str__(self) -> str:
         interval = self.optimum.log2_lr
@@ -75,22 +97,50 @@ def tune(
     results = results[[run in wanted for run in runs_of(results)]]
     optimum = search.optimum(results, search.confidence)
     if optimum.log2_lr is not None:
-        return TunedLR(2.0**optimum.log2_lr.estimate, loops, optimum, results)
+        return TunedLR(2.0**optimum.log2_lr.estimate, loops, optimum, results, rule, experiment.identity())
     mean = results.groupby("lr")["loss"].mean()
     if not math.isfinite(mean.min()):
         raise InputError(f"every run at N = {loops} diverged; the experiment does not train at any LR tried")
-    return TunedLR(float(str(mean.idxmin())), loops, optimum, results)
+    return TunedLR(float(str(mean.idxmin())), loops, optimum, results, rule, experiment.identity())
+
+
+def read_tuned(path: str | Path) -> dict[str, Any]:
+    """Read what `TunedLR.to_dict` gave and was written as JSON.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; give an LR, or the JSON file that tune wrote"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}; give an LR, or the JSON file that tune wrote") from None
+    if not isinstance(data, dict) or not {"schema_version", "lr", "loops", "experiment"} <= data.keys():
+        raise InputError(f"{path} holds no tuned LR; give an LR, or the JSON file that tune wrote")
+    if data["schema_version"] != SCHEMA:
+        raise InputError(
+            f"{path} has schema_version {data['schema_version']!r}, not {SCHEMA}; tune again, or give its LR"
+        )
+    lr, identity = data["lr"], data["experiment"]
+    if not isinstance(lr, int | float) or not 0 < lr < math.inf or not isinstance(identity, dict):
+        raise InputError(f"{path} holds the LR {lr!r} and is damaged; tune again, or give an LR")
+    return data
 
 
 def sweep(
     experiment: Experiment,
     loops: Sequence[int] | Mapping[Rule, Sequence[int]],
-    around: TunedLR | float,
+    around: TunedLR | float | None = None,
     rules: Sequence[Rule] = ("factored",),
     seeds: int | Sequence[int] = 4,
     octaves: Sequence[float] = OCTAVES,
     ledger: str | Path = LEDGER,
     workers: int | None = None,
+    lrs: Sequence[float] | None = None,
+    known: Collection[Run] = (),
 ) -> pd.DataFrame:
     """Train at every loop count, LR and seed, and return the table that `check` judges.
 
@@ -106,6 +156,8 @@ def sweep(
         octaves: the LRs as log2 distances from the centre.
         ledger: SQLite file (or Optuna storage URL) of finished runs; calling again goes on where it was.
         workers: processes of one thread; default one per core, 1 trains in this process.
+        lrs: the LRs themselves, absolute, instead of `around` and `octaves`.
+        known: runs that another table holds, left out here; an LR within a millionth of one of theirs becomes theirs.
 
     Returns:
         One row per run, with columns rule, layers, loops, width, lr, seed, steps, loss (nats), diverged, seconds.
@@ -115,30 +167,48 @@ def sweep(
         RuntimeError: a run failed.
     """
     plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
-    centre = around.lr if isinstance(around, TunedLR) else around
-    if not (math.isfinite(centre) and centre > 0):
-        raise InputError(f"around is {around!r}; the LR must be a finite number above 0")
     if not plan_of_loops:
         raise InputError("rules is empty; name one rule or more")
-    if not octaves or len(set(octaves)) < len(octaves) or not all(map(math.isfinite, octaves)):
-        raise InputError(f"octaves is {octaves!r}; give log2 distances from the centre, each once, such as -1, 0, 1")
-    reported = [
-        Run(rule, count, centre * 2.0**octave, seed)
-        for rule, counts in plan_of_loops.items()
-        for count in counts
-        for octave in octaves
-        for seed in _seeds(seeds)
-    ]
-    pairs = dict.fromkeys((run.rule, run.loops) for run in reported)
-    multipliers = {(rule, count): _multipliers(experiment, count, rule) for rule, count in pairs}
-    first_rule: dict[tuple[int, object], Rule] = {}
-    for (rule, count), value in multipliers.items():
-        first_rule.setdefault((count, value), rule)
-    made = {run: replace(run, rule=first_rule[run.loops, multipliers[run.rule, run.loops]]) for run in reported}
+    grid = list(product(_as_known(_absolute(around, octaves, lrs), known), _seeds(seeds)))
+    pairs = [(rule, count) for rule, counts in plan_of_loops.items() for count in counts]
+    reported = {Run(rule, count, lr, seed) for rule, count in pairs for lr, seed in grid}
+    missing = sorted(reported - set(known))
+    stand_in = _stand_ins(experiment, pairs) if missing else {}
+    made = {run: replace(run, rule=stand_in[run.rule, run.loops]) for run in missing}
     done = run_search(experiment, Grid(tuple(dict.fromkeys(made.values()))), ledger, "sweep", workers)
     by_run = dict(zip(runs_of(done), done.to_dict("records"), strict=True))
-    rows = [{**by_run[made[run]], "rule": run.rule} for run in sorted(reported)]
+    rows = [{**by_run[made[run]], "rule": run.rule} for run in missing]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _stand_ins(experiment: Experiment, pairs: Iterable[tuple[Rule, int]]) -> dict[tuple[Rule, int], Rule]:
+    """For each rule and loop count the first rule whose runs are the same there."""
+    first: dict[tuple[int, object], Rule] = {}
+    return {
+        (rule, count): first.setdefault((count, _multipliers(experiment, count, rule)), rule) for rule, count in pairs
+    }
+
+
+def _absolute(around: TunedLR | float | None, octaves: Sequence[float], lrs: Sequence[float] | None) -> Sequence[float]:
+    if (around is None) == (lrs is None):
+        raise InputError("give either around, the centre of the LRs, or lrs, the LRs themselves")
+    if lrs is not None:
+        if not lrs or len(set(lrs)) < len(lrs) or not all(0 < lr < math.inf for lr in lrs):
+            raise InputError(f"lrs is {lrs!r}; give finite LRs above 0, each once, such as 0.001, 0.002, 0.004")
+        return [float(lr) for lr in lrs]
+    centre = around.lr if isinstance(around, TunedLR) else around
+    if centre is None or not 0 < centre < math.inf:
+        raise InputError(f"around is {around!r}; the LR must be a finite number above 0")
+    apart = len(set(octaves)) == len(octaves)
+    if not octaves or not apart or not all(abs(math.log2(centre) + octave) < 1000 for octave in octaves):
+        raise InputError(f"octaves is {octaves!r}; give log2 distances from the centre, each once, such as -1, 0, 1")
+    return [centre * 2.0**octave for octave in octaves]
+
+
+def _as_known(lrs: Sequence[float], known: Collection[Run]) -> list[float]:
+    """The LRs, where they are in a table already as they stand there: the seeds of one LR must be found together."""
+    there = sorted({run.lr for run in known})
+    return [next((other for other in there if math.isclose(lr, other, rel_tol=SAME_LR)), lr) for lr in lrs]
 
 
 def trial_plan(experiment: Experiment, loops: int, rule: Rule) -> ScalingPlan:

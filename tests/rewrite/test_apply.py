@@ -234,6 +234,18 @@ def test_parametrize_leaves_weights_buffers_gradients_mode_and_random_state(trai
         assert torch.equal(parameter.grad, held[name]), name
 
 
+def test_weights_that_are_computed_when_they_are_asked_for_are_not_asked_for() -> None:
+    """Spectral norm moves its buffers then, in training."""
+    model = models.ResidualMLP()
+    nn.utils.parametrizations.spectral_norm(model.f[3])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    lt.parametrize(model, torch.ones(4, WIDTH))
+    lt.verify(model, torch.ones(4, WIDTH))
+    assert len(before) == 2
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_batch_statistics_in_training_are_not_moved_by_the_trace() -> None:
     model = noisy(models.NormedMLP()).train()
     lt.parametrize(model, inputs(4, WIDTH))

@@ -99,6 +99,15 @@ class PostNormBlock(nn.Module):
         return self.second(x + self.mlp(x))
 
 
+class WrittenOutNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True, norm_first=False)
 
@@ -110,10 +119,11 @@ def encoder_layer() -> nn.Module:
         lambda: Looped([PostNormBlock()]),
         lambda: Looped([PostNormBlock(nn.RMSNorm), PostNormBlock(nn.RMSNorm)]),
         lambda: Looped([PostNormBlock(lambda width: nn.LayerNorm(width, elementwise_affine=False))]),
+        lambda: Looped([PostNormBlock(WrittenOutNorm)]),
         lambda: Looped([models.AlbertBlock()]),
         lambda: Looped([encoder_layer(), encoder_layer()]),
     ],
-    ids=["one block", "RMSNorm", "without gain", "ALBERT", "torch's own layer"],
+    ids=["one block", "RMSNorm", "without gain", "written out", "ALBERT", "torch's own layer"],
 )
 def test_a_post_norm_model_is_warned_of(make: Callable[[], nn.Module], training: bool) -> None:
     (caveat,) = caveats_of(build(make).train(training))
@@ -359,6 +369,42 @@ def test_loops_that_are_cut_are_warned_of_with_how_many(make: Callable[[], nn.Mo
     assert plan.loops == 4
     source = plan.caveats[0].split("visits at ")[1].split(" get no gradient")[0]
     assert "+ self.f(h)" in line_of(source)
+
+
+class DetachedMaximum(Branches):
+    """A softmax that is written out takes its maximum away without a gradient, which flows beside it."""
+
+    def step(self, h: Tensor, number: int) -> Tensor:
+        return h + self.f((h - h.amax(-1, keepdim=True).detach()).exp())
+
+
+class OwnBackward(torch.autograd.Function):
+    """The step of a reversible layer, which autograd does not follow and whose backward does."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, f: nn.Module) -> Tensor:
+        ctx.f = f
+        ctx.save_for_backward(h)
+        return h + f(h)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            h = ctx.saved_tensors[0].detach().requires_grad_()
+            (h + ctx.f(h)).backward(gradient)
+        return h.grad, None
+
+
+class ReversibleLoops(Branches):
+    def step(self, h: Tensor, number: int) -> Tensor:
+        stepped: Tensor = OwnBackward.apply(h, self.f)
+        return stepped
+
+
+@pytest.mark.parametrize("make", [DetachedMaximum, ReversibleLoops])
+def test_what_gradients_flow_past_cuts_no_loops(make: Callable[[], nn.Module]) -> None:
+    x = X.clone().requires_grad_()
+    assert caveats_of(build(make), x) == ()
 
 
 def test_a_frozen_embedding_cuts_no_loops() -> None:

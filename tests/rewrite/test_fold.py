@@ -410,6 +410,41 @@ class ComputedWeight(nn.Module):
         return F.linear(x, self.weight / self.weight.norm())
 
 
+class WithItself(nn.Module):
+    """A product of the last map's output and something that is made of it."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.map, self.product = nn.Linear(WIDTH, WIDTH), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(self.map(x.tanh()), x)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "its norm": lambda y, _: y / y.norm(),
+    "its norm on the left": lambda y, _: y.pow(2).mean(-1, keepdim=True).rsqrt() * y,
+    "F.normalize": lambda y, _: F.normalize(y, dim=-1),
+    "its gate": lambda y, _: F.dropout(y, 0.1) * y.sigmoid(),
+    "attention with keys for values": lambda y, x: (x @ y.transpose(1, 2)).softmax(-1) @ y,
+    "fused attention with keys for values": lambda y, x: F.scaled_dot_product_attention(x, y, y),
+}
+
+
+class WeightPerVisit(nn.Module):
+    """A matrix of low rank on the last map, put in by functional_call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.low = models.mlp(), nn.Parameter(torch.randn(3, WIDTH, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for low in self.low:
+            own = {"3.weight": self.f[3].weight + low @ self.f[3].weight.mean(0, keepdim=True)}
+            h = h + torch.func.functional_call(self.f, own, (h,))
+        return h
+
+
 class LaterLayersShareTheWeights(nn.Module):
     """Hugging Face style: distinct modules with the same parameters, so that each has its place in a KV cache."""
 
@@ -432,7 +467,12 @@ UNFOLDABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an activation": (models.BareMLP, "does not end in a learned map"),
     "a tied weight": (TiedInTheEnd, r"f\.weight of its last map is used elsewhere too"),
     "two branches' weight": (LaterLayersShareTheWeights, r"f\.3\.bias, f\.3\.weight of its last map is used elsewhere"),
+    **{
+        name: (lambda p=product: BranchLoop(WithItself(p)), "does not end in a learned")
+        for name, product in PRODUCTS.items()
+    },
     "a computed weight": (lambda: BranchLoop(ComputedWeight()), "computed from its parameters"),
+    "a weight put in for the call": (WeightPerVisit, "computed from its parameters"),
     "spectral norm": (
         lambda: BranchLoop(nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))),
         "computed from its parameters",

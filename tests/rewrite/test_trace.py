@@ -153,6 +153,18 @@ def test_example_inputs_are_a_tensor_a_tuple_or_keywords() -> None:
     assert call_arguments({"x": x}) == ((), {"x": x})
 
 
+def test_example_inputs_may_stand_in_an_object() -> None:
+    class Batch:
+        def __init__(self) -> None:
+            self.x = inputs(4, WIDTH).float()
+
+    class Unpacks(models.ResidualMLP):
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return super().forward(batch.x)
+
+    assert len(trace(Unpacks(), (Batch(),)).of("leaf")) == 3
+
+
 def test_the_twin_is_full_of_non_zero_numbers_and_always_the_same() -> None:
     model = small_decoder()
     nn.init.zeros_(model.layers[0].mlp.down.weight)

@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looptransfer.transfer.optimum import Optimum, curve, find_optimum, t_interval
+from looptransfer.transfer.optimum import Optimum, curve, find_optimum, pooled_vertex, t_interval
 from looptransfer.transfer.results import tidy
 
 GRID = np.arange(-9.0, -2.9, 0.75)
@@ -51,7 +51,7 @@ def test_an_exact_quadratic_gives_back_its_vertex_whatever_the_offsets_of_its_se
     assert optimum.log2_lr is not None
     assert optimum.log2_lr.high - optimum.log2_lr.low < 1e-6
     assert optimum.seeds == len(offsets)
-    assert optimum.loops == 2
+    assert optimum.at == 2
     assert optimum.loss(vertex).to_numpy() == pytest.approx(np.array(offsets), abs=1e-6)
 
 
@@ -89,12 +89,11 @@ def test_the_optima_of_the_seeds_average_to_the_vertex_of_their_mean_loss(vertic
     table = bowls(GRID, vertices)
     table += np.random.default_rng(seed).normal(0, 0.003, table.shape)
     optimum = find_optimum(1, table, NINETY)
-    assert optimum.window is not None
+    mean = table.mean(axis=1)
+    of_mean = find_optimum(1, pd.DataFrame({"0": mean, "1": mean}), NINETY)
+    assert found(optimum) == pytest.approx(found(of_mean), abs=1e-6)
     assert optimum.by_seed is not None
-    near = table[(table.index >= optimum.window[0]) & (table.index <= optimum.window[1])]
-    c, b, _ = np.polyfit(near.index, near.mean(axis=1), 2)
-    assert found(optimum) == pytest.approx(-b / (2 * c), abs=1e-6)
-    assert float(optimum.by_seed.mean()) == pytest.approx(-b / (2 * c), abs=1e-6)
+    assert float(optimum.by_seed.mean()) == pytest.approx(found(optimum), abs=1e-6)
     assert list(optimum.by_seed.index) == list(table.columns)
 
 
@@ -106,13 +105,80 @@ def test_seeds_of_equal_curvature_keep_their_own_vertices() -> None:
     assert optimum.log2_lr == t_interval(optimum.by_seed, NINETY)
 
 
-def test_only_lrs_within_one_and_a_half_octaves_of_the_nearest_enter_the_fit() -> None:
+@reproducible
+@given(vertex=st.floats(-6.6, -5.4), skew=st.floats(-0.04, 0.04), grid=st.floats(0.0, 0.75))
+def test_an_exact_cubic_gives_back_its_minimum_wherever_the_grid_lies(vertex: float, skew: float, grid: float) -> None:
+    x = GRID + grid
+    losses = 2.0 + 0.2 * (x - vertex) ** 2 + skew * (x - vertex) ** 3
+    table = pd.DataFrame({"0": losses, "1": losses + 1.0}, index=x)
+    assert found(find_optimum(1, table, NINETY)) == pytest.approx(vertex, abs=1e-6)
+
+
+def test_lrs_beyond_two_and_a_half_octaves_do_not_enter_the_fit() -> None:
     table = bowls(GRID, [-6.1, -5.9])
-    far = np.abs(GRID + 6.0) > 1.5
     bent = table.copy()
-    bent[far] = table[far] + 3.0
-    assert found(find_optimum(1, bent, NINETY)) == pytest.approx(found(find_optimum(1, table, NINETY)), abs=1e-12)
-    assert find_optimum(1, table, NINETY).window == (-7.5, -4.5)
+    bent[np.abs(GRID + 6.0) > 2.5] += np.array([0.7, 0.9])
+    assert not bent.equals(table)
+    assert found(find_optimum(1, bent, NINETY)) == pytest.approx(found(find_optimum(1, table, NINETY)), abs=1e-6)
+
+
+def test_one_grid_step_moves_the_vertex_by_no_jump() -> None:
+    """The weights fall to zero smoothly, so an LR that comes into reach moves nothing at once."""
+    rng = np.random.default_rng(3)
+    bent = rng.normal(0, 0.02, (len(GRID), 3))
+    vertices = []
+    for shift in np.arange(0.0, 0.75, 0.01):
+        table = bowls(GRID, [-6.0 + shift] * 3) + bent
+        vertices.append(found(find_optimum(1, table, NINETY)) - shift)
+    assert np.abs(np.diff(vertices)).max() < 0.02
+
+
+def test_a_wall_of_unstable_runs_with_a_finite_loss_is_no_part_of_the_basin_and_is_told() -> None:
+    table = bowls(GRID, [-5.9, -5.7])
+    walled = table.copy()
+    walled[GRID > -5.0] = 40.0  # from 1.3 octaves above the vertex
+    plain, cut = find_optimum(1, table, NINETY), find_optimum(1, walled, NINETY)
+    assert found(cut) == pytest.approx(found(plain), abs=1e-6)
+    assert (plain.walled, cut.walled) == (False, True)
+    far = table.copy()
+    far[GRID > -4.0] = 40.0
+    assert not find_optimum(1, far, NINETY).walled
+
+
+def test_a_fit_of_another_reach_finds_the_vertex_of_a_polynomial_all_the_same() -> None:
+    table = bowls(GRID, [-6.2, -6.0])
+    for reach in (1.75, 2.5, 3.5):
+        assert pooled_vertex(table, 3, reach) == pytest.approx(-6.1, abs=1e-6)
+    assert pooled_vertex(bowls(GRID, [-1.0, -1.0]), 3, 2.5) is None
+
+
+@pytest.mark.parametrize(("curvature", "width"), [(0.2, 2 * math.sqrt(0.1)), (0.05, 2 * math.sqrt(0.4))])
+def test_the_basin_reaches_as_far_as_the_loss_stays_within_the_tolerance(curvature: float, width: float) -> None:
+    fine = np.arange(-9.0, -2.9, 0.25)
+    basin = find_optimum(1, bowls(fine, [-6.0, -6.0], curvature), NINETY, basin_tolerance=0.02).basin
+    assert basin is not None
+    assert basin.octaves == pytest.approx(width, abs=0.06)
+    assert (basin.low + basin.high) / 2 == pytest.approx(-6.0, abs=0.01)
+    assert not basin.low_open
+    assert not basin.high_open
+
+
+def test_a_basin_that_reaches_the_last_stable_lr_is_open_there() -> None:
+    table = bowls(GRID, [-6.0, -6.0], 0.001)
+    table[GRID > -4.0] = math.inf
+    basin = find_optimum(1, table, NINETY).basin
+    assert basin is not None
+    assert (basin.low_open, basin.high_open) == (True, True)
+
+
+def test_the_stability_edge_is_the_largest_lr_below_which_no_seed_diverged() -> None:
+    table = bowls(GRID, [-6.1, -5.9])
+    assert (find_optimum(1, table, NINETY).stable_up_to, find_optimum(1, table, NINETY).diverges) == (-3.0, False)
+    table.loc[-3.75, "1"] = math.inf
+    edge = find_optimum(1, table, NINETY)
+    assert (edge.stable_up_to, edge.diverges) == (-4.5, True)
+    table.iloc[0, 0] = math.inf
+    assert find_optimum(1, table, NINETY).stable_up_to is None
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 20])
@@ -151,8 +217,8 @@ def test_the_interval_of_the_optimum_covers_the_true_one_as_often_as_it_says() -
 def test_an_optimum_beyond_the_lrs_that_were_run_is_censored(vertex: float, why: str, seeds: int) -> None:
     optimum = find_optimum(8, bowls(GRID, [vertex] * seeds), NINETY)
     assert optimum.censored == why
-    assert (optimum.loops, optimum.seeds) == (8, seeds)
-    assert (optimum.log2_lr, optimum.by_seed, optimum.curves, optimum.window) == (None, None, None, None)
+    assert (optimum.at, optimum.seeds) == (8, seeds)
+    assert (optimum.log2_lr, optimum.by_seed, optimum.curves, optimum.basin) == (None, None, None, None)
 
 
 def test_a_best_lr_whose_upper_neighbour_diverged_is_censored() -> None:
@@ -230,8 +296,8 @@ def test_fewer_than_three_lrs_are_too_few() -> None:
     assert find_optimum(1, bowls(GRID[:2], [-8.7, -8.6]), NINETY).censored == "too few LRs"
 
 
-def test_fewer_than_three_lrs_within_the_window_are_too_few() -> None:
-    assert find_optimum(1, bowls(np.arange(-12.0, 0.0, 2.0), [-6.1, -5.9]), NINETY).censored == "too few LRs"
+def test_fewer_than_three_lrs_within_reach_are_too_few() -> None:
+    assert find_optimum(1, bowls(np.arange(-12.0, 1.0, 3.0), [-6.1, -5.9]), NINETY).censored == "too few LRs"
 
 
 def test_the_curve_keeps_only_lrs_that_every_seed_ran_and_keeps_the_diverged() -> None:

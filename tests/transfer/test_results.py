@@ -2,12 +2,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from looptransfer.errors import InputError
-from looptransfer.transfer.results import read_results, tidy
+from looptransfer.transfer.results import at_horizon, fingerprint, tidy
+from looptransfer.transfer.sources import read_results
 
 
 def table(**changes: list[Any]) -> pd.DataFrame:
@@ -164,65 +164,9 @@ def test_tidying_a_tidy_table_changes_nothing() -> None:
     pd.testing.assert_frame_equal(tidy(once), once)
 
 
-def test_a_table_written_as_csv_reads_back_the_same(tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
-    runs = tidy(table(lr=2.0 ** rng.normal(size=3), loss=[math.inf, *rng.normal(size=2)]))
-    runs.to_csv(tmp_path / "out.csv", index=False)
-    pd.testing.assert_frame_equal(read_results(tmp_path / "out.csv"), runs)
-
-
-def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read .*absent\.csv: No such file or directory; give a CSV"):
-        read_results(tmp_path / "absent.csv")
-
-
-def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read .*: Is a directory"):
-        read_results(tmp_path)
-
-
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a CSV table"):
-        read_results(csv_file(tmp_path, ""))
-
-
-@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00\xff\xfe\x80", b'loops,lr,loss\n1,"0.01,2.0\n'])
-def test_a_file_that_is_no_csv_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "results.csv"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="is not a CSV table"):
-        read_results(path)
-
-
-def test_a_row_with_more_cells_than_the_header_among_others_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is not a CSV table.*line 3"):
-        read_results(csv_file(tmp_path, "loops,lr,loss\n1,0.01,2.0\n2,0.01,2.0,9\n"))
-
-
-def test_spaces_around_cells_do_not_matter(tmp_path: Path) -> None:
-    runs = read_results(csv_file(tmp_path, "loops, lr, loss\n1, 0.01, 2.0\n"))
-    assert runs[["loops", "lr", "loss"]].to_numpy().tolist() == [[1.0, 0.01, 2.0]]
-
-
-def test_a_row_longer_than_the_header_is_refused_and_shifts_no_column(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a CSV table"):
-        read_results(csv_file(tmp_path, "loops,lr,loss\n1,2,0.01,2\n1,4,0.01,3\n"))
-
-
-def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^row 4: loss is 'fast'"):
-        read_results(csv_file(tmp_path, "loops,lr,loss\n1,0.01,2\n\n2,0.01,fast\n"))
-
-
 def test_a_loop_count_beyond_reason_is_refused() -> None:
     with pytest.raises(InputError, match=r"loops is 1e\+300"):
         tidy(table(loops=[1e300, 1, 2]))
-
-
-def test_a_file_named_like_an_archive_is_read_as_the_text_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv.zip"
-    path.write_text("loops,lr,loss\n1,0.01,2\n")
-    assert len(read_results(path)) == 1
 
 
 def test_a_diverged_run_may_have_an_empty_loss(tmp_path: Path) -> None:
@@ -230,6 +174,75 @@ def test_a_diverged_run_may_have_an_empty_loss(tmp_path: Path) -> None:
     assert read_results(path)["loss"].tolist() == [2.0, math.inf]
 
 
-def test_another_separator_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="separated by ;"):
-        read_results(csv_file(tmp_path, "loops;lr;loss\n1;0.01;2\n"))
+# -- other axes, and curves over steps
+
+
+def test_another_axis_takes_the_place_of_loops_and_its_rules() -> None:
+    frame = table().rename(columns={"loops": "width"})
+    assert tidy(frame, "width")["width"].tolist() == [1, 2, 2]
+    with pytest.raises(InputError, match="column loops is missing"):
+        tidy(frame)
+    with pytest.raises(InputError, match=r"row 1: width is -2; it must be a whole number from 1"):
+        tidy(frame.assign(width=[1, -2, 2]), "width")
+
+
+def test_runs_that_differ_in_loops_alone_ask_for_one_loop_count_where_width_is_the_axis() -> None:
+    frame = table(rule=["factored"] * 3, width=[8, 8, 8], loops=[1, 2, 4])
+    with pytest.raises(InputError, match=r"they differ in loops: keep one value of it, or make it the axis"):
+        tidy(frame, "width")
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    frame = pd.concat([table(), table()[["lr"]]], axis=1)
+    with pytest.raises(InputError, match="there are two columns 'lr'"):
+        tidy(frame)
+
+
+def curves(**changes: list[Any]) -> pd.DataFrame:
+    steps: dict[str, list[Any]] = {
+        "loops": [1] * 6,
+        "lr": [0.1] * 3 + [0.2] * 3,
+        "step": [1, 5, 10] * 2,
+        "loss": [3.0, 2.0, 1.0, 3.0, 2.5, 2.0],
+    }
+    return pd.DataFrame(steps | changes)
+
+
+def test_a_row_for_every_step_is_one_run_whose_loss_is_that_of_the_share_of_the_training() -> None:
+    runs = tidy(curves())
+    assert at_horizon(runs)["loss"].tolist() == [1.0, 2.0]
+    assert at_horizon(runs, share=0.5)["loss"].tolist() == [2.0, 2.5]
+    assert at_horizon(runs, share=0.75)["step"].tolist() == [5, 5]
+
+
+def test_a_table_without_steps_is_the_same_at_every_horizon() -> None:
+    runs = tidy(table())
+    pd.testing.assert_frame_equal(at_horizon(runs, share=0.5), runs)
+
+
+def test_the_order_of_the_steps_does_not_matter() -> None:
+    runs = tidy(curves().iloc[::-1])
+    assert sorted(at_horizon(runs)["loss"]) == [1.0, 2.0]
+
+
+def test_a_run_that_ends_early_with_a_finite_loss_is_refused_and_one_that_diverged_is_not() -> None:
+    early = curves().drop(index=5)
+    with pytest.raises(InputError, match=r"row 4: the run of loops 1, lr 0.2, seed 0 ends at step 5 of 10 with"):
+        tidy(early)
+    diverged = early.assign(loss=[3.0, 2.0, 1.0, 3.0, math.nan])
+    assert at_horizon(tidy(diverged))["loss"].tolist() == [1.0, math.inf]
+
+
+def test_a_step_twice_in_one_run_is_a_repeated_row() -> None:
+    with pytest.raises(InputError, match="rows 0, 1 are the same run"):
+        tidy(curves(step=[1, 1, 10, 1, 5, 10]))
+
+
+@pytest.mark.parametrize("step", [-1, math.nan, math.inf])
+def test_a_step_that_is_no_number_from_zero_up_is_refused(step: float) -> None:
+    with pytest.raises(InputError, match=rf"row 1: step is {step:g}; it must be a number from 0 up"):
+        tidy(curves(step=[1, step, 10, 1, 5, 10]))
+
+
+def test_the_fingerprint_depends_on_values_and_not_on_their_order() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})

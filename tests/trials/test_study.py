@@ -19,8 +19,8 @@ from optuna.trial import TrialState
 from torch import nn
 
 from looptransfer.errors import InputError
+from looptransfer.transfer.check import check
 from looptransfer.transfer.results import COLUMNS
-from looptransfer.transfer.verdict import check
 from looptransfer.trials import study
 from looptransfer.trials.search import Grid
 from looptransfer.trials.study import available_cores, run_search

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from optuna.trial import TrialState
 from looptransfer.errors import InputError
 from looptransfer.transfer.optimum import Interval, Optimum
 from looptransfer.transfer.results import COLUMNS, tidy
-from looptransfer.trials.sweep import OCTAVES, TunedLR, sweep, trial_plan, tune
+from looptransfer.trials.sweep import OCTAVES, TunedLR, read_tuned, sweep, trial_plan, tune
 from looptransfer.trials.trial import Run
 from tests.experiments import tiny_experiment
 
@@ -94,9 +95,35 @@ def test_a_narrower_sweep_over_the_same_ledger_leaves_out_the_rest(tmp_path: Pat
 
 
 def test_a_tuned_lr_is_the_centre_of_the_sweep(tmp_path: Path) -> None:
-    tuned = TunedLR(0.02, 1, Optimum(1, "plateau"), pd.DataFrame())
+    tuned = TunedLR(0.02, 1, Optimum(1, 2, "plateau"), pd.DataFrame())
     results = swept(tmp_path, [1], around=tuned, seeds=1, octaves=(-1.0, 0.0))
     assert results["lr"].tolist() == [0.01, 0.02]
+
+
+def test_lrs_may_be_given_as_they_are(tmp_path: Path) -> None:
+    results = swept(tmp_path, [1], around=None, lrs=[0.02, 0.01, 1], seeds=1)
+    assert results["lr"].tolist() == [0.01, 0.02, 1.0]
+
+
+def test_known_runs_are_neither_made_nor_returned_and_their_lr_is_taken_over(tmp_path: Path) -> None:
+    known = [Run("factored", 1, 0.01, 0), Run("factored", 2, 0.01, 1)]
+    results = swept(tmp_path, [1, 2], around=0.01 * (1 + 1e-8), octaves=(0.0, 1.0), known=known)
+    missing = [(1, 0.01, 1), (2, 0.01, 0)]
+    assert [(run.loops, run.lr, run.seed) for run in runs_of(results) if run.lr < 0.015] == missing
+    assert made(tmp_path) == runs_of(results)
+    assert len(results) == 6
+
+
+def test_nothing_is_made_where_everything_is_known(tmp_path: Path) -> None:
+    results = swept(tmp_path, [1], octaves=(0.0,), seeds=1, known=[Run("factored", 1, LR, 0)])
+    assert results.empty
+    assert list(results.columns) == COLUMNS
+
+
+def test_a_run_that_a_known_one_shares_is_taken_from_the_ledger(tmp_path: Path) -> None:
+    first = swept(tmp_path, [1], octaves=(0.0,))
+    swept(tmp_path, [1], rules=("factored", "unscaled"), octaves=(0.0,), known=runs_of(first))
+    assert made(tmp_path) == runs_of(first)
 
 
 def test_a_diverged_run_stays_in_the_table(tmp_path: Path) -> None:
@@ -121,6 +148,15 @@ def test_a_diverged_run_stays_in_the_table(tmp_path: Path) -> None:
         ({"around": -0.01}, "around is -0.01;"),
         ({"around": math.inf}, "around is inf;"),
         ({"around": math.nan}, "around is nan;"),
+        ({"around": None}, "give either around"),
+        ({"lrs": [0.1]}, "give either around"),
+        ({"around": None, "lrs": []}, r"lrs is \[\]; give finite LRs above 0"),
+        ({"around": None, "lrs": [0.1, 0.1]}, "lrs is .* each once"),
+        ({"around": None, "lrs": [0.1, 0.0]}, "lrs is"),
+        ({"around": None, "lrs": [0.1, math.inf]}, "lrs is"),
+        ({"around": None, "lrs": [math.nan]}, "lrs is"),
+        ({"octaves": [0.0, math.nan]}, "octaves is"),
+        ({"octaves": [5000.0]}, "octaves is"),
         ({"workers": 0}, "workers is 0; it must be 1 or more"),
         ({"rules": ("factored", "cube")}, "cube"),
     ],
@@ -183,11 +219,55 @@ def test_tuning_finds_an_lr_no_worse_than_its_neighbours_and_says_so(tmp_path: P
     pd.testing.assert_frame_equal(again.results, tuned.results, check_exact=True)
 
 
+def tuned_lr(**changes: Any) -> TunedLR:
+    fitted = Optimum(2, 2, None, log2_lr=Interval(-5.0, -6.0, -4.0))
+    results = pd.DataFrame({"seed": [3, 3, 1]})
+    return TunedLR(**{"lr": 2.0**-5, "loops": 2, "optimum": fitted, "results": results, "rule": "sqrt"} | changes)
+
+
+def test_a_tuned_lr_as_json_holds_what_was_found_and_how_and_is_read_back(tmp_path: Path) -> None:
+    identity = tiny_experiment().identity()
+    found = tuned_lr(experiment=identity).to_dict()
+    interval = {"estimate": -5.0, "low": -6.0, "high": -4.0}
+    assert found["log2_lr"] == interval
+    assert (found["lr"], found["loops"], found["rule"], found["seeds"]) == (2.0**-5, 2, "sqrt", [1, 3])
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps(found))
+    assert read_tuned(path) == found
+    assert read_tuned(path)["experiment"] == identity
+    hidden = tuned_lr(optimum=Optimum(2, 2, "high edge")).to_dict()
+    assert (hidden["log2_lr"], hidden["censored"]) == (None, "high edge")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot read .*best.json: No such file"),
+        ("", "is not JSON"),
+        ("lr,loops", "is not JSON"),
+        ("[1]", "holds no tuned LR"),
+        ('{"schema_version": 1, "transferred_lr": 0.1}', "holds no tuned LR"),
+        ('{"schema_version": 2, "lr": 1, "loops": 1, "experiment": {}}', "has schema_version 2, not 1; tune again"),
+        ('{"schema_version": 1, "lr": "1", "loops": 1, "experiment": {}}', "holds the LR '1' and is damaged"),
+        ('{"schema_version": 1, "lr": -1, "loops": 1, "experiment": {}}', "holds the LR -1 and is damaged"),
+        ('{"schema_version": 1, "lr": NaN, "loops": 1, "experiment": {}}', "holds the LR nan and is damaged"),
+        ('{"schema_version": 1, "lr": 1, "loops": 1, "experiment": 3}', "is damaged"),
+    ],
+)
+def test_a_file_that_holds_no_tuned_lr_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "best.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_tuned(path)
+
+
 def test_a_tuned_lr_says_its_interval_or_why_there_is_none() -> None:
-    fitted = Optimum(2, None, Interval(-5.0, -6.0, -4.0))
-    assert str(TunedLR(2**-5, 2, fitted, pd.DataFrame())) == "best LR at N = 2: 0.03125 [0.01562, 0.0625]"
-    hidden = TunedLR(0.5, 2, Optimum(2, "high edge"), pd.DataFrame())
-    assert str(hidden) == "best LR run at N = 2: 0.5 (no fitted optimum: high edge)"
+    assert str(tuned_lr()) == "best LR at N = 2: 0.03125 [0.01562, 0.0625]"
+    assert (
+        str(tuned_lr(lr=0.5, optimum=Optimum(2, 2, "high edge")))
+        == "best LR run at N = 2: 0.5 (no fitted optimum: high edge)"
+    )
 
 
 @pytest.mark.parametrize(

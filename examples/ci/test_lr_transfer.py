@@ -1,0 +1,16 @@
+"""The LR optimum over N, as a test. Every commit runs the bracketed one; the nightly job runs both (see README.md)."""
+
+from experiment import experiment
+
+from looptransfer.pytest_plugin import LRTransfer
+
+LRS = [2.0**log2 for log2 in range(-8, -2)]
+
+
+def test_the_stored_optima_are_still_bracketed(lr_transfer: LRTransfer) -> None:
+    lr_transfer.assert_bracketed(experiment, seeds=8)
+
+
+def test_the_optima_have_not_moved(lr_transfer: LRTransfer) -> None:
+    # A sweep of your own model ends with lr_transfer.assert_flat(results) as well.
+    lr_transfer.assert_optimum(lr_transfer.sweep(experiment, loops=[1, 2], lrs=LRS, seeds=8))

@@ -1,0 +1,171 @@
+"""A pytest plugin, off unless used: the fixture `lr_transfer`, and --looptransfer-update.
+
+    def test_the_lr_transfers(lr_transfer):
+        results = lr_transfer.sweep(experiment, loops=[1, 2, 4, 8], around=0.01)
+        lr_transfer.assert_flat(results)
+        lr_transfer.assert_optimum(results, baseline="lr-optima.json")
+
+    def test_the_optimum_is_still_bracketed(lr_transfer):
+        lr_transfer.assert_bracketed(experiment, baseline="lr-optima.json")
+
+    def test_the_stream_grows_as_promised(lr_transfer):
+        lr_transfer.assert_coordinates(experiment, loops=[1, 2, 4, 8])
+
+Nothing heavy is imported before the fixture is asked for something.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from looptransfer.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from looptransfer.coordcheck.verdict import CoordCheck
+    from looptransfer.transfer.baseline import Baseline
+    from looptransfer.transfer.comparison import Comparison
+    from looptransfer.transfer.verdict import Verdict
+    from looptransfer.trials.experiment import Experiment
+
+UPDATE = "--looptransfer-update"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --looptransfer-update."""
+    group = parser.getgroup("looptransfer")
+    group.addoption(UPDATE, action="store_true", help="write the optima found into the baselines instead of comparing")
+
+
+@pytest.fixture(scope="session")
+def lr_transfer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "LRTransfer":
+    """Sweeps, tables, and assertions on the LR optimum over N."""
+    config = request.config
+    kept = _kept_ledgers(config)
+    return LRTransfer(config.rootpath, kept or tmp_path_factory.mktemp("looptransfer"), config.getoption(UPDATE))
+
+
+def _kept_ledgers(config: pytest.Config) -> Path | None:
+    """A folder of pytest's cache for runs of the commit that is checked out; None where files differ from it.
+
+    Runs of other code must never be taken for runs of this one.
+    """
+    from looptransfer.transfer.baseline import code_version  # noqa: PLC0415
+
+    code = code_version(config.rootpath)
+    if code is None or code.endswith("+changes") or not hasattr(config, "cache") or config.cache is None:
+        return None
+    return Path(config.cache.mkdir(f"looptransfer-{code}"))
+
+
+@dataclass(frozen=True)
+class LRTransfer:
+    """What the fixture `lr_transfer` gives. Relative paths start at pytest's root folder.
+
+    Attributes:
+        root: pytest's root folder.
+        ledgers: where finished runs are kept: in pytest's cache while the working tree is that of a commit, so that a
+            stopped session goes on where it was, else for this session only.
+        update: --looptransfer-update was given.
+    """
+
+    root: Path
+    ledgers: Path
+    update: bool
+
+    def load(self, source: str | Path, axis: str = "loops") -> "pd.DataFrame":
+        """A table of runs, as `looptransfer.read_results` reads it."""
+        from looptransfer.transfer.sources import read_results  # noqa: PLC0415
+
+        there = self.root / source
+        return read_results(there if there.exists() else source, axis=axis)
+
+    def sweep(self, experiment: "Experiment", loops: Sequence[int], **options: Any) -> "pd.DataFrame":
+        """Train, as `looptransfer.sweep` does; runs that another test made are not made again."""
+        from looptransfer.trials.sweep import sweep  # noqa: PLC0415
+
+        results = sweep(experiment, loops, ledger=self._ledger(experiment), **options)
+        results.attrs["experiment"] = experiment.identity()
+        return results
+
+    def assert_flat(self, results: "pd.DataFrame", **terms: Any) -> "Verdict":
+        """Fail unless `looptransfer.check`, which takes the terms, says FLAT."""
+        __tracebackhide__ = True
+        from looptransfer.transfer.check import check  # noqa: PLC0415
+
+        verdict = check(results, **terms)
+        if verdict.answer != "FLAT":
+            pytest.fail(f"the LR optimum is not flat over {verdict.axis_label}\n{verdict}", pytrace=False)
+        return verdict
+
+    def assert_optimum(
+        self,
+        results: "pd.DataFrame | Verdict",
+        baseline: str | Path = "lr-optima.json",
+        moved: float = 0.5,
+        **terms: Any,
+    ) -> "Comparison | None":
+        """Fail unless the optima are where the baseline has them, within `moved` octaves, and their loss is as good.
+
+        With --looptransfer-update the baseline is written instead, and None returned.
+        """
+        __tracebackhide__ = True
+        from looptransfer.transfer.baseline import baseline_of  # noqa: PLC0415
+        from looptransfer.transfer.check import check  # noqa: PLC0415
+        from looptransfer.transfer.comparison import compare  # noqa: PLC0415
+        from looptransfer.transfer.verdict import Verdict  # noqa: PLC0415
+
+        verdict = results if isinstance(results, Verdict) else check(results, **terms)
+        path = self.root / baseline
+        if self.update:
+            baseline_of(verdict, path).write(path)
+            return None
+        told = compare(verdict, _stored(path), moved)
+        if told.exit_status:
+            pytest.fail(f"{told}\n\nthe runs now:\n{verdict}\n{FIX}", pytrace=False)
+        return told
+
+    def assert_bracketed(
+        self, experiment: "Experiment", baseline: str | Path = "lr-optima.json", **options: Any
+    ) -> "Comparison":
+        """Fail unless `looptransfer.gate`, which takes the options, still brackets the stored optima."""
+        __tracebackhide__ = True
+        from looptransfer.trials.gate import gate  # noqa: PLC0415
+
+        stored = _stored(self.root / baseline)
+        told = gate(experiment, stored, ledger=self._ledger(experiment), **options)
+        if told.exit_status:
+            pytest.fail(f"{told}\n{FIX}", pytrace=False)
+        return told
+
+    def assert_coordinates(self, make_model: Any, *arguments: Any, **options: Any) -> "CoordCheck":
+        """Fail unless `looptransfer.coord_check`, which takes it all, finds every statistic as the rule promises."""
+        __tracebackhide__ = True
+        from looptransfer.coordcheck.run import coord_check  # noqa: PLC0415
+
+        told = coord_check(make_model, *arguments, **options)
+        if not told.passed:
+            pytest.fail(str(told), pytrace=False)
+        return told
+
+    def _ledger(self, experiment: "Experiment") -> Path:
+        """One for each experiment: a ledger refuses runs of another."""
+        from looptransfer.transfer.results import fingerprint  # noqa: PLC0415
+
+        return self.ledgers / f"{fingerprint(experiment.identity())}.db"
+
+
+FIX = f"where this is meant, run a full sweep against the baseline with pytest {UPDATE}"
+
+
+def _stored(path: Path) -> "Baseline":
+    from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
+
+    try:
+        return read_baseline(path)
+    except InputError as error:
+        raise InputError(f"{error} (in pytest: {UPDATE})") from None

@@ -1,0 +1,77 @@
+"""The cheap mode of the gate: a few short trainings that confirm, at every commit, that stored optima still hold."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from looptransfer.errors import InputError
+from looptransfer.rules import Rule, check_rule
+from looptransfer.transfer.baseline import PATH, Baseline, read_baseline
+from looptransfer.transfer.bracket import bracket, known, stored_lrs
+from looptransfer.transfer.comparison import Comparison
+from looptransfer.transfer.results import tidy
+from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.search import Grid, runs_of
+from looptransfer.trials.study import run_search
+from looptransfer.trials.trial import Run
+
+
+def gate(
+    experiment: Experiment,
+    baseline: str | Path | Baseline = PATH,
+    loops: Sequence[int] | None = None,
+    seeds: int = 6,
+    rule: Rule = "factored",
+    ledger: str | Path | None = None,
+    workers: int | None = None,
+    loss_tolerance: float = 0.02,
+    confidence: float = 0.90,
+) -> Comparison:
+    """Train at half, once and twice the stored LR optimum of some N, and say whether the optimum is still bracketed.
+
+    Args:
+        experiment: what is trained.
+        baseline: stored optima, or their file.
+        loops: which of the stored N; default the smallest and the largest.
+        seeds: how many, two at least; the first ones of the baseline, so that they are paired with it.
+        rule: the scaling rule.
+        ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
+        workers: processes of one thread; default one per core, 1 trains in this process.
+        loss_tolerance: nats by which the loss at the stored LR may become worse.
+        confidence: of the two-sided intervals.
+
+    Raises:
+        InputError: as `read_baseline` and `run_search`, or an N that is not stored, or fewer than two seeds.
+        RuntimeError: a run failed.
+    """
+    check_rule(rule)
+    stored_in = baseline if isinstance(baseline, Baseline) else read_baseline(baseline)
+    if stored_in.axis != "loops":
+        raise InputError(f"{stored_in.path} has optima over {stored_in.axis}; training needs those over loops")
+    if seeds < 2:
+        raise InputError(f"seeds is {seeds}; give two or more, since one cannot tell noise from a shift")
+    stored = stored_in.of_rule(rule)
+    wanted = _wanted(known(stored), loops, stored_in.path)
+    chosen = _seeds({seed for at in wanted for seed in stored[at].loss_by_seed or ()}, seeds)
+    runs = [Run(rule, at, lr, seed) for at in wanted for lr in stored_lrs(stored[at]) for seed in chosen]
+    with TemporaryDirectory(prefix="looptransfer-") as folder:
+        done = run_search(experiment, Grid(tuple(runs)), ledger or Path(folder, "gate.db"), "gate", workers)
+    table = tidy(done[[run in set(runs) for run in runs_of(done)]])
+    table.attrs["experiment"] = experiment.identity()
+    return bracket(table, stored_in, rule, loss_tolerance, confidence)
+
+
+def _wanted(there: Sequence[int], loops: Sequence[int] | None, path: str) -> list[int]:
+    if loops is None:
+        return sorted({there[0], there[-1]})
+    missing = [at for at in loops if at not in there]
+    if missing or not loops:
+        raise InputError(f"{path} has no optimum of N = {missing or loops}; choose from {', '.join(map(str, there))}")
+    return sorted(set(loops))
+
+
+def _seeds(names: Iterable[str], count: int) -> list[int]:
+    """The first seeds of the baseline, and new ones behind them where it has too few."""
+    there = sorted(int(name) for name in names if name.isdecimal())
+    new = range(max(there, default=-1) + 1, max(there, default=-1) + 1 + count)
+    return [*there, *new][:count]

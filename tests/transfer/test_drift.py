@@ -1,0 +1,158 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from looptransfer.transfer.drift import (
+    curve_shift,
+    drift_by_reach,
+    drift_by_seed,
+    find_optima,
+    regret_by_seed,
+    regret_interval,
+    skew_trend,
+    slope_by_seed,
+    worst_displacement,
+)
+from looptransfer.transfer.optimum import find_optimum
+
+GRID = np.arange(-9.0, -2.9, 0.75)
+reproducible = settings(derandomize=True, deadline=None, max_examples=40)
+
+
+def bowl(vertex: float, seeds: int = 3, skew: float = 0.0, noise: float = 0.0, draw: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(draw)
+    u = GRID - vertex
+    losses = {str(s): 2.0 + s + 0.1 * u**2 + skew * u**3 + rng.normal(0, noise, len(GRID)) for s in range(seeds)}
+    return pd.DataFrame(losses, pd.Index(GRID, name="x"))
+
+
+@reproducible
+@given(slope=st.floats(-2, 2), start=st.floats(-9, 0), loops=st.lists(st.integers(1, 64), min_size=2, unique=True))
+def test_the_slope_of_a_line_in_log2_n_is_found_for_any_loop_counts(
+    slope: float, start: float, loops: list[int]
+) -> None:
+    values = [pd.Series([start + slope * math.log2(n) + seed for seed in range(3)]) for n in loops]
+    found = slope_by_seed(loops, values)
+    assert found is not None
+    assert found.to_numpy() == pytest.approx(np.full(3, slope), abs=1e-9)
+
+
+def test_a_slope_needs_two_loop_counts_and_two_seeds_that_they_share() -> None:
+    two = pd.Series([1.0, 2.0], ["a", "b"])
+    assert slope_by_seed([1], [two]) is None
+    assert slope_by_seed([1, 2], [two, pd.Series([1.0, 2.0], ["b", "c"])]) is None
+    assert slope_by_seed([1, 2], [two, two]) is not None
+
+
+def test_a_cubic_and_a_parabola_are_not_mixed_over_n() -> None:
+    full, short = bowl(-6.0), bowl(-6.0)
+    short.iloc[[0, 1, 2, 6, 7, 8]] = math.inf
+    alone = [find_optimum(n, table, 0.9).degree for n, table in ((1, full), (2, short))]
+    assert alone == [3, 2]
+    assert [optimum.degree for optimum in find_optima({1: full, 2: short}, 0.9, 0.02)] == [2, 2]
+
+
+def test_the_worst_displacement_is_that_of_the_loop_count_furthest_from_the_first() -> None:
+    tables = {1: bowl(-6.0), 2: bowl(-5.9), 4: bowl(-6.7), 8: bowl(-6.3)}
+    found = worst_displacement(find_optima(tables, 0.9, 0.02), 0.9)
+    assert found is not None
+    assert found[0] == 4
+    assert found[1].estimate == pytest.approx(-0.7, abs=1e-6)
+
+
+def test_fits_of_every_reach_agree_on_polynomials_and_disagree_where_the_shape_changes_with_n() -> None:
+    same = {n: bowl(-6.0 + 0.1 * math.log2(n)) for n in (1, 2, 4)}
+    assert drift_by_reach(find_optima(same, 0.9, 0.02), same) == pytest.approx([0.1, 0.1], abs=1e-6)
+    bent = {n: bowl(-6.0) + 0.1 * math.log2(n) * np.exp(-((GRID + 8.25) ** 2) / 0.1)[:, None] for n in (1, 2, 4)}
+    narrow, wide = drift_by_reach(find_optima(bent, 0.9, 0.02), bent)
+    assert abs(narrow) < 1e-3
+    assert abs(wide) > 0.01
+
+
+def test_a_skew_that_grows_with_n_is_found_and_one_that_stays_is_not() -> None:
+    grows = {n: bowl(-6.0, skew=0.005 * math.log2(n), noise=1e-4, draw=n) for n in (1, 2, 4, 8)}
+    trend = skew_trend(find_optima(grows, 0.9, 0.02), 0.9)
+    assert trend is not None
+    assert trend.low > 0
+    assert trend.estimate == pytest.approx(0.05, abs=0.01)
+    stays = {n: bowl(-6.0, skew=0.01, noise=1e-3, draw=n) for n in (1, 2, 4, 8)}
+    trend = skew_trend(find_optima(stays, 0.9, 0.02), 0.9)
+    assert trend is not None
+    assert abs(trend.estimate) < 0.01
+
+
+@reproducible
+@given(octaves=st.floats(-1.2, 1.2))
+def test_the_regret_of_an_exact_bowl_is_that_of_the_curve_near_by(octaves: float) -> None:
+    table = bowl(-6.0)
+    optimum = find_optimum(8, table, 0.9)
+    regret = regret_by_seed(optimum, table, -6.0 + octaves)
+    assert regret is not None
+    assert regret.to_numpy() == pytest.approx(np.full(3, 0.1 * octaves**2), abs=1e-8)
+
+
+def test_further_away_the_regret_is_that_of_the_runs_and_beyond_them_unknown() -> None:
+    table = bowl(-6.0)
+    optimum = find_optimum(8, table, 0.9)
+    far = regret_by_seed(optimum, table, -3.0)
+    assert far is not None
+    assert far.to_numpy() == pytest.approx(np.full(3, 0.9), abs=1e-8)
+    assert regret_by_seed(optimum, table, -2.9) is None
+
+
+def test_the_interval_of_the_regret_starts_at_zero_where_the_optimum_may_be_the_lr_itself() -> None:
+    table = bowl(-6.0, seeds=4, noise=0.01, draw=1)
+    optimum = find_optimum(8, table, 0.9)
+    assert optimum.log2_lr is not None
+    for octaves, low in ((0.0, True), (1.0, False)):
+        x = optimum.log2_lr.estimate + octaves
+        regret = regret_by_seed(optimum, table, x)
+        assert regret is not None
+        interval = regret_interval(optimum, regret, x, 0.9)
+        assert (interval.low == 0.0) is low
+        assert interval.low <= interval.estimate <= interval.high
+
+
+def test_the_interval_of_the_regret_covers_the_true_one_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(4)
+    covered = []
+    for draw in range(300):
+        vertex = -6.0 + rng.uniform(-0.3, 0.3)
+        table = bowl(vertex, noise=0.01, draw=draw) + 0.0
+        optimum = find_optimum(8, table, 0.9)
+        regret = regret_by_seed(optimum, table, -5.4)
+        assert regret is not None
+        interval = regret_interval(optimum, regret, -5.4, 0.9)
+        covered.append(interval.low <= 0.1 * (-5.4 - vertex) ** 2 <= interval.high)
+    assert np.mean(covered) == pytest.approx(0.9, abs=0.07)  # four standard errors
+
+
+@reproducible
+@given(shift=st.floats(-1.5, 1.5), level=st.floats(-1, 1))
+def test_a_curve_that_is_shifted_as_a_whole_is_shifted_by_so_much(shift: float, level: float) -> None:
+    fine = np.arange(-10.0, -1.9, 0.25)
+    tables = [
+        pd.DataFrame({str(s): 0.1 * (fine - v) ** 2 + s + add for s in range(3)}, fine)
+        for v, add in ((-6.0, 0.0), (-6.0 + shift, level))
+    ]
+    found = curve_shift(tables[1], tables[0], 0.9)
+    assert found is not None
+    assert found.estimate == pytest.approx(shift, abs=0.02)
+    assert found.high - found.low < 1e-6
+
+
+def test_curves_without_two_shared_seeds_or_three_lrs_have_no_shift() -> None:
+    table = bowl(-6.0)
+    assert curve_shift(table, table.rename(columns={"1": "7", "2": "8"}), 0.9) is None
+    assert curve_shift(table.iloc[:2], table, 0.9) is None
+
+
+def test_the_drift_is_taken_over_the_loop_counts_whose_optimum_is_known() -> None:
+    tables = {1: bowl(-6.0), 2: bowl(-2.0), 4: bowl(-5.6)}
+    drifts = drift_by_seed(find_optima(tables, 0.9, 0.02))
+    assert drifts is not None
+    assert drifts.to_numpy() == pytest.approx(np.full(3, 0.2), abs=1e-6)
