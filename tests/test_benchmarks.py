@@ -1,0 +1,60 @@
+"""The benchmark scripts that write reports run from end to end."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import looptransfer as lt
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:No artists with labels")  # so short a training has no optimum to draw
+def test_the_papers_diagnostics_are_measured_drawn_and_reported(tmp_path: Path) -> None:
+    paper = load("paper")
+    size = lt.ReferenceSize(width=8, heads=2, layers=1, sequence=8, batch=2, steps=4)
+    tiny = paper.Scale(8, 2, (8, 16), 8, 2, 1, 1e-3, size, 0.01, (3,), (1,), 1, 2, length=8)
+    paper.measure(tiny, tmp_path)
+    paper.report(tiny, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert {name[0] for name in pictures} == set("123456")
+    assert all(f"]({name})" in text for name in pictures)
+    assert text.count("**Where they differ:**") == 7
+
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["seconds"]["figure 4b"]  # as if the run had been interrupted there
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "layers.csv").unlink()
+    (tmp_path / "short.csv").write_text("kept")
+    paper.measure(tiny, tmp_path)
+    assert (tmp_path / "layers.csv").exists()
+    assert (tmp_path / "short.csv").read_text() == "kept"
+
+
+def test_a_gpu_is_asked_for_in_words_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paper = load("paper")
+    if paper.torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--scale", "gpu"])
+    with pytest.raises(SystemExit, match="2"):
+        paper.main()
+    assert "needs a CUDA device" in capsys.readouterr().err
