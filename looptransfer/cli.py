@@ -211,7 +211,7 @@ def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
     rules = "factored, sqrt, unscaled, 'as made'; the first is judged (default: factored, or as made if rewritten)"
     parser.add_argument("--rules", metavar="RULE,…", help=rules)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: 10)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="K", help="how many, two at least (default: 3)")
+    parser.add_argument("--seeds", default="3", help="how many, or which: 3, 0-2 or 0,2,5 (default: 3)")
     parser.add_argument("--lr", type=float, default=1e-3, help="base LR (default: 0.001)")
     parser.add_argument("--tolerance", type=float, default=0.15, help="of an exponent (default: 0.15)")
     parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
@@ -285,10 +285,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _coordcheck(arguments: argparse.Namespace) -> int:
-    try:
-        loops = [int(part) for part in arguments.loops.split(",")]
-    except ValueError:
-        raise InputError(f"--loops is {arguments.loops!r}; write whole numbers such as 1,2,4,8") from None
+    loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8"), seeds_of(arguments.seeds)
     import torch  # noqa: PLC0415
 
     from looptransfer.coordcheck.recommend import recommend  # noqa: PLC0415
@@ -302,7 +299,7 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
         loops=loops,
         rules=arguments.rules and [rule.strip() for rule in arguments.rules.split(",")],
         steps=arguments.steps,
-        seeds=arguments.seeds,
+        seeds=seeds,
         lr=arguments.lr,
         tolerance=arguments.tolerance,
     )
