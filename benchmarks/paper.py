@@ -503,7 +503,7 @@ def short_sections(out: Path) -> tuple[list[Section], pd.DataFrame]:
     draw_stream(short).savefig(out / "2_stream_steps.png", dpi=150)
     draw_growth(short, fitted).savefig(out / "2_stream_growth.png", dpi=150)
     draw_change(short, fitted).savefig(out / "3_change.png", dpi=150)
-    most = int(short["count"].max())
+    few, most = (int(pick(short.loc[short["count"] > 1, "count"])) for pick in (min, max))
     count, last = int(cosines["m"].max()), int(short["step"].max())
     mean = functools.partial(alignment, short)
     late = cosines[(cosines["stack"] == "looped") & (cosines["m"] < cosines["n"]) & (cosines["m"] > count / 2)]
@@ -530,10 +530,10 @@ def short_sections(out: Path) -> tuple[list[Section], pd.DataFrame]:
         "[short.csv](short.csv), [exponents.csv](exponents.csv)",
         "a looped stream grows under ε = 1 and 1/√N and is bounded under 1/N; an untied one needs only 1/√depth.",
         f"exponents of N at initialisation are {stream('looped', 0)}, after {last} steps {stream('looped', last)}; of "
-        f"depth in an untied stack {stream('untied', 0)} at initialisation, {stream('untied', last)} after {last} steps.",
+        f"depth in an untied stack {stream('untied', 0)} at initialisation, {stream('untied', last)} after them.",
         f"{misses(fitted, 'looped', 'stream_rms', 0)} From N = {LARGE} up they are {stream('looped', 0, LARGE)}, still "
-        f"above it, while increments go on aligning: their mean cosine at ε = 1 is {mean('looped', 'unscaled', 2)} "
-        f"at N = 2 and {mean('looped', 'unscaled', most)} at N = {most}. In the untied stack {last} steps at one "
+        f"above it, while increments go on aligning: their mean cosine at ε = 1 is {mean('looped', 'unscaled', few)} "
+        f"at N = {few} and {mean('looped', 'unscaled', most)} at N = {most}. In the untied stack {last} steps at one "
         "LR for all depths raise every exponent, that of 1/√depth too: the stream keeps its size at initialisation, "
         "while training it needs the lower LR of deep stacks as well.",
     )
@@ -618,7 +618,8 @@ def sweep_sections(out: Path) -> list[Section]:
             f"at N = {n}, drift in octaves per doubling of L = {counts[0]} to {counts[-1]}: {by_arm}. "
             f"Lowest mean losses by L: {lowest}.",
             f"{'one' if over_l.answer == 'FLAT' else 'no one'} base LR is seen to serve all L here, with depths and a "
-            f"model far below the paper's. Beside the recipe ours has an arm without the factor: {difference(over_l)}.",
+            "model far below the paper's. Beside the recipe ours has an arm without the factor: its drift "
+            f"{difference(over_l)}.",
         ),
     ]
 
@@ -627,11 +628,11 @@ def difference(verdict: lt.Verdict) -> str:
     """What the factor is seen to do to the drift."""
     found = verdict.differences[0].drift if verdict.differences else None
     if found is None:
-        return "how much the factor moves the drift could not be told"
+        return "could not be compared"
     seen = (
         "the factor moves the optimum" if found.low > 0 or found.high < 0 else "what it does cannot be told from noise"
     )
-    return f"without minus with, paired by seed, is {found} octaves per doubling of L, so {seen}"
+    return f"less that with it, paired by seed, is {found} octaves per doubling of L, so {seen}"
 
 
 def trained_sections(scale: Scale, out: Path) -> list[Section]:
