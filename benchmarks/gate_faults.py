@@ -1,14 +1,12 @@
 """Ten faults planted in the reference project, and which gate sees them.
 
-    python benchmarks/gate_faults.py [--reference] [--out reports/gate] [--ledgers build/gate-faults] [--seeds 4]
+    python benchmarks/gate_faults.py [--out reports/gate] [--ledgers build/gate-faults] [--workers N]
 
 A fault is a change of the code that trains: of the model, of the rewrite, of the optimizer's groups, of the schedule or
-of the data. Each project is first swept without fault, and its optima stored. Then, fault by fault: `verify` on the
-model at the target N, the cheap mode (`lt.gate`), and the full check (five LRs around the stored optimum, compared with
-it). Every finished run is in a ledger, every finished fault in faults.json: stopped, the same command goes on.
-
-By default the reference model is small and learns a made-up language within 100 steps; with --reference it has the
-size and the text of the demo, which takes hours on one core.
+of the data. The project is the reference model at the size of the demo, whose optima reports/demo/results.csv holds,
+and a deeper one, which is first swept. Then, fault by fault: `verify` on the model at the target N, the coordinate
+check, the cheap mode (`lt.gate`), and the full check (the sweep of the baseline again, compared with it). An hour on
+two cores. Every finished run is in a ledger, every finished fault in faults.json: stopped, the same command goes on.
 """
 
 import argparse
@@ -16,6 +14,7 @@ import contextlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import time
@@ -27,54 +26,45 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import pandas as pd
 import torch
 
 import looptransfer as lt
 from looptransfer.optim import param_groups
 from looptransfer.reference.model import Block, LoopedDecoder
 from looptransfer.rewrite.insert import set_multiplier
-from looptransfer.transfer.baseline import Baseline, baseline_of, read_baseline
+from looptransfer.transfer.baseline import Baseline, baseline_of
 from looptransfer.transfer.comparison import compare
 from looptransfer.trials import trial
 from looptransfer.trials.gate import gate
 
-OCTAVES = (-2, -1, 0, 1, 2)  # of the full check, around the stored optimum
+DEMO = Path("reports/demo/results.csv")
+CHEAP_SEEDS = 6  # as `lt.gate` takes by default
+FULL_SEEDS = 4  # as in the baseline
+COORDINATES: dict[str, Any] = {"loops": [1, 4, 16], "steps": 2, "seeds": 3}
 
 
 @dataclass(frozen=True)
 class Project:
-    """A reference experiment with its stored N; the last one is the target."""
+    """A reference experiment with the N that are trained, the target last, and the middle of its LRs as log2."""
 
     name: str
     layers: int
+    base_layers: int
     loops: tuple[int, ...]
+    middle: float
 
-    def size(self, full: bool) -> lt.ReferenceSize:
-        if full:
-            return lt.ReferenceSize(layers=self.layers)
-        return lt.ReferenceSize(width=16, layers=self.layers, sequence=16, batch=16, steps=100)
+    def experiment(self) -> lt.Experiment:
+        made = lt.reference_experiment(lt.ReferenceSize(layers=self.layers))
+        return replace(made, name=f"gate, {self.name}", base_layers=self.base_layers)
 
-    def experiment(self, text: Path | None) -> lt.Experiment:
-        made = lt.reference_experiment(self.size(text is None), None if text is None else str(text))
-        return replace(made, name=f"gate, {self.name}", base_layers=1)
-
-
-LOOPED = Project("looped", layers=1, loops=(1, 8))
-DEEP = Project("deep", layers=4, loops=(1,))  # parameter groups matter where L is above the base depth
+    @property
+    def lrs(self) -> list[float]:
+        """Seven, 0.75 octave apart, as in the demo."""
+        return [float(f"{2.0 ** (self.middle + 0.75 * step):.6g}") for step in range(-3, 4)]
 
 
-def made_up_text(path: Path) -> Path:
-    """A language of eight letters: the next is a function of the last two, but for one in eight, which is any."""
-    rng = np.random.default_rng(0)
-    rule, count = rng.integers(0, 8, (8, 8)), 200_000
-    slip, other = rng.random(count) < 0.125, rng.integers(0, 8, count)
-    letters = [0, 1]
-    for i in range(count):
-        letters.append(int(other[i]) if slip[i] else int(rule[letters[-1], letters[-2]]))
-    path.write_text("".join("abcdefgh"[letter] for letter in letters))
-    return path
+LOOPED = Project("looped", layers=2, base_layers=2, loops=(2, 16), middle=-7.1038)  # the LRs of the demo
+DEEP = Project("deep", layers=4, base_layers=1, loops=(1, 2), middle=-6.0)  # its branches have an LR of their own
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ def no_fault(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Exper
     return experiment
 
 
-OTHER_SEEDS = "none (seeds that the baseline lacks)"
+OTHER_SEEDS, SAME_SEEDS = "none (seeds that the baseline lacks)", "none (the baseline's seeds)"
 FAULTS = (
     Fault(OTHER_SEEDS, LOOPED, no_fault),
     Fault("multiplier lost on one branch", LOOPED, in_trial("parametrize", lost_on_one_branch)),
@@ -192,8 +182,8 @@ FAULTS = (
     Fault("head scaled (logits / 4)", DEEP, quartered_logits),
     Fault("Adam eps × 1000", DEEP, in_trial("param_groups", partial(param_groups, eps=1e-5))),
     Fault("data order unpaired", DEEP, unpaired),
-    Fault("none", LOOPED, no_fault),
-    Fault("none", DEEP, no_fault),
+    Fault(SAME_SEEDS, LOOPED, no_fault),
+    Fault(SAME_SEEDS, DEEP, no_fault),
 )
 
 
@@ -202,48 +192,76 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a gate is given."""
+    """What a gate is given: `first` is the first seed."""
 
     fault: Fault
     experiment: lt.Experiment
     baseline: Baseline
     ledger: Path
-    seeds: tuple[int, ...]
+    first: int
+
+
+def rewritten(case: Case, loops: int) -> tuple[torch.nn.Module, lt.ScalingPlan]:
+    """The model as it is trained: made, then rewritten on the first batch."""
+    experiment = case.experiment
+    model = experiment.make_model(loops)
+    inputs, _ = next(experiment.batches(0))
+    return model, trial.parametrize(model, inputs, "factored", experiment.lam, experiment.base_layers)
 
 
 def by_verify(case: Case) -> tuple[str, str]:
-    """The model as it is trained, at the target N: `parametrize`, which warns, then `verify`."""
+    """At the target N: `parametrize`, which warns, then `verify`."""
     torch.manual_seed(0)
-    model = case.experiment.make_model(case.fault.project.loops[-1])
-    inputs, _ = next(case.experiment.batches(0))
     try:
-        plan = trial.parametrize(model, inputs, "factored", case.experiment.lam, case.experiment.base_layers)
-        lt.verify(model, inputs)
+        model, plan = rewritten(case, case.fault.project.loops[-1])
+        lt.verify(model, next(case.experiment.batches(0))[0])
     except (lt.VerificationError, lt.InputError) as error:
         return "refused", str(error)
     return ("warned", "\n".join(plan.caveats)) if plan.caveats else ("passed", "")
 
 
+def by_coordinates(case: Case) -> tuple[str, str]:
+    """The coordinate check of the rewritten model, its optimizer and its scheduler."""
+    experiment, lr = case.experiment, case.fault.project.lrs[3]
+
+    def make_optimizer(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+        groups = trial.param_groups(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, betas=experiment.betas)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    try:
+        told = lt.coord_check(
+            lambda loops: rewritten(case, loops)[0],
+            experiment.batches,
+            loss=experiment.loss,
+            make_optimizer=make_optimizer,
+            base_layers=experiment.base_layers,
+            **COORDINATES,
+        )
+    except lt.InputError as error:
+        return "refused", str(error)
+    return told.answer, str(told)
+
+
 def by_cheap_mode(case: Case) -> tuple[str, str]:
-    told = gate(_of_seeds(case), case.baseline, seeds=len(case.seeds), ledger=case.ledger, workers=1)
+    loops = case.fault.project.loops
+    told = gate(_of_seeds(case), case.baseline, loops, CHEAP_SEEDS, ledger=case.ledger, workers=1)
     return told.answer, str(told)
 
 
 def by_full_check(case: Case) -> tuple[str, str]:
-    tables = []
-    for at, stored in case.baseline.of_rule("factored").items():
-        assert stored.log2_lr is not None
-        lrs = [float(f"{2.0 ** (stored.log2_lr.estimate + octaves):.6g}") for octaves in OCTAVES]
-        seeds = range(len(case.seeds))
-        tables.append(lt.sweep(_of_seeds(case), [at], lrs=lrs, seeds=seeds, ledger=case.ledger, workers=1))
-    verdict = lt.check(pd.concat(tables, ignore_index=True))
+    project = case.fault.project
+    runs = lt.sweep(
+        _of_seeds(case), project.loops, lrs=project.lrs, seeds=FULL_SEEDS, ledger=case.ledger, workers=1
+    )  # fmt: skip
+    verdict = lt.check(runs)
     told = compare(verdict, case.baseline)
     return told.answer, f"{verdict}\n{told}"
 
 
 def _of_seeds(case: Case) -> lt.Experiment:
     """The experiment whose seed 0 is the case's first seed: a gate chooses the baseline's own seeds."""
-    first, experiment = case.seeds[0], case.experiment
+    first, experiment = case.first, case.experiment
     if first == 0:
         return experiment
     make = experiment.make_model
@@ -256,41 +274,44 @@ def _of_seeds(case: Case) -> lt.Experiment:
 
 
 GATES: dict[str, Callable[[Case], tuple[str, str]]] = {
-    "verify": by_verify, "cheap mode": by_cheap_mode, "full check": by_full_check,
-}  # fmt: skip
-PASSED, CAUGHT = {"passed", "HOLDS"}, {"refused", "warned", "MOVED", "WORSE"}
+    "verify": by_verify,
+    "coordinate check": by_coordinates,
+    "cheap mode": by_cheap_mode,
+    "full check": by_full_check,
+}
+PASSED, CAUGHT = {"passed", "HOLDS", "PASSES"}, {"refused", "warned", "MOVED", "WORSE", "FAILS"}
 
 
-def stored_optima(project: Project, text: Path | None, out: Path, ledgers: Path) -> Baseline:
-    """The optima without fault, from the file or a sweep of seven LRs and four seeds."""
-    path = out / f"lr-optima-{project.name}.json"
-    if not path.exists():
+def stored_optima(project: Project, ledgers: Path, workers: int) -> Baseline:
+    """The optima without fault: those of the demo's table, or of a sweep of the same LRs and four seeds."""
+    if project is LOOPED:
+        runs = lt.read_results(DEMO)
+    else:
         ledger = ledgers / f"{project.name}.db"
-        highest = -4 if text is None else -2
-        lrs = [2.0**log2 for log2 in range(highest - 6, highest + 1)]
-        runs = lt.sweep(project.experiment(text), project.loops, lrs=lrs, seeds=4, ledger=ledger, workers=1)
-        verdict = lt.check(runs)
-        print(verdict, flush=True)
-        baseline_of(verdict).write(path)
-    return read_baseline(path)
+        runs = lt.sweep(
+            project.experiment(), project.loops, lrs=project.lrs, seeds=FULL_SEEDS, ledger=ledger, workers=workers
+        )  # fmt: skip
+    return baseline_of(lt.check(runs, rule="factored"))
 
 
-def judge(fault: Fault, name: str, text: Path | None, out: Path, ledgers: Path, seeds: int) -> dict[str, Any]:
+Job = tuple[int, str, Baseline, Path]
+
+
+def judge(job: Job) -> dict[str, Any]:
     """A gate's answer to a fault, with its words and its CPU seconds."""
-    baseline = stored_optima(fault.project, text, out, ledgers)
-    ledger = ledgers / f"{fault.project.name}, {fault.name.replace('/', ' per ')}.db"
-    chosen = tuple(range(4, 4 + seeds)) if fault.name == OTHER_SEEDS else tuple(range(seeds))
+    number, name, baseline, ledgers = job
+    torch.set_num_threads(1)
+    fault = FAULTS[number]
+    ledger = ledgers / f"{number}, {name}.db"
     with contextlib.ExitStack() as stack:
-        experiment = fault.plant(fault.project.experiment(text), stack)
+        experiment = fault.plant(fault.project.experiment(), stack)
         started = time.process_time()
-        answer, words = GATES[name](Case(fault, experiment, baseline, ledger, chosen))
+        answer, words = GATES[name](Case(fault, experiment, baseline, ledger, 4 if fault.name == OTHER_SEEDS else 0))
     told = {"fault": fault.name, "project": fault.project.name, "gate": name, "answer": answer}
-    told |= {"seconds": round(time.process_time() - started, 1), "words": words}
-    print(*told.values(), sep="\n", flush=True)
-    return told
+    return told | {"seconds": round(time.process_time() - started, 1), "words": words}
 
 
-def report(told: list[dict[str, Any]], full: bool, seeds: int) -> str:
+def report(told: list[dict[str, Any]], seconds: float) -> str:
     lines = [
         "# Which gate sees which fault",
         "",
@@ -310,16 +331,19 @@ def report(told: list[dict[str, Any]], full: bool, seeds: int) -> str:
         answers = [one["answer"] for one in planted if one["gate"] == name]
         caught, passed = (sum(answer in some for answer in answers) for some in (CAUGHT, PASSED))
         counts.append(f"{name} names {caught} of {len(answers)} and lets {passed} pass")
+    named = {one["fault"] for one in planted if one["answer"] in CAUGHT}
     lines += [
         "",
-        f"{'; '.join(counts)}. INCONCLUSIVE names no fault but is no pass: its exit status is 3.",
+        f"{'; '.join(counts)}. {len(named)} of {len({one['fault'] for one in planted})} are named by some gate. "
+        "INCONCLUSIVE names no fault but is no pass: its exit status is 3.",
         "",
-        f"The reference model {'at the size of the demo' if full else 'reduced, on a made-up language'}; looped: "
-        f"{_words(LOOPED, full)}; deep: {_words(DEEP, full)}. The base depth is 1.",
-        f"Stored optima: 7 LRs an octave apart, 4 seeds. Cheap mode: 3 LRs, {seeds} seeds. Full check: 5 LRs, {seeds} "
-        "seeds.",
-        f"CPU seconds of one thread. Python {platform.python_version()}, torch {version('torch')}, "
-        f"looptransfer {version('looptransfer')}, {platform.machine()}.",
+        "The reference model at the size of the demo; looped: " + _words(LOOPED) + "; deep: " + _words(DEEP) + ".",
+        f"Stored optima: 7 LRs 0.75 octave apart, {FULL_SEEDS} seeds; those of looped are the demo's, from {DEMO}.",
+        f"Coordinate check: {_settings(COORDINATES)}. Cheap mode: 3 LRs, {CHEAP_SEEDS} seeds. Full check: the LRs and "
+        f"seeds of the baseline.",
+        f"CPU seconds of one thread; {seconds:.0f} s in all on {os.cpu_count()} cores. "
+        f"Python {platform.python_version()}, torch {version('torch')}, looptransfer {version('looptransfer')}, "
+        f"{platform.machine()}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -331,30 +355,45 @@ def _cell(one: dict[str, Any] | None) -> str:
     return f"{mark}{one['answer']}{mark}, {one['seconds']:.1f} s"
 
 
-def _words(project: Project, full: bool) -> str:
-    size, loops = project.size(full), " and ".join(map(str, project.loops))
-    tokens = f"{size.batch} × {size.sequence} tokens"
-    return f"L = {size.layers}, N = {loops}, width {size.width}, {size.steps} steps of {tokens}"
+def _words(project: Project) -> str:
+    size = lt.ReferenceSize(layers=project.layers)
+    return (
+        f"L = {size.layers}, base depth {project.base_layers}, N = {' and '.join(map(str, project.loops))}, width "
+        f"{size.width}, {size.steps} steps of {size.batch} × {size.sequence} tokens"
+    )
+
+
+def _settings(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", action="store_true", help="at the size of the demo")
     parser.add_argument("--out", type=Path, default=Path("reports/gate"))
     parser.add_argument("--ledgers", type=Path, default=Path("build/gate-faults"))
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     for folder in (arguments.out, arguments.ledgers):
         folder.mkdir(parents=True, exist_ok=True)
-    text = None if arguments.reference else made_up_text(arguments.ledgers / "text.txt")
     path = arguments.out / "faults.json"
-    told = json.loads(path.read_text()) if path.exists() else []
+    kept = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "answers": []}
+    told, started = kept["answers"], time.perf_counter() - kept["seconds"]
     done = {(one["fault"], one["project"], one["gate"]) for one in told}
-    for name, fault in itertools.product(GATES, FAULTS):  # the quickest gate first
-        if (fault.name, fault.project.name, name) not in done:
-            told.append(judge(fault, name, text, arguments.out, arguments.ledgers, arguments.seeds))
-            path.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-            (arguments.out / "README.md").write_text(report(told, arguments.reference, arguments.seeds))
+    baselines = {project: stored_optima(project, arguments.ledgers, arguments.workers) for project in (LOOPED, DEEP)}
+    for project, baseline in baselines.items():
+        baseline.write(arguments.out / f"lr-optima-{project.name}.json")
+    jobs: list[Job] = [
+        (number, name, baselines[fault.project], arguments.ledgers)
+        for name, (number, fault) in itertools.product(GATES, enumerate(FAULTS))  # the quickest gate first
+        if (fault.name, fault.project.name, name) not in done
+    ]
+    with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
+        for one in pool.imap_unordered(judge, jobs):
+            print(*one.values(), sep="\n", flush=True)
+            told.append(one)
+            seconds = time.perf_counter() - started
+            path.write_text(json.dumps({"seconds": seconds, "answers": told}, indent=1, ensure_ascii=False) + "\n")
+            (arguments.out / "README.md").write_text(report(told, seconds))
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def report(frame: pd.DataFrame, power: pd.DataFrame, noise: Noise, sweeps: int, 
     kind = ["shape", "tails", "noise", "seeds", "lrs", "step", "loops", "drift"]
     columns = [*kind, "with_interval", "coverage", "FLAT", "DRIFTS"]
     wrong = edge[(edge["FLAT"] > 0.05 + error) | (edge["DRIFTS"] > 0.05 + error)]
-    changing = frame[frame["shape"].isin(["skew grows with N", "finite wall", "no curvature"])]
+    changing = frame[frame["shape"].isin(["skew grows with N", "finite wall", "flat bottom", "no curvature"])]
     lines = [
         "# How often the verdict is right",
         "",
@@ -321,7 +321,7 @@ def report(frame: pd.DataFrame, power: pd.DataFrame, noise: Noise, sweeps: int, 
         "",
         table(off[columns]) if len(off) else "None.",
         "",
-        "## Shapes that change with N, walls of unstable runs, no curvature",
+        "## Shapes that change with N, walls of unstable runs, flat bottoms, no curvature",
         "",
         table(changing[[*columns, "shape_flagged", "why_inconclusive"]]),
         "",

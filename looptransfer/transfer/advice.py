@@ -106,6 +106,8 @@ def uncensor(tables: Mapping[int, pd.DataFrame], hidden: Mapping[int, Censored])
             if high - low >= 4
             else FurtherRuns(tuple(tables), _lrs(widen), _seeds(*tables.values()))
         )
+    if why == "flat bottom":
+        return closer_lrs(tables, at)
     if why == "diverged":
         lowest_stable = min(_best(tables[n])[1] for n in at)
         lrs = [lowest_stable - 2 * step, lowest_stable - step, lowest_stable + step / 2]

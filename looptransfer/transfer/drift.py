@@ -5,24 +5,49 @@ Distances are octaves of LR, the drift is octaves per doubling of N, the regret 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import minimize_scalar
 
-from looptransfer.transfer.optimum import TRUSTED, Array, Interval, Optimum, find_optimum, pooled_vertex, t_interval
+from looptransfer.transfer.optimum import (
+    TRUSTED,
+    WIDE,
+    Array,
+    Interval,
+    Optimum,
+    bottom_curvature,
+    find_optimum,
+    pooled_vertex,
+    t_interval,
+)
 
-REACHES = (1.75, 3.5)  # octaves: the fits whose drift must agree with the usual one
+REACHES = (1.75, WIDE)  # octaves: the fits whose drift must agree with the usual one
+FLAT_BOTTOM = 0.7  # share of the basin's curvature that is left at its bottom where that is flat (reports/verdict/)
 FURTHEST = 4.0  # octaves that a curve shift is looked for
 
 
 def find_optima(tables: Mapping[int, pd.DataFrame], confidence: float, basin_tolerance: float) -> tuple[Optimum, ...]:
-    """The optimum at every loop count, by polynomials of one degree: a cubic and a parabola differ in their bias."""
+    """The optimum at every loop count, by polynomials of one degree: a cubic and a parabola differ in their bias.
+
+    Where the basins are flat at the bottom, in the mean over N, the lowest point of a polynomial is none of theirs, and
+    moves with the place of the LRs in the basin: the optima are then censored.
+    """
     optima = tuple(find_optimum(at, table, confidence, basin_tolerance) for at, table in tables.items())
     if {2, 3} <= {optimum.degree for optimum in optima}:
-        return tuple(find_optimum(at, table, confidence, basin_tolerance, 2) for at, table in tables.items())
-    return optima
+        optima = tuple(find_optimum(at, table, confidence, basin_tolerance, 2) for at, table in tables.items())
+    found = [o for o in optima if o.log2_lr is not None]
+    each = [bottom_curvature(tables[o.at], o.log2_lr.estimate) for o in found if o.log2_lr is not None]
+    known = [share for share in each if share is not None]
+    return tuple(map(_on_a_flat, optima)) if known and np.mean(known) < FLAT_BOTTOM else optima
+
+
+def _on_a_flat(optimum: Optimum) -> Optimum:
+    if optimum.censored is not None:
+        return optimum
+    return replace(optimum, censored="flat bottom", log2_lr=None, by_seed=None, curves=None)
 
 
 def slope_by_seed(at: Sequence[int], by_seed: Sequence[pd.Series]) -> pd.Series | None:

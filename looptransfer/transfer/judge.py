@@ -18,6 +18,7 @@ CENSORED: dict[Censored, str] = {
     "high edge": "the highest LR is the best: the optimum is censored; extend the grid to higher LRs",
     "diverged": "divergence hides the optimum",
     "plateau": "the loss has no curvature that stands out of the noise",
+    "flat bottom": "the basin is flat at its bottom, so that no LR in it stands out as the optimum",
     "one seed": "there is one seed, so nothing tells noise from a shift",
     "too few LRs": "fewer than three LRs near the optimum were run by every seed",
 }
@@ -94,7 +95,7 @@ def _decide(facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: Terms
         reason = f"The optimum moves {way} by {abs(facts.drift.estimate):.2f} octave per doubling of {label}{over}."
         return "DRIFTS", "drifts", reason, ("", None)
     if hidden:
-        return "INCONCLUSIVE", *_censored(hidden, tables, terms)
+        return "INCONCLUSIVE", *_censored(hidden, facts, tables, terms)
     if facts.drift is None:
         reason, words = f"Fewer than two seeds are shared by all {label}.", f"run the same seeds at every {label}"
         return "INCONCLUSIVE", "no shared seeds", reason, (words, advice.missing_seeds(tables))
@@ -110,7 +111,6 @@ def _decide_regret(
     facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: Terms
 ) -> tuple[Answer, Cause, str, _What]:
     """The drift is inside its tolerance: whether the transferred LR loses anything."""
-    largest = facts.optima[-1].at
     if facts.regret is None:
         reason = f"The transferred LR lies outside the LRs run at the largest {terms.label}."
         return "INCONCLUSIVE", "regret", reason, ("run LRs around the transferred LR", None)
@@ -118,10 +118,8 @@ def _decide_regret(
         reason = "The optimum stays, but the transferred LR costs more than the tolerance."
         return "INCONCLUSIVE", "regret", reason, ("tune the proxy again, nearer to its optimum", None)
     if facts.regret.high >= terms.regret_tolerance:
-        seeds = 2 * max(o.seeds for o in facts.optima)
-        words = f"run {seeds} seeds in all at {terms.label} = {largest}"
         reason = "The regret of the transferred LR may reach the tolerance."
-        return "INCONCLUSIVE", "regret", reason, (words, advice.more_seeds(tables, seeds))
+        return "INCONCLUSIVE", "regret", reason, _more_seeds_of_target(facts, tables, terms)
     return "FLAT", "flat", "The optimum stays put and the transferred LR loses nothing that matters.", ("", None)
 
 
@@ -145,7 +143,7 @@ def _side(value: float, tolerance: float) -> int:
 
 
 def _censored(
-    hidden: Mapping[int, Censored], tables: Mapping[int, pd.DataFrame], terms: Terms
+    hidden: Mapping[int, Censored], facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: Terms
 ) -> tuple[Cause, str, _What]:
     """Why the optima of some N cannot be told, and what to run."""
     why = next(iter(hidden.values()))
@@ -155,8 +153,22 @@ def _censored(
     words = {
         "one seed": f"run the same LRs with seeds {', '.join(further.seeds)} at {terms.label} = {at}",
         "plateau": f"run LRs {lrs} as well, with seeds {', '.join(further.seeds)}",
+        "flat bottom": f"run LRs {lrs} at {terms.label} = {at}{_shared_basin(facts, terms)}",
     }.get(why, f"run LRs {lrs} at {terms.label} = {at}")
     return why, f"At {terms.label} = {at} {CENSORED[why]}.", (words, further)
+
+
+def _shared_basin(facts: RuleVerdict, terms: Terms) -> str:
+    """The LRs that serve at every N although none is the best."""
+    basins = [optimum.basin for optimum in facts.optima]
+    low = max(-math.inf if basin is None else basin.low for basin in basins)
+    high = min(-math.inf if basin is None else basin.high for basin in basins)
+    if low >= high:
+        return ""
+    return (
+        f"; any LR from {2**low:.3g} to {2**high:.3g} is within {terms.regret_tolerance:g} of the best at every "
+        f"{terms.label}"
+    )
 
 
 def _shape(facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: Terms) -> tuple[Cause, str, _What]:
@@ -188,6 +200,21 @@ def _more_seeds(facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: T
         return words, advice.larger_n(tables, 2)
     seeds = max(seeds, there + 1)
     return f"run about {seeds} seeds in all (there are {there})", advice.more_seeds(tables, seeds)
+
+
+def _more_seeds_of_target(facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: Terms) -> _What:
+    """How many seeds would narrow the optimum of the largest N until, wherever it lies, its basin holds the LR."""
+    target, lr = facts.optima[-1], _transferred(facts.optima, terms)
+    assert target.by_seed is not None
+    assert target.basin is not None
+    assert lr is not None
+    room = min(lr - target.basin.low, target.basin.high - lr)
+    seeds = advice.seeds_needed(float(target.by_seed.std(ddof=1)), room, terms.confidence)
+    if seeds is None:
+        return f"tune the proxy again: over {advice.MOST} seeds would be needed to see the regret of this LR", None
+    seeds = max(seeds, target.seeds + 1)
+    words = f"run about {seeds} seeds in all at {terms.label} = {target.at} (there are {target.seeds})"
+    return words, advice.more_seeds({target.at: tables[target.at]}, seeds)
 
 
 def shape_changes(skew_trend: Interval) -> bool:

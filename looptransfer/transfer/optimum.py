@@ -15,9 +15,10 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import stdtrit
 
 Array = npt.NDArray[np.float64]
-Censored = Literal["low edge", "high edge", "diverged", "plateau", "one seed", "too few LRs"]
+Censored = Literal["low edge", "high edge", "diverged", "plateau", "flat bottom", "one seed", "too few LRs"]
 
 REACH = 2.5  # octaves from the vertex at which the weight of an LR in the fit has fallen to zero
+WIDE = 3.5  # the same for fits that look at the shape of the whole basin
 WALL = 2.5  # times the height of the basin's lower side, above which a loss is no part of the basin
 NEAR_WALL = 1.5  # octaves from the vertex within which a wall bends the fit
 TRUSTED = 1.25  # octaves from the vertex within which the fit stands for the loss
@@ -60,7 +61,8 @@ class Optimum:
     Attributes:
         at: the loop count N, or the value of another axis that is checked.
         seeds: how many there are.
-        censored: why there is no usable optimum; all below but the stability edge is then None.
+        censored: why there is no usable optimum; all below but the stability edge is then None, and the basin too but
+            for one with a flat bottom.
         stable_up_to: log2 of the largest LR at which, and below which, no seed diverged; None where the lowest did.
         diverges: whether some LR above it was run, and diverged.
         log2_lr: the vertex, with its t-interval over seeds.
@@ -171,6 +173,23 @@ def pooled_vertex(table: pd.DataFrame, degree: int, reach: float) -> float | Non
     losses = table.to_numpy(dtype=float)
     finite = np.isfinite(losses).all(axis=1)
     return _descend(table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1), degree, reach)
+
+
+def bottom_curvature(table: pd.DataFrame, vertex: float) -> float | None:
+    """The curvature of the mean loss at the vertex as a share of that of the basin around it; None with fewer than five
+    LRs in reach.
+
+    That of a quartic over that of a cubic, both with the weights of a wide fit: about 1 for the bowls that LR basins
+    are, 0 or less for a flat floor between walls, on which a polynomial's vertex is no optimum.
+    """
+    losses = table.to_numpy(dtype=float)
+    finite = np.isfinite(losses).all(axis=1)
+    x, mean = table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1)
+    root_weights = _root_weights(x, mean, vertex, WIDE)
+    if (root_weights > 0).sum() < 5:
+        return None
+    at_the_bottom, around = (_fit(x, mean[:, None], vertex, degree, root_weights)[2, 0] for degree in (4, 3))
+    return float(at_the_bottom / around) if around > 0 else None
 
 
 def _hidden(grid: Array, x: Array, losses: Array) -> Censored | None:

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import pandas as pd
 
 from looptransfer.transfer.advice import FurtherRuns
-from looptransfer.transfer.optimum import Interval, Optimum
+from looptransfer.transfer.optimum import Basin, Interval, Optimum
 from looptransfer.transfer.results import axis_label
 
 SCHEMA_VERSION = 2
 Answer = Literal["FLAT", "DRIFTS", "INCONCLUSIVE"]
 EXIT_STATUS: dict[Answer, int] = {"FLAT": 0, "DRIFTS": 1, "INCONCLUSIVE": 3}
 Cause = Literal[
-    "flat", "drifts", "one N", "low edge", "high edge", "diverged", "plateau", "one seed", "too few seeds",
-    "too few LRs", "no shared seeds", "shape", "regret", "no power",
+    "flat", "drifts", "one N", "low edge", "high edge", "diverged", "plateau", "flat bottom", "one seed",
+    "too few seeds", "too few LRs", "no shared seeds", "shape", "regret", "no power",
 ]  # fmt: skip
 
 
@@ -119,13 +119,10 @@ class Verdict:
         optimum = one.optima[position]
         row = {self.axis_label: str(optimum.at), "seeds": str(optimum.seeds)}
         if optimum.log2_lr is None:
-            row |= {"best LR": f"none: {optimum.censored}", "log2(LR)": "", f"within {self.regret_tolerance:g}": ""}
+            row |= {"best LR": f"none: {optimum.censored}", "log2(LR)": ""}
         else:
-            row |= {
-                "best LR": f"{2**optimum.log2_lr.estimate:.3g}",
-                "log2(LR)": str(optimum.log2_lr),
-                f"within {self.regret_tolerance:g}": _basin_text(optimum),
-            }
+            row |= {"best LR": f"{2**optimum.log2_lr.estimate:.3g}", "log2(LR)": str(optimum.log2_lr)}
+        row[f"within {self.regret_tolerance:g}"] = "" if optimum.basin is None else _basin_text(optimum.basin)
         row["stable up to"] = _edge_text(optimum)
         shift = one.shifts[position] if one.shifts else None
         row["curve shift"] = "" if shift is None or position == 0 else str(shift)
@@ -283,10 +280,9 @@ def _further_dict(axis: str, runs: FurtherRuns) -> dict[str, Any]:
     return {axis: list(runs.at), "lr": list(runs.lrs), "seed": list(runs.seeds)}
 
 
-def _basin_text(optimum: Optimum) -> str:
-    assert optimum.basin is not None
-    low, high = (f"{2**end:.3g}" for end in (optimum.basin.low, optimum.basin.high))
-    return f"{'≤ ' if optimum.basin.low_open else ''}{low} to {'≥ ' if optimum.basin.high_open else ''}{high}"
+def _basin_text(basin: Basin) -> str:
+    low, high = (f"{2**end:.3g}" for end in (basin.low, basin.high))
+    return f"{'≤ ' if basin.low_open else ''}{low} to {'≥ ' if basin.high_open else ''}{high}"
 
 
 def _edge_text(optimum: Optimum) -> str:

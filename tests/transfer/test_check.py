@@ -570,6 +570,48 @@ def test_rows_of_different_experiments_are_noted() -> None:
     assert check(runs).notes == ("the rows come from 2 different experiments (column fingerprint)",)
 
 
+@pytest.mark.parametrize("drift", [0.0, 0.2, 0.6])
+def test_a_flat_floor_gives_neither_answer_and_names_the_lrs_that_serve_at_every_n(drift: float) -> None:
+    runs = made(loops=(1, 2, 4))
+    u = np.log2(runs["lr"]) + 6.0 - drift * (np.log2(runs["loops"]) - 1)
+    noise = np.random.default_rng(0).normal(0, 0.001, len(runs))
+    runs["loss"] = 2.0 + 0.1 * np.clip(np.abs(u) - 1.0, 0, None) ** 2 + noise
+    verdict = check(runs)
+    assert (verdict.answer, verdict.judged.cause) == ("INCONCLUSIVE", "flat bottom")
+    assert "flat at its bottom" in verdict.judged.reason
+    assert "is within 0.02 of the best at every N" in verdict.judged.advice
+    assert "none: flat bottom" in str(verdict)
+    further = verdict.judged.further_runs
+    assert further is not None
+    assert not set(further.lrs) & set(runs["lr"])
+
+
+def test_a_regret_that_may_reach_the_tolerance_asks_for_the_seeds_at_the_largest_n_that_settle_it() -> None:
+    """Draws whose advice is few seeds; with those, most regrets are told."""
+    settled = []
+    for draw in range(30):
+        runs = made(wander=0.1, seeds=3, draw=draw)
+        one = check(runs, transferred_lr=2**-5.85).judged
+        if one.cause != "regret":
+            continue
+        assert one.further_runs is not None
+        assert one.further_runs.at == (8,)
+        seeds = 3 + len(one.further_runs.seeds)
+        assert one.advice == f"run about {seeds} seeds in all at N = 8 (there are 3)"
+        more = made(wander=0.1, loops=(8,), seeds=seeds, draw=100 + draw)
+        more = more[more["seed"].astype(str).isin(one.further_runs.seeds)]
+        settled.append(check(pd.concat([runs, more]), transferred_lr=2**-5.85).judged.cause != "regret")
+    assert len(settled) >= 4
+    assert sum(settled) / len(settled) >= 0.6
+
+
+def test_a_transferred_lr_on_the_rim_of_the_basin_is_no_matter_of_more_seeds() -> None:
+    one = check(made(wander=0.02), transferred_lr=2 ** (-6.1 + 0.2**0.5)).judged
+    assert one.cause == "regret"
+    assert one.further_runs is None
+    assert one.advice.startswith("tune the proxy again")
+
+
 def test_a_censored_optimum_lends_no_edge_to_a_drift() -> None:
     """Two optima are known, and the third hides beyond the edge: its edge would make the drift look large."""
     runs = pd.concat([made(0.6, loops=(1, 2)), made(loops=(4,), centre=-1.0, draw=3)])

@@ -56,6 +56,19 @@ def test_a_cubic_and_a_parabola_are_not_mixed_over_n() -> None:
     assert [optimum.degree for optimum in find_optima({1: full, 2: short}, 0.9, 0.02)] == [2, 2]
 
 
+def test_basins_that_are_flat_at_the_bottom_have_no_optimum_but_keep_their_width() -> None:
+    def floor(vertex: float) -> pd.DataFrame:
+        table = bowl(vertex)
+        losses = 0.1 * np.clip(np.abs(GRID - vertex) - 0.9, 0, None) ** 2
+        return pd.DataFrame({seed: table.loc[:, seed].min() + losses for seed in table}, table.index)
+
+    optima = find_optima({1: floor(-6.0), 4: floor(-5.8)}, 0.9, 0.02)
+    assert [optimum.censored for optimum in optima] == ["flat bottom", "flat bottom"]
+    assert [optimum.log2_lr for optimum in optima] == [None, None]
+    assert all(optimum.basin is not None and optimum.basin.octaves > 1.8 for optimum in optima)
+    assert {optimum.censored for optimum in find_optima({1: bowl(-6.0), 4: bowl(-5.8)}, 0.9, 0.02)} == {None}
+
+
 def test_the_worst_displacement_is_that_of_the_loop_count_furthest_from_the_first() -> None:
     tables = {1: bowl(-6.0), 2: bowl(-5.9), 4: bowl(-6.7), 8: bowl(-6.3)}
     found = worst_displacement(find_optima(tables, 0.9, 0.02), 0.9)

@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looptransfer.transfer.optimum import Optimum, curve, find_optimum, pooled_vertex, t_interval
+from looptransfer.transfer.optimum import Optimum, bottom_curvature, curve, find_optimum, pooled_vertex, t_interval
 from looptransfer.transfer.results import tidy
 
 GRID = np.arange(-9.0, -2.9, 0.75)
@@ -310,3 +310,28 @@ def test_the_curve_keeps_only_lrs_that_every_seed_ran_and_keeps_the_diverged() -
 def test_losses_that_are_all_alike_are_a_plateau_and_no_edge() -> None:
     flat = pd.DataFrame(2.0, index=[-8.0, -7.0, -6.0, -5.0], columns=["0", "1"])
     assert find_optimum(1, flat, 0.9).censored == "plateau"
+
+
+@reproducible
+@given(vertex=st.floats(-6.5, -5.5), curvature=st.floats(0.01, 3.0), skew=st.floats(-0.03, 0.03))
+def test_a_cubic_is_as_curved_at_its_bottom_as_around_it(vertex: float, curvature: float, skew: float) -> None:
+    u = GRID - vertex
+    losses = 2.0 + curvature * (u**2 + skew * u**3)
+    assert bottom_curvature(pd.DataFrame({"0": losses}, index=GRID), vertex) == pytest.approx(1.0, abs=1e-6)
+
+
+@reproducible
+@given(vertex=st.floats(-6.4, -5.6), width=st.floats(1.5, 2.5))
+def test_a_flat_floor_has_little_of_the_curvature_of_its_basin(vertex: float, width: float) -> None:
+    """By hand: 0.1 (|u| − width / 2)² outside the floor."""
+    grid = np.arange(-10.0, -1.9, 0.5)
+    losses = 2.0 + 0.1 * np.clip(np.abs(grid - vertex) - width / 2, 0, None) ** 2
+    share = bottom_curvature(pd.DataFrame({"0": losses}, index=grid), vertex)
+    assert share is not None
+    assert share < 0.6
+
+
+def test_the_curvature_at_the_bottom_needs_five_lrs() -> None:
+    table = bowls(np.arange(-8.0, -4.9, 1.0), [-6.5, -6.5])
+    assert bottom_curvature(table, -6.5) is None
+    assert bottom_curvature(bowls(np.arange(-8.0, -3.9, 1.0), [-6.5, -6.5]), -6.5) == pytest.approx(1.0)
