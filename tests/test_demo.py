@@ -9,7 +9,7 @@ from looptransfer import demo
 from looptransfer.transfer.results import COLUMNS
 
 TINY = demo.DemoSize(
-    lt.ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12), (1, 2), (1, 2), 2, (-2, -1, 0, 1)
+    lt.ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12), (1, 2), 3, (1, 2), 2, (-2, -1, 0, 1)
 )
 
 
@@ -21,7 +21,7 @@ def test_demo_writes_its_three_files_and_ends_with_five_lines(tmp_path: Path, mo
     verdict = json.loads((tmp_path / "verdict.json").read_text())
     assert len(lines) == 5
     assert list(results) == COLUMNS
-    assert len(results) == 3 * 2 * 4 * 2
+    assert len(results) == 2 * 4 * (3 + 2 * 2)
     assert verdict["experiment"]["corpus_sha256"]
     assert not any("seconds" in key for key in verdict)
     assert "data:image/svg+xml;base64," in (tmp_path / "report.html").read_text()

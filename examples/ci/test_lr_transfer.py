@@ -12,5 +12,6 @@ def test_the_stored_optima_are_still_bracketed(lr_transfer: LRTransfer) -> None:
 
 
 def test_the_optima_have_not_moved(lr_transfer: LRTransfer) -> None:
-    # A sweep of your own model ends with lr_transfer.assert_flat(results) as well.
-    lr_transfer.assert_optimum(lr_transfer.sweep(experiment, loops=[1, 2], lrs=LRS, seeds=8))
+    results = lr_transfer.sweep(experiment, loops=[1, 2], lrs=LRS, seeds=8)
+    lr_transfer.assert_optimum(results)
+    lr_transfer.assert_flat(results, tolerance=0.4)  # over one doubling of so noisy a model; the default is 0.2

@@ -138,13 +138,30 @@ def regret_interval(target: Optimum, by_seed: pd.Series, log2_lr: float, confide
     distance = log2_lr - target.log2_lr.estimate
     if abs(distance) > TRUSTED:
         return t_interval(by_seed, confidence)
+    reached = log2_lr - np.linspace(target.log2_lr.low, target.log2_lr.high, 101, dtype=np.float64)
+    regrets = _regret(target, reached)
+    low = 0.0 if reached.min() <= 0 <= reached.max() else float(regrets.min())
+    return Interval(float(by_seed.mean()), max(0.0, low), float(regrets.max()))
+
+
+def room_for_regret(target: Optimum, log2_lr: float, tolerance: float) -> float:
+    """Half of the widest interval of the optimum that keeps the regret of an LR below the tolerance, in octaves.
+
+    0 where the regret reaches it already; 1.25 octaves, as far as the fit is trusted, where no interval does.
+    """
+    assert target.log2_lr is not None
+    half = np.linspace(0, TRUSTED, 251, dtype=np.float64)
+    distance = log2_lr - target.log2_lr.estimate
+    reaches = np.maximum(_regret(target, distance - half), _regret(target, distance + half)) >= tolerance
+    return float(half[int(np.argmax(reaches))]) if reaches.any() else TRUSTED
+
+
+def _regret(target: Optimum, distance: Array) -> Array:
+    """By the pooled curve, at distances from its vertex."""
     assert target.curves is not None
     shape = target.curves.mean().to_numpy()
     shape[:2] = 0.0  # the regret at the vertex, and the slope there
-    reached = log2_lr - np.linspace(target.log2_lr.low, target.log2_lr.high, 101)
-    regrets = np.polynomial.polynomial.polyval(reached, shape)
-    low = 0.0 if reached.min() <= 0 <= reached.max() else float(regrets.min())
-    return Interval(float(by_seed.mean()), max(0.0, low), float(regrets.max()))
+    return np.asarray(np.polynomial.polynomial.polyval(distance, shape))
 
 
 def curve_shift(table: pd.DataFrame, reference: pd.DataFrame, confidence: float) -> Interval | None:

@@ -203,12 +203,11 @@ def _more_seeds(facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: T
 
 
 def _more_seeds_of_target(facts: RuleVerdict, tables: Mapping[int, pd.DataFrame], terms: Terms) -> _What:
-    """How many seeds would narrow the optimum of the largest N until, wherever it lies, its basin holds the LR."""
+    """How many seeds would narrow the optimum of the largest N until the LR is good all over its interval."""
     target, lr = facts.optima[-1], _transferred(facts.optima, terms)
     assert target.by_seed is not None
-    assert target.basin is not None
     assert lr is not None
-    room = min(lr - target.basin.low, target.basin.high - lr)
+    room = drift.room_for_regret(target, lr, terms.regret_tolerance)
     seeds = advice.seeds_needed(float(target.by_seed.std(ddof=1)), room, terms.confidence)
     if seeds is None:
         return f"tune the proxy again: over {advice.MOST} seeds would be needed to see the regret of this LR", None

@@ -606,7 +606,7 @@ def test_a_regret_that_may_reach_the_tolerance_asks_for_the_seeds_at_the_largest
 
 
 def test_a_transferred_lr_on_the_rim_of_the_basin_is_no_matter_of_more_seeds() -> None:
-    one = check(made(wander=0.02), transferred_lr=2 ** (-6.1 + 0.2**0.5)).judged
+    one = check(made(draw=1), transferred_lr=2 ** (-6.1 + 0.2**0.5)).judged
     assert one.cause == "regret"
     assert one.further_runs is None
     assert one.advice.startswith("tune the proxy again")

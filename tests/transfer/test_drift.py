@@ -13,6 +13,7 @@ from looptransfer.transfer.drift import (
     find_optima,
     regret_by_seed,
     regret_interval,
+    room_for_regret,
     skew_trend,
     slope_by_seed,
     worst_displacement,
@@ -169,3 +170,15 @@ def test_the_drift_is_taken_over_the_loop_counts_whose_optimum_is_known() -> Non
     drifts = drift_by_seed(find_optima(tables, 0.9, 0.02))
     assert drifts is not None
     assert drifts.to_numpy() == pytest.approx(np.full(3, 0.2), abs=1e-6)
+
+
+@reproducible
+@given(distance=st.floats(-0.4, 0.4), curvature=st.floats(0.05, 0.3))
+def test_the_room_for_regret_ends_where_an_exact_parabola_reaches_the_tolerance(
+    distance: float, curvature: float
+) -> None:
+    """By hand: curvature · (|distance| + room)² = 0.05."""
+    losses = 2.0 + curvature * (GRID + 6.0) ** 2
+    target = find_optimum(1, pd.DataFrame({"0": losses, "1": losses}, pd.Index(GRID, name="x")), 0.9)
+    expected = math.sqrt(0.05 / curvature) - abs(distance)
+    assert room_for_regret(target, -6.0 + distance, 0.05) == pytest.approx(max(expected, 0.0), abs=0.006)
