@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from looptransfer.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
 from looptransfer.errors import InputError
-from looptransfer.files import check_new, check_writable, write_text
+from looptransfer.files import check_new, check_writable, write_file
 
 if TYPE_CHECKING:
     from looptransfer.transfer.comparison import Comparison
@@ -286,6 +286,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _coordcheck(arguments: argparse.Namespace) -> int:
     loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8"), seeds_of(arguments.seeds)
+    for path in filter(None, (arguments.html, arguments.output)):
+        write_file(path, None)  # before the training
     import torch  # noqa: PLC0415
 
     from looptransfer.coordcheck.recommend import recommend  # noqa: PLC0415
@@ -312,15 +314,12 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
         "LR": arguments.lr,
         "seconds": f"{time.perf_counter() - started:.0f}",
     }
-    try:
-        if arguments.html:
-            from looptransfer.report.coordinates import write_coord_html  # noqa: PLC0415
+    if arguments.html:
+        from looptransfer.report.coordinates import write_coord_html  # noqa: PLC0415
 
-            write_coord_html(result, arguments.html, provenance=made)
-        if arguments.output:
-            result.frame.to_csv(arguments.output, index=False)
-    except OSError as error:
-        raise InputError(f"cannot write {error.filename}: {error.strerror}; choose another file") from None
+        write_coord_html(result, arguments.html, provenance=made)
+    if arguments.output:
+        write_file(arguments.output, result.frame.to_csv(index=False))
     if arguments.json:
         print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
     else:
@@ -342,7 +341,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     best = tune(experiment, arguments.loops, seeds, arguments.ledger, arguments.workers, arguments.rule)
     print(best)
     if arguments.output:
-        write_text(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
+        write_file(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
     follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
     _print_next(*follow, *(["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []))
@@ -377,7 +376,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         **where,
     )
     text = grown(path, results) if arguments.append else results.to_csv(index=False)
-    write_text(path, text)
+    write_file(path, text)
     print(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
     _print_next("check", path)
     return 0
@@ -403,16 +402,13 @@ def _check(arguments: argparse.Namespace) -> int:
         from looptransfer.report.page import write_html  # noqa: PLC0415
         from looptransfer.transfer.baseline import fingerprint_of  # noqa: PLC0415
 
-        try:
-            made = {
-                "command": shlex.join(["looptransfer", *sys.argv[1:]]),
-                "source": arguments.source,
-                **{name: version(name) for name in ("looptransfer", "numpy", "scipy", "pandas")},
-                **fingerprint_of(verdict.runs, verdict.axis),
-            }
-            write_html(verdict, arguments.html, provenance=made)
-        except OSError as error:
-            raise InputError(f"cannot write {arguments.html}: {error.strerror}; choose another file") from None
+        made = {
+            "command": shlex.join(["looptransfer", *sys.argv[1:]]),
+            "source": arguments.source,
+            **{name: version(name) for name in ("looptransfer", "numpy", "scipy", "pandas")},
+            **fingerprint_of(verdict.runs, verdict.axis),
+        }
+        write_html(verdict, arguments.html, provenance=made)
     told = _against_baseline(arguments, verdict)
     if arguments.json:
         extra = {} if told is None else {"baseline": told.to_dict()}

@@ -1,20 +1,20 @@
 """The whole story on the reference experiment: tune at N = 2, carry the LR to N = 16, judge, report."""
 
+import io
 import json
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from looptransfer.errors import InputError
+from looptransfer.files import write_file
 from looptransfer.reference.experiment import ReferenceSize, reference_experiment
 from looptransfer.report.figures import plot_curves, plot_optima
 from looptransfer.report.page import write_html
@@ -60,31 +60,34 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     _check_writable(out)
     experiment = reference_experiment(scale.size, text)
     seeds, ledger = range(seed, seed + scale.seeds), out / "ledger.db"
-    best = tune(experiment, PROXY, seeds[:TUNING_SEEDS], ledger)
+    tuning, control = seeds[:TUNING_SEEDS], seeds[: scale.control_seeds]
+    best = tune(experiment, PROXY, tuning, ledger)
     swept = partial(sweep, experiment, around=best, octaves=scale.octaves, ledger=ledger)
     ours = swept(scale.loops, seeds=seeds)
-    controls = swept(scale.control_loops, rules=CONTROLS, seeds=seeds[: scale.control_seeds])
+    controls = swept(scale.control_loops, rules=CONTROLS, seeds=control)
     results = pd.concat([ours, controls], ignore_index=True)
     verdict = check(results, transferred_lr=best.lr)
     lines = _answer(best, results, verdict, out)
     identity = experiment.identity()
-    tuned = {"loops": best.loops, "lr": best.lr, "censored": best.optimum.censored, "seeds": list(seeds[:TUNING_SEEDS])}
+    tuned = {"loops": best.loops, "lr": best.lr, "censored": best.optimum.censored, "seeds": list(tuning)}
     record = {**verdict.to_dict(), "tuned": tuned, "experiment": identity}
     trained = results.drop_duplicates(["loops", "lr", "seed", "seconds"])["seconds"].sum()  # shared runs count once
     provenance = {
         "command": shlex.join(["looptransfer", *sys.argv[1:]]),
         "wall time of this run": f"{time.monotonic() - started:.0f} s",
         "training time of the sweep": f"{trained:.0f} core-s",
-        "seeds": ", ".join(map(str, seeds)),
+        "seeds": f"{seeds[0]} to {seeds[-1]}; of the controls to {control[-1]}, of the tuning to {tuning[-1]}",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **identity,
     }
-    _replace(out / "results.csv", lambda path: results.to_csv(path, index=False))
-    _replace(out / "verdict.json", lambda path: path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n"))
-    _replace(out / "report.html", lambda path: write_html(verdict, path, summary=lines[:-1], provenance=provenance))
-    _replace(out / "curves.png", lambda path: plot_curves(verdict).savefig(path, format="png", dpi=150))
-    _replace(out / "optima.png", lambda path: plot_optima(verdict).savefig(path, format="png", dpi=150))
+    write_file(out / "results.csv", results.to_csv(index=False))
+    write_file(out / "verdict.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    write_html(verdict, out / "report.html", summary=lines[:-1], provenance=provenance)
+    for name, figure in {"curves": plot_curves(verdict), "optima": plot_optima(verdict)}.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
+        write_file(out / f"{name}.png", picture.getvalue())
     return lines
 
 
@@ -117,10 +120,3 @@ def _check_writable(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.part")
-    write(beside)
-    os.replace(beside, path)

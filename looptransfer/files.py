@@ -6,8 +6,8 @@ from pathlib import Path
 from looptransfer.errors import InputError
 
 
-def write_text(path: str | Path, text: str | None) -> None:
-    """Write beside `path`, then rename: a reader never sees half a file. Without text only try to write.
+def write_file(path: str | Path, content: str | bytes | None) -> None:
+    """Write beside `path`, then rename: a reader never sees half a file. Without content only try to write.
 
     Raises:
         InputError: the place cannot be written.
@@ -15,8 +15,8 @@ def write_text(path: str | Path, text: str | None) -> None:
     place = Path(path).resolve()
     beside = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
-        beside.write_text(text or "", encoding="utf-8")
-        if text is None:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content or b"")
+        if content is None:
             beside.unlink()
         else:
             os.replace(beside, place)
@@ -38,4 +38,4 @@ def check_writable(path: Path, ledger: str) -> None:
     """Find out before the training whether there is a place for what comes of it."""
     if path.resolve() == Path(ledger).resolve():
         raise InputError(f"{path} is the ledger; choose another file")
-    write_text(path, None)
+    write_file(path, None)

@@ -25,7 +25,6 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:No artists with labels")  # so short a training has no optimum to draw
 def test_the_papers_diagnostics_are_measured_drawn_and_reported(tmp_path: Path) -> None:
     paper = load("paper")
     size = lt.ReferenceSize(width=8, heads=2, layers=1, sequence=8, batch=2, steps=4)

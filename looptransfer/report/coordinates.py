@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from looptransfer.coordcheck.exponents import on_axis
 from looptransfer.coordcheck.verdict import CoordCheck, Finding
+from looptransfer.files import write_file
 from looptransfer.report.figures import ORDERED, RULE_STYLES
 from looptransfer.report.page import render, svg
 
@@ -146,6 +147,9 @@ def write_coord_html(
         title: the page's heading.
         summary: sentences under the answer.
         provenance: what made it: command, versions, seeds, wall time.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     cosines = plot_cosines(check)
     page = render(
@@ -159,7 +163,7 @@ def write_coord_html(
         exponents=svg(plot_exponents(check)),
         cosines=svg(cosines) if cosines is not None else "",
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_file(path, page)
 
 
 def _rows(check: CoordCheck, rule: str) -> pd.DataFrame:

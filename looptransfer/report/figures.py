@@ -86,7 +86,10 @@ def plot_optima(verdict: Verdict) -> Figure:
         title="Where the best LR lies",
     )
     left.grid(alpha=0.25)
-    left.legend(frameon=False, fontsize="small")
+    if left.get_legend_handles_labels()[0]:
+        left.legend(frameon=False, fontsize="small")
+    else:
+        left.text(0.5, 0.5, "no optimum is known", ha="center", va="center", color="0.35", transform=left.transAxes)
     right.axhline(verdict.regret_tolerance, color="0.35", linestyle="--", linewidth=1, label="tolerance")
     names = [_plain(rule) for rule in verdict.rules]
     right.set_xticks(range(len(names)), names)

@@ -10,6 +10,7 @@ import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from looptransfer.files import write_file
 from looptransfer.report.figures import plot_curves, plot_optima
 from looptransfer.transfer.verdict import Verdict
 
@@ -30,6 +31,9 @@ def write_html(
         title: the page's heading.
         summary: sentences under the answer.
         provenance: what made the results: command, versions, seeds, wall time.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     page = render(
         "page.html",
@@ -40,7 +44,7 @@ def write_html(
         curves=svg(plot_curves(verdict)),
         optima=svg(plot_optima(verdict)),
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_file(path, page)
 
 
 def render(template: str, **values: Any) -> str:

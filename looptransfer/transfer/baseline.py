@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from looptransfer.errors import InputError
-from looptransfer.files import write_text
+from looptransfer.files import write_file
 from looptransfer.transfer.optimum import Interval, Optimum, t_interval
 from looptransfer.transfer.verdict import Verdict
 
@@ -88,7 +88,7 @@ class Baseline:
         Raises:
             InputError: the place cannot be written.
         """
-        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        write_file(path, json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def baseline_of(verdict: Verdict, path: str | Path = PATH) -> Baseline:

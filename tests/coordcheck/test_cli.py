@@ -57,5 +57,9 @@ def test_bad_usage_ends_with_two(tmp_path: Path, arguments: list[str], capsys: p
     assert "looptransfer: " in capsys.readouterr().err
 
 
-def test_a_page_that_cannot_be_written_ends_with_two(tmp_path: Path) -> None:
-    assert run(tmp_path, GOOD, "--html", str(tmp_path / "no" / "page.html")) == 2
+@pytest.mark.parametrize("option", ["--html", "-o"])
+def test_a_place_that_cannot_be_written_ends_with_two_before_anything_is_trained(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "raise AssertionError('too late')", option, str(tmp_path / "no" / "it")) == 2
+    assert f"cannot write {tmp_path / 'no' / 'it'}" in capsys.readouterr().err
