@@ -83,7 +83,7 @@ class Scale:
 
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 SCALES = {
-    # 2^-6.35 is what the demo tuned at N = 2 with the same sizes
+    # 2^-6.35 lies in the basin that the demo finds at N = 2 with the same sizes
     "cpu": Scale(64, 4, POWERS, 16, 10, 10, 1e-3, lt.ReferenceSize(), 2**-6.35, (2, 4, 8), (1, 2, 4), 2, 3),
     "gpu": Scale(
         512, 8, POWERS, 16, 10, 10, 1e-3, lt.ReferenceSize(width=256, heads=8, sequence=128, batch=64, steps=1000),
@@ -713,7 +713,7 @@ Made by `{run["command"]}` in {wall:.0f} minutes, of which {cpu:.0f} minutes of 
 - **Figure 4**: `lt.check` on the sweep of the demo, and on a sweep over L of {scale.long_seeds} seeds at
   N = {scale.layers_loops}; shaded is the range over seeds, stars are fitted optima.
 - **Figures 5 and 6**: {scale.long_seeds} seeds, the reference experiment (width {size.width}, L = {size.layers},
-  {size.steps} steps, the standard library's sources) at the base LR {scale.long_lr:.4g} that the demo tuned under 1/N.
+  {size.steps} steps, the standard library's sources) at the base LR {scale.long_lr:.4g}, near the demo's optimum under 1/N.
   Shaded is the range over seeds.
 
 ## Fitted exponents
