@@ -38,8 +38,7 @@ def find_optima(tables: Mapping[int, pd.DataFrame], confidence: float, basin_tol
     optima = tuple(find_optimum(at, table, confidence, basin_tolerance) for at, table in tables.items())
     if {2, 3} <= {optimum.degree for optimum in optima}:
         optima = tuple(find_optimum(at, table, confidence, basin_tolerance, 2) for at, table in tables.items())
-    found = [o for o in optima if o.log2_lr is not None]
-    each = [bottom_curvature(tables[o.at], o.log2_lr.estimate) for o in found if o.log2_lr is not None]
+    each = [bottom_curvature(tables[o.at], o.log2_lr.estimate) for o in optima if o.log2_lr is not None]
     known = [share for share in each if share is not None]
     return tuple(map(_on_a_flat, optima)) if known and np.mean(known) < FLAT_BOTTOM else optima
 
