@@ -168,7 +168,7 @@ def no_fault(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Exper
     return experiment
 
 
-OTHER_SEEDS, SAME_SEEDS = "none (seeds that the baseline lacks)", "none (the baseline's seeds)"
+OTHER_SEEDS = "none (seeds that the baseline lacks)"
 FAULTS = (
     Fault(OTHER_SEEDS, LOOPED, no_fault),
     Fault("multiplier lost on one branch", LOOPED, in_trial("parametrize", lost_on_one_branch)),
@@ -182,8 +182,6 @@ FAULTS = (
     Fault("head scaled (logits / 4)", DEEP, quartered_logits),
     Fault("Adam eps × 1000", DEEP, in_trial("param_groups", partial(param_groups, eps=1e-5))),
     Fault("data order unpaired", DEEP, unpaired),
-    Fault(SAME_SEEDS, LOOPED, no_fault),
-    Fault(SAME_SEEDS, DEEP, no_fault),
 )
 
 

@@ -713,8 +713,8 @@ Made by `{run["command"]}` in {wall:.0f} minutes, of which {cpu:.0f} minutes of 
 - **Figure 4**: `lt.check` on the sweep of the demo, and on a sweep over L of {scale.long_seeds} seeds at
   N = {scale.layers_loops}; shaded is the range over seeds, stars are fitted optima.
 - **Figures 5 and 6**: {scale.long_seeds} seeds, the reference experiment (width {size.width}, L = {size.layers},
-  {size.steps} steps, the standard library's sources) at the base LR {scale.long_lr:.4g}, near the demo's optimum under 1/N.
-  Shaded is the range over seeds.
+  {size.steps} steps, the standard library's sources) at the base LR {scale.long_lr:.4g}, near the demo's optimum under
+  1/N. Shaded is the range over seeds.
 
 ## Fitted exponents
 
