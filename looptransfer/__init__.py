@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from looptransfer.report.figures import plot_curves as plot_curves
     from looptransfer.report.figures import plot_optima as plot_optima
     from looptransfer.report.page import write_html as write_html
-    from looptransfer.rewrite.apply import apply_plan as apply_plan
-    from looptransfer.rewrite.apply import fold as fold
-    from looptransfer.rewrite.apply import parametrize as parametrize
-    from looptransfer.rewrite.apply import remove as remove
-    from looptransfer.rewrite.apply import rescale as rescale
-    from looptransfer.rewrite.apply import unfold as unfold
+    from looptransfer.rewrite.parametrize import apply_plan as apply_plan
+    from looptransfer.rewrite.parametrize import fold as fold
+    from looptransfer.rewrite.parametrize import parametrize as parametrize
+    from looptransfer.rewrite.parametrize import remove as remove
+    from looptransfer.rewrite.parametrize import rescale as rescale
+    from looptransfer.rewrite.parametrize import unfold as unfold
     from looptransfer.rewrite.marker import residual as residual
     from looptransfer.rewrite.plan import Branch as Branch
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
@@ -59,15 +59,15 @@ _HOMES = {
     "TunedLR": "trials.sweep",
     "Verdict": "transfer.verdict",
     "VerificationError": "errors",
-    "apply_plan": "rewrite.apply",
+    "apply_plan": "rewrite.parametrize",
     "baseline_of": "transfer.baseline",
     "check": "transfer.check",
     "compare": "transfer.comparison",
     "coord_check": "coordcheck.run",
-    "fold": "rewrite.apply",
+    "fold": "rewrite.parametrize",
     "gate": "trials.gate",
     "param_groups": "optim",
-    "parametrize": "rewrite.apply",
+    "parametrize": "rewrite.parametrize",
     "plot_curves": "report.figures",
     "plot_exponents": "report.coordinates",
     "plot_growth": "report.coordinates",
@@ -77,13 +77,13 @@ _HOMES = {
     "read_results": "transfer.sources",
     "recommend": "coordcheck.recommend",
     "reference_experiment": "reference.experiment",
-    "remove": "rewrite.apply",
-    "rescale": "rewrite.apply",
+    "remove": "rewrite.parametrize",
+    "rescale": "rewrite.parametrize",
     "residual": "rewrite.marker",
     "residual_multiplier": "rules",
     "sweep": "trials.sweep",
     "tune": "trials.sweep",
-    "unfold": "rewrite.apply",
+    "unfold": "rewrite.parametrize",
     "verify": "rewrite.verify",
     "write_coord_html": "report.coordinates",
     "write_html": "report.page",

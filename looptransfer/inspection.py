@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from looptransfer.errors import InputError, ScalingWarning
-from looptransfer.rewrite.apply import parametrize
+from looptransfer.rewrite.parametrize import parametrize
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule
 from looptransfer.targets import load_target

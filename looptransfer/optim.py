@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.apply import planned
+from looptransfer.rewrite.parametrize import planned
 from looptransfer.rewrite.names import module_of, named_parameters
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rules import DepthFactors, Family, depth_factors, fold_factors

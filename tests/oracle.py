@@ -11,16 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from looptransfer.rewrite.branches import find_groups
+import looptransfer as lt
+from looptransfer.rewrite.analysis import analyse
 from looptransfer.rewrite.graph import Site
 from looptransfer.rewrite.record import place_of
-from looptransfer.rewrite.trace import trace
 from tests.models import noisy
 from tests.zoo import Entry
 
@@ -39,9 +40,10 @@ def both_runs(entry: Entry, rewritten: nn.Module, training: bool) -> tuple[Resul
         if hasattr(module, "checkpointing"):
             module.checkpointing = False
     with torch.set_grad_enabled(entry.gradients):
-        factors = factors_of(entry, plain)
+        factors, marks = factors_of(entry, plain)
     oracle = Multiplied(plain, factors)
-    with oracle.following():
+    multiplied = lambda branch, name="branch": branch * marks.get(name, 1.0)  # noqa: E731
+    with oracle.following(), mock.patch.object(lt, "residual", multiplied):
         wanted = measured(entry, plain)
     assert oracle.met == set(factors)
     return measured(entry, ours), wanted
@@ -117,24 +119,28 @@ def seed() -> None:
     random.seed(7)
 
 
-def factors_of(entry: Entry, plain: nn.Module) -> dict[Run, tuple[int, float]]:
+def factors_of(entry: Entry, plain: nn.Module) -> tuple[dict[Run, tuple[int, float]], dict[str, float]]:
     """Which additions of the plain model are multiplied, and by what: sizes from the entry, places from a trace.
 
-    A declared branch that no addition is known for is multiplied by a hook on its module.
+    A declared branch that no addition is known for is multiplied by a hook on its module; of marks without one the
+    sizes come back too.
     """
     seed()
-    found = trace(plain, entry.example())
+    analysis = analyse(plain, entry.example(), entry.kwargs.get("branches"))
     sizes = dict(zip([branch for _, branch, _ in entry.rows], entry.multipliers(), strict=True))
-    groups = {str(group.handle): group for group in find_groups(plain, found, entry.kwargs.get("branches"))}
+    groups = {str(group.handle): group for group in analysis.groups}
     assert groups.keys() == sizes.keys()
     factors: dict[Run, tuple[int, float]] = {}
+    marks: dict[str, float] = {}
     for branch, group in groups.items():
         known = [add for add in group.adds if add.site.source != "declared"]
         known = known if len(known) == len(group.adds) else []
         factors |= {(add.site, add.occurrence): (add.position, sizes[branch]) for add in known}
-        if not known:
+        if not known and ":" in branch:
+            marks[branch.split(":")[1]] = sizes[branch]
+        elif not known:
             plain.get_submodule(branch).register_forward_hook(lambda _, args, out, size=sizes[branch]: out * size)
-    return factors
+    return factors, marks
 
 
 def results(output: Any) -> list[Tensor]:

@@ -72,12 +72,12 @@ def add(name: str, family: str, make: Callable[[], nn.Module], *rows: Row, **oth
     ZOO.append(Entry(name, family, make, rows, **others))
 
 
-GATED = r"the skip added at \S+ is scaled"
-FUSED = r"computes a residual branch and adds it at once"
+UNRECOGNISED = r"at \S+ data meets what learned matrices made of it"
+SCALED = r"the stream is multiplied by a constant at \S+ between two residual adds"
 KERNEL = r"the kernel called at \S+ adds a residual branch to its own input"
 NO_MODULE = r"the residual branch added at \S+ is not the output of a module of its own"
 REUSED = r"the residual branch added at \S+ also feeds something else"
-TIME = r"the residual add at \S+ reads another slice of the input: that is a recurrence over time"
+TIME = r"the residual add at \S+ runs over time, not over depth"
 
 # -- parts
 
@@ -2366,19 +2366,19 @@ class Step(NamedTuple):
 
 
 STEPS: dict[str, Step] = {
-    "a GRU over depth": Step(gru, "f cell", GATED, "gru_cell"),
-    "a highway": Step(highway, "f gate", GATED, "(1 - t) * x"),
-    "lerp": Step(lambda x, m: torch.lerp(x, m.f(x), torch.sigmoid(m.gate(x))), "f gate", GATED, "torch.lerp"),
-    "lerp by a constant": Step(lambda x, m: torch.lerp(x, m.f(x), 0.3), "f", GATED, "torch.lerp"),
-    "a damped skip": Step(lambda x, m: 0.9 * x + m.f(x), "f", GATED, "0.9 * x"),
-    "a mean of both": Step(lambda x, m: (x + m.f(x)) / 2, "f", GATED, "/ 2"),
-    "a sum over the root of two": Step(lambda x, m: (x + m.f(x)) * 0.5**0.5, "f", GATED, "0.5**0.5"),
-    "DeepNorm": Step(deepnorm, "f norm", GATED, "1.7 * x"),
-    "a stack that is summed": Step(lambda x, m: torch.stack([x, m.f(x)]).sum(0), "f", FUSED, "torch.stack"),
-    "addmm": Step(fused_product, "weight", FUSED, "torch.addmm"),
-    "baddbmm": Step(lambda x, m: torch.baddbmm(x, x.relu(), expanded(m, x)), "weight", FUSED, "torch.baddbmm"),
-    "index_add": Step(lambda x, m: x.index_add(1, torch.arange(2), m.f(x[:, :2])), "f", FUSED, "x.index_add"),
-    "addcmul": Step(lambda x, m: torch.addcmul(x, m.f(x), torch.sigmoid(m.gate(x))), "f gate", FUSED, "torch.addcmul"),
+    "a GRU over depth": Step(gru, "f cell", UNRECOGNISED, "gru_cell"),
+    "a highway": Step(highway, "f gate", UNRECOGNISED, "(1 - t) * x"),
+    "lerp": Step(lambda x, m: torch.lerp(x, m.f(x), torch.sigmoid(m.gate(x))), "f gate", UNRECOGNISED, "torch.lerp"),
+    "lerp by a constant": Step(lambda x, m: torch.lerp(x, m.f(x), 0.3), "f", UNRECOGNISED, "torch.lerp"),
+    "a damped skip": Step(lambda x, m: 0.9 * x + m.f(x), "f", UNRECOGNISED, "0.9 * x"),
+    "a mean of both": Step(lambda x, m: (x + m.f(x)) / 2, "f", SCALED, "/ 2"),
+    "a sum over the root of two": Step(lambda x, m: (x + m.f(x)) * 0.5**0.5, "f", SCALED, "0.5**0.5"),
+    "DeepNorm": Step(deepnorm, "f norm", UNRECOGNISED, "1.7 * x"),
+    "a stack that is summed": Step(lambda x, m: torch.stack([x, m.f(x)]).sum(0), "f", UNRECOGNISED, "torch.stack"),
+    "addmm": Step(fused_product, "weight", UNRECOGNISED, "torch.addmm"),
+    "baddbmm": Step(lambda x, m: torch.baddbmm(x, x.relu(), expanded(m, x)), "weight", UNRECOGNISED, "torch.baddbmm"),
+    "index_add": Step(lambda x, m: x.index_add(1, torch.arange(2), m.f(x[:, :2])), "f", UNRECOGNISED, "x.index_add"),
+    "addcmul": Step(lambda x, m: torch.addcmul(x, m.f(x), torch.sigmoid(m.gate(x))), "f gate", UNRECOGNISED, "torch.addcmul"),
 }
 for name, step in STEPS.items():
     add(
@@ -2413,7 +2413,6 @@ add(
     "settled",
     lambda: PenalisedModel(marked=True),
     *per_block("blocks", [":branch"], 3, 2),
-    warns=("not scaled",),  # the penalty reads what ε does not multiply
 )
 add("a midpoint step, marked", "settled", lambda: Midpoint(marked=True), (":branch", ":branch", 3))
 add("a recurrence over time, declared", "settled", OverTime, ("f", "f", 4), kwargs={"branches": ["f"]})

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 
 from looptransfer.coordcheck.statistics import (
     VISIT_STATISTICS,
@@ -22,10 +23,11 @@ from looptransfer.coordcheck.statistics import (
     written_out_logit_rms,
 )
 from looptransfer.errors import InputError
-from looptransfer.rewrite.branches import DECLARED, find_groups
+from looptransfer.rewrite.analysis import analyse
+from looptransfer.rewrite.branches import DECLARED
 from looptransfer.rewrite.ends import factors
-from looptransfer.rewrite.graph import Site
-from looptransfer.rewrite.layers import find_blocks
+from looptransfer.rewrite.graph import Site, tensors_in
+from looptransfer.rewrite.ops import operator
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rewrite.record import (
     ExampleInputs,
@@ -34,10 +36,7 @@ from looptransfer.rewrite.record import (
     call_arguments,
     held,
     module_hooks,
-    schema,
-    tensors,
 )
-from looptransfer.rewrite.trace import trace
 from looptransfer.rewrite.twin import state_kept
 
 POSITIONS = 32  # of the stream, evenly spread, on which the cosines of increments are taken
@@ -78,12 +77,11 @@ def find_taps(model: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan
     Raises:
         InputError: as `parametrize`; or no branch is added by a plain addition.
     """
-    found = trace(model, example_inputs)
-    groups = find_groups(model, found, plan.declared_modules if plan else None)
-    blocks = find_blocks(model, groups)
+    analysis = analyse(model, example_inputs, plan.declared_modules if plan else None)
+    found = analysis.trace
     taps = []
-    for group, block in zip(groups, blocks, strict=True):
-        plain = [add for add in group.adds if add.site.source != DECLARED and _is_plain(found.graph, add.total)]
+    for group, block in zip(analysis.groups, analysis.blocks, strict=True):
+        plain = [add for add in group.adds if add.site.source != DECLARED]
         if plain:
             adds = tuple(((add.site, add.occurrence), add.position) for add in plain)
             constants = factors(found, group) or (1.0,)
@@ -126,13 +124,9 @@ def observe(
     return observer.finish(output)
 
 
-def _is_plain(graph: Any, total: int) -> bool:
-    return graph.nodes[total].op in {"add", "sub"}
-
-
 class _Observer(SiteCounter):
     def __init__(self, model: nn.Module, taps: list[Tap], statistics: Mapping[str, Callable[[Visit], Any]]) -> None:
-        super().__init__(model)
+        super().__init__(model, hidden=__file__)
         self.statistics = statistics
         self.by_key = {key: (tap, position) for tap in taps for key, position in tap.adds}
         self.boundaries, self.last = _boundaries(taps)
@@ -146,10 +140,12 @@ class _Observer(SiteCounter):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name, _ = schema(func)
-        key = None
-        if name in {"add", "sub"}:
-            key = self.site(name, [tensor.shape for tensor in tensors((args, kwargs))])
+        if isinstance(func, HigherOrderOperator):
+            return self.inside(func, args, kwargs)
+        op = operator(func)
+        name, key = op.name, None
+        if op.relation == "sum":
+            key = self.site(op, [tensor.shape for tensor in tensors_in(args)])
         elif "attention" in name or name in {"_softmax", "_safe_softmax"}:
             self._see_attention(name, args, kwargs)
         if key not in self.by_key:
@@ -196,9 +192,7 @@ class _Observer(SiteCounter):
         self.numbers.append(torch.as_tensor(value).detach().double())
 
     def finish(self, output: Any) -> Observation:
-        logits = next(
-            (t for leaf in torch.utils._pytree.tree_leaves(output) for t in held(leaf) if t.is_floating_point()), None
-        )
+        logits = next((tensor for tensor in held(output) if tensor.is_floating_point()), None)
         if logits is not None:
             self.states[OUTPUT] = logits.detach().clone()
             self._note(

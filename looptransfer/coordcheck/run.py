@@ -16,7 +16,7 @@ from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTIC
 from looptransfer.coordcheck.verdict import ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
 from looptransfer.errors import InputError
 from looptransfer.optim import param_groups
-from looptransfer.rewrite.apply import apply_plan, parametrize, planned
+from looptransfer.rewrite.parametrize import apply_plan, parametrize, planned
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule, check_rule

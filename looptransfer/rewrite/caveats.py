@@ -5,28 +5,33 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from looptransfer.rewrite.analysis import Analysis
 from looptransfer.rewrite.branches import Group, scaled
 from looptransfer.rewrite.ends import gates
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.trace import NORMS, ResidualAdd, Trace
+from looptransfer.rewrite.plan import Branch
+from looptransfer.rewrite.trace import ResidualAdd, Trace
 
 
 def find_caveats(
-    model: nn.Module, found: Trace, groups: list[Group], constants: list[tuple[float, ...]], preserved: bool
+    model: nn.Module, analysis: Analysis, branches: tuple[Branch, ...], preserved: bool
 ) -> tuple[str, ...]:
     """Sentences for the user, the gravest first.
 
-    `constants`: the factors on each group's branch already. `preserved`: the rewrite leaves the function as it is.
+    `branches`: those of the plan. `preserved`: the rewrite leaves the function as it is.
     """
+    found, groups, constants = analysis.trace, analysis.groups, [branch.factors for branch in branches]
     checks = [
         _unused(model, found, groups),
-        _injection(found),
+        _injection(analysis),
+        _gated(analysis),
+        _shared(analysis.shared),
         _fixed(found, groups),
         _post_norm(found),
         _depth_scaling(found, groups, constants),
         _cut_loops(model, found, groups),
     ]
-    checks += [_prelude(groups), None if preserved else _trained(model)]
+    checks += [_prelude(branches), None if preserved else _trained(model)]
     return tuple(caveat for caveat in checks if caveat)
 
 
@@ -42,13 +47,33 @@ def _unused(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
     )
 
 
-def _injection(found: Trace) -> str | None:
-    sources = list(dict.fromkeys(add.site.source for add in found.of("composite")))
+def _injection(analysis: Analysis) -> str | None:
+    composites = [add.site.source for add in analysis.trace.of("composite")]
+    sources = list(dict.fromkeys([*composites, *analysis.rest.injections]))
     if not sources:
         return None
     return (
         f"streams left alone: what is added at {', '.join(sources)} is an input injection or a long skip and keeps "
         "factor 1, so its balance to the scaled branches changes with N"
+    )
+
+
+def _gated(analysis: Analysis) -> str | None:
+    if not analysis.rest.gates:
+        return None
+    return (
+        f"gated stream: at {', '.join(analysis.rest.gates)} the stream is multiplied by what learned matrices made of it, "
+        "which no ε controls"
+    )
+
+
+def _shared(names: tuple[str, ...]) -> str | None:
+    if not names:
+        return None
+    return (
+        f"shared in part: {', '.join(names[:4])}{', …' * (len(names) > 4)} act in branches that have most of their weights "
+        "to themselves (a projection, a router or a block that layers share). Such branches do not point the same way, "
+        "and each counts its own visits"
     )
 
 
@@ -67,8 +92,8 @@ def _fixed(found: Trace, groups: list[Group]) -> str | None:
 def _post_norm(found: Trace) -> str | None:
     """A sum that goes on only through something without matrices: the stream itself is normalised."""
     leaves = found.of("leaf")
-    carried = {n for add in leaves for n in found.graph.same(add.stream)}
-    carried |= {n for number in found.graph.outputs for n in found.graph.same(number)}
+    carried = {n for add in leaves for n in found.same(add.stream)}
+    carried |= {n for number in found.graph.outputs for n in found.same(number)}
     normed = [add for n, add in enumerate(leaves) if _normed(found, add, leaves[n + 1 : n + 9], carried)]
     if not normed or len(normed) < len(leaves) // 2:  # no more than a norm at the end of each loop
         return None
@@ -83,8 +108,8 @@ def _normed(found: Trace, add: ResidualAdd, later: list[ResidualAdd], carried: s
     following = next((one for one in later if found.graph.precedes(add.total, one.stream)), None)
     if add.total in carried or following is None:
         return False
-    way = found.graph.way(add.total, following.stream)
-    return any(found.graph.nodes[n].op in NORMS for n in way) and not found.matrices_on(way)
+    way = found.graph.between(add.total, following.stream)
+    return any(found.graph.nodes[n].op.relation == "norm" for n in way) and not found.graph.matrices_on(way)
 
 
 def _depth_scaling(found: Trace, groups: list[Group], constants: list[tuple[float, ...]]) -> str | None:
@@ -132,18 +157,18 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
 def _cut_between(found: Trace, earlier: ResidualAdd, later: ResidualAdd) -> bool:
     """No gradient comes from the later sum back to the earlier one on any way."""
     reached = {earlier.total}
-    for n in found.graph.way(earlier.total, later.total):
+    for n in found.graph.between(earlier.total, later.total):
         if found.graph.nodes[n].gradients_to & reached:
             reached.add(n)
     return found.graph.nodes[earlier.total].followed and later.total not in reached
 
 
-def _prelude(groups: list[Group]) -> str | None:
-    visits = {group.visits for group in groups}
+def _prelude(branches: tuple[Branch, ...]) -> str | None:
+    visits = {branch.visits for branch in branches}
     if len(visits) < 2:
         return None
     return (
-        f"visits differ ({', '.join(map(str, sorted(visits)))}): layers outside the loop and streams inside a branch "
+        f"visits differ ({', '.join(f'{n:g}' for n in sorted(visits))}): layers outside the loop and streams inside a branch "
         "count in L with their own visits. That is our extension; the paper leaves models with prelude and coda open"
     )
 

@@ -7,11 +7,8 @@ from torch import nn
 
 from looptransfer.rewrite.branches import Group
 from looptransfer.rewrite.graph import Node
+from looptransfer.rewrite.ops import LINEAR_IN_WEIGHTS
 from looptransfer.rewrite.trace import Trace
-
-# Operations whose result is proportional to the learned tensors that enter there, weight and bias together.
-MAPS = {"addmm", "mm", "bmm", "mul", "convolution", "add", "native_layer_norm", "native_group_norm", "_fused_rms_norm"}
-MAPS |= {"native_batch_norm", "baddbmm", "linear"}
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,10 @@ class _Walk:
         node = self.nodes[number]
         if number not in self.inside or number < part:
             return 0.0
-        weights = node.weights or (1.0,) * max(map(len, node.proportional_to), default=0)
+        alternatives = self.graph.scaling(number)
         ways = [
-            sum(weight * self.share(source, part) for source, weight in zip(way, weights, strict=False))
-            for way in node.proportional_to
+            sum(weight * self.share(source, part) for source, weight in zip(way, _weights(node, way), strict=True))
+            for way in alternatives
         ]
         return self._factor(node) * next((way for way in ways if way), 0.0)
 
@@ -66,20 +63,21 @@ class _Walk:
 
     def learned(self, number: int) -> frozenset[str]:
         node = self.nodes[number]
-        return node.parameters if node.op in MAPS else frozenset()
+        return node.parameters if node.op.name in LINEAR_IN_WEIGHTS else frozenset()
 
     def _shares(self, number: int) -> dict[int, float]:
         node = self.nodes[number]
         factor = self._factor(node)
         if node.parameters:
             mine = {number: factor}
-            if node.op == "add":  # a bias that is added apart: it and the map before it end the branch together
+            if node.op.name == "add":  # a bias that is added apart: it and the map before it end the branch together
                 mine |= self._sum([s for s in node.sources if self.nodes[s].data], factor)
             return mine
-        if number not in self.inside or not node.proportional_to:
+        alternatives = self.graph.scaling(number) if number in self.inside else ()
+        if not alternatives:
             return {number: factor}
-        ways = [way for one in node.proportional_to if (way := self._way(node, one, factor))]
-        if len(node.proportional_to) == 1 and ways:
+        ways = [way for one in alternatives if (way := self._way(node, one, factor))]
+        if len(alternatives) == 1 and ways:
             return ways[0]
         whole = [way for way in ways if all(self.learned(end) for end in way)]
         return whole[0] if whole else {number: factor}  # a product of two things that both depend on data
@@ -87,7 +85,7 @@ class _Walk:
     def _way(self, node: Node, alternative: tuple[int, ...], factor: float) -> dict[int, float]:
         """Empty where the other factor holds what it ends in, as in y / |y|: ε would not come out of the product."""
         others = [n for n in node.sources if self.nodes[n].data and n not in alternative]
-        ends = self._sum(alternative, factor, node.weights)
+        ends = self._sum(alternative, factor, _weights(node, alternative))
         apart = all(end != n and not self.graph.precedes(end, n) for end in ends for n in others)
         return ends if apart else {}
 
@@ -97,6 +95,10 @@ class _Walk:
             for end, share in self.shares(source).items():
                 total[end] = total.get(end, 0.0) + factor * weight * share
         return total
+
+
+def _weights(node: Node, sources: Sequence[int]) -> Sequence[float]:
+    return node.signs if len(node.signs) == len(sources) else (1.0,) * len(sources)
 
 
 def factors(found: Trace, group: Group) -> tuple[float, ...]:
@@ -114,9 +116,9 @@ def last_maps(model: nn.Module, found: Trace, group: Group) -> tuple[tuple[str, 
     if not ends or any(not end.parameters for end in ends):
         return (), "it does not end in a learned map that its multiplier could go into, such as a norm without gain"
     for end in ends:
-        direct = {name for s in nodes[end.node].sources for n in found.graph.same(s) for name in nodes[n].parameters}
+        direct = {name for s in nodes[end.node].sources for n in found.same(s) for name in nodes[n].parameters}
         computed = [
-            n for n in nodes[end.node].sources if not nodes[n].data and nodes[n].op and nodes[n].repeats is None
+            n for n in nodes[end.node].sources if not nodes[n].data and nodes[n].sources and nodes[n].repeats is None
         ]
         if computed or not end.parameters <= direct:
             return (), "the weights of its last map are computed from its parameters"
@@ -124,6 +126,11 @@ def last_maps(model: nn.Module, found: Trace, group: Group) -> tuple[tuple[str, 
     for number, node in enumerate(nodes):
         if node.data and node.parameters & names and number not in own and found.graph.live >> number & 1:
             return (), f"{', '.join(sorted(node.parameters & names))} of its last map is used elsewhere too"
+    totals = {add.total for add in group.adds}
+    route = totals.union(*(add.way for add in group.adds))
+    after = [n for end in own for n in route if n == end or found.graph.precedes(end, n)]
+    if any(found.graph.users(n) - route for n in after if n not in totals):
+        return (), "what its last map makes is used elsewhere too, and would change there"
     return tuple(sorted(names)), ""
 
 
@@ -134,10 +141,10 @@ def gates(found: Trace, group: Group) -> frozenset[str]:
     found_gates = frozenset[str]()
     for _, route in group.routes:
         for number in route[:-1]:
-            found_gates |= nodes[number].parameters if nodes[number].op in {"mul", "div"} else frozenset()
+            found_gates |= nodes[number].parameters if nodes[number].op.name in {"mul", "div"} else frozenset()
     for end in find_ends(found, group):
         node = nodes[end.node]
-        below = node.proportional_to[0][0] if node.op == "mul" and node.proportional_to else None
+        below = node.proportional_to[0][0] if node.op.name == "mul" and node.proportional_to else None
         while below in inside and len(nodes[below].proportional_to) == 1 and not nodes[below].matrices:
             below = nodes[below].proportional_to[0][0]
         if below in inside and nodes[below].matrices:  # a norm's gain stands on something that is no map

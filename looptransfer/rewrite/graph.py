@@ -1,16 +1,24 @@
 """What one forward did, as a graph. Nothing is judged here.
 
-A *node* is one version of one storage, so views, detach and in-place updates need no cases of their own, and a node's
-lineage is a bitmask of the nodes it was computed from.
+A *node* is what one operation wrote: one version of one memory, or of the part of it that was written. So views,
+detach and in-place updates need no cases of their own. The nodes are numbered in the order they ran, and a set of nodes
+is a bitmask of their numbers:
+
+    x = embed(ids)      0: ids, 1: embed.weight, 2 <- 0, 1
+    y = f(norm(x))      3: f.weight, 4 <- 2, 5 <- 3, 4
+    x = x + y           6 <- 2, 5          node 6 has the ancestors 1, 2, 3, 4, 5
 """
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from looptransfer.rewrite.ops import GIVEN, Operator
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Handle:
 
 
 ANY = -1  # every further run of a site
+Part = tuple[int, tuple[int, ...], tuple[int, ...]]  # of a memory: offset, shape and strides, in elements
 
 
 class Site(NamedTuple):
@@ -38,48 +47,75 @@ class Site(NamedTuple):
     container: tuple[str, ...]  # the modules running, the outermost first
 
 
+@dataclass(frozen=True)
+class Call:
+    """An operation as it ran, to be run again on changed arguments."""
+
+    op: Operator
+    func: Any
+    args: Any
+    kwargs: Any
+    inputs: list[Tensor]
+    before: list[int | None]  # the node that each input holds
+    versions: list[int]
+
+    def again(self, change: Callable[[int | None, Tensor], Tensor]) -> list[Tensor] | None:
+        """The results with every input changed so; None where that cannot be told any more."""
+        if self.op.draws or self.op.writes or versions(self.inputs) != self.versions:
+            return None
+        changed = {id(tensor): change(n, tensor) for n, tensor in zip(self.before, self.inputs, strict=True)}
+
+        def put(leaf: Any) -> Any:
+            return changed[id(leaf)] if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = torch.utils._pytree.tree_map(put, (self.args, self.kwargs))
+        with torch.no_grad():
+            return tensors_in(self.func(*args, **kwargs))
+
+
 @dataclass
 class Node:
-    """One version of one storage."""
+    """One version of one memory."""
 
-    op: str = ""  # empty: it was there before the forward
+    op: Operator = GIVEN
     sources: tuple[int, ...] = ()
-    ancestors: int = 0  # bitmask of node numbers
+    ancestors: int = 0  # what it was computed from, other than through a choice
+    shape: tuple[int, ...] = ()
+    place: tuple[str, int] = ("", 0)  # file and line that spelled the operation
     data: bool = False  # depends on the example inputs
+    choice: bool = False  # whole numbers or truth values: it chooses, and no gradient gets through
+    random: bool = False  # depends on random numbers
+    noise: bool = False  # random numbers and what is made of them alone: a dropout mask
     parameters: frozenset[str] = frozenset()  # learned tensors that enter here
-    matrices: frozenset[str] = frozenset()  # those that act as matrices; "name+offset" where only a part does
+    matrices: frozenset[str] = frozenset()  # those that act as matrices; "name+part" where only a part does
     weights_of: frozenset[str] = frozenset()  # without data: the matrices that it is, not those that made it
-    zero: bool = False  # a product with 0.0
-    masked: bool = False  # a product with random numbers
-    reaching: int = 0  # bitmask of all parameters it depends on, other than through a product with 0.0
     repeats: int | None = None  # the node it is identical to
     proportional_to: tuple[tuple[int, ...], ...] = ()  # alternatives; the nodes of one alternative scale together
     factor: float = 1.0  # the constant in that proportion
     even: bool = True  # it is the same for all elements
-    weights: tuple[float, ...] = ()  # of each node of an alternative, where they are not 1
+    signs: tuple[float, ...] = ()  # of a sum: the factor of each source
+    masked: bool = False  # a product with random numbers
     followed: bool = False  # autograd follows it
     gradients_to: frozenset[int] = frozenset()  # the sources that autograd followed into it
-    index: bool = False  # whole numbers or truth values: it chooses, and is no amount
-    noise: bool = False  # random numbers and what is made of them alone: a dropout mask
-    slices: frozenset[tuple[int, int]] = frozenset()  # (source, offset) where it reads a part of it
+    slices: frozenset[tuple[int, Part]] = frozenset()  # the sources of which it reads a part
+    slot: int = 0  # which result of its call it is
+    call: Call | None = None  # where what it does to its sources is not known from its name
     handles: list[Handle] = field(default_factory=list)
     consumers: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Sum:
-    """One execution of an operation that adds tensors of one shape."""
+    """One addition of two tensors."""
 
     node: int
-    operands: tuple[int, ...]
-    scaled: tuple[bool, ...]  # whether the operation itself multiplies that operand
-    whole: tuple[bool, ...]  # whether that operand has the shape of the sum; else it is spread over the others
-    fused: bool  # an operand is computed by the operation itself, or it is no plain addition
-    name: str
+    operands: tuple[int, int]
+    signs: tuple[float, float]  # what the addition itself multiplies each operand by
+    whole: tuple[bool, bool]  # whether that operand has the shape of the sum; else it is spread over the other
     site: Site
     occurrence: int  # which run of that site
     recorded: bool  # autograd was on
-    peaks: tuple[float, ...]  # max |operand|, where asked for; NaN where there are no numbers
+    followed: bool  # a gradient gets there
 
 
 @dataclass
@@ -91,13 +127,20 @@ class Graph:
     calls: Counter[Handle]  # how often a module ran (as a handle without output) or a mark was met
     outputs: tuple[int, ...]  # the nodes that the model handed back
     results: list[Tensor]  # the tensors that it handed back
-    reaching: frozenset[str]  # parameters that the output depends on, other than through a branch multiplied by 0
     fused_kernels: tuple[str, ...]  # lines where one kernel adds a branch to its own input
+    steered: bool  # random numbers may have told Python what to do
+    watched: dict[int, Tensor]  # sums over the nodes that were asked for
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The outputs that matter: numbers, and no losses where there is anything else."""
+        amounts = [n for n in self.outputs if not self.nodes[n].choice]
+        return [n for n in amounts if self.nodes[n].shape] or amounts
 
     @functools.cached_property
     def live(self) -> int:
         """Bitmask of the nodes that the model's output depends on."""
-        if not self.outputs:
+        if not self.ends:
             return -1  # it handed back nothing that we know how to open
         return functools.reduce(lambda seen, n: seen | self.nodes[n].ancestors | 1 << n, self.outputs, 0)
 
@@ -106,16 +149,13 @@ class Graph:
         """Parameters that met data."""
         return frozenset[str]().union(*(node.parameters for node in self.nodes if node.data))
 
-    def repeats(self, parameter: str) -> int:
-        """How often a parameter, or the same part of it, acts on what it acted on before, in the same way."""
-        chains: dict[int, tuple[tuple[str, int], int]] = {}  # node -> (how it is used, how manieth in a row)
-        for number, node in enumerate(self.nodes):
-            if node.data and parameter in node.parameters and node.op != "embedding":
-                offset = max((o for s, o in node.slices if parameter in self.nodes[s].parameters), default=0)
-                part = (node.op, offset)
-                earlier = [n for old, (one, n) in chains.items() if one == part and self.precedes(old, number)]
-                chains[number] = (part, 1 + max(earlier, default=0))
-        return max((n for _, n in chains.values()), default=0)
+    def is_live(self, number: int) -> bool:
+        """The model's output depends on the node."""
+        return bool(self.live >> number & 1)
+
+    def line(self, number: int) -> str:
+        """The line that spelled a node's operation, as file:line."""
+        return ":".join(map(str, self.nodes[number].place))
 
     def users(self, number: int) -> set[int]:
         """What is computed from a node and reaches the model's output."""
@@ -132,11 +172,35 @@ class Graph:
         """`old` is an ancestor of `new`."""
         return bool(self.nodes[new].ancestors >> old & 1)
 
-    def way(self, start: int, end: int) -> list[int]:
+    def between(self, start: int, end: int) -> list[int]:
         """The nodes on the paths from `start` to `end`, `end` included."""
         later = self.nodes[end].ancestors >> (start + 1) << (start + 1)
-        found = [number for number in bits(later) if self.precedes(start, number)]
-        return [*found, end] if self.precedes(start, end) else []
+        return [*(n for n in bits(later) if self.precedes(start, n)), end] if self.precedes(start, end) else []
+
+    def matrices_on(self, nodes: "list[int] | frozenset[int] | range") -> frozenset[str]:
+        """The matrices that act at these nodes."""
+        return frozenset[str]().union(*(self.nodes[n].matrices for n in nodes))
+
+    def scaling(self, number: int) -> tuple[tuple[int, ...], ...]:
+        """The alternatives of sources that a node is proportional to; tried out where its operator has no row."""
+        node = self.nodes[number]
+        if node.call is not None and not node.proportional_to:
+            amounts = [n for n in dict.fromkeys(node.sources) if self.nodes[n].data and not self.nodes[n].choice]
+            choices = [(n,) for n in amounts] + ([tuple(amounts)] if len(amounts) > 1 else [])
+            node.proportional_to = tuple(choice for choice in choices if self.scales_with(number, choice))
+            node.call = node.call if node.proportional_to else None
+        return node.proportional_to
+
+    def scales_with(self, number: int, sources: tuple[int, ...]) -> bool:
+        """A node doubles where these sources do and the others stay. In floating point that is exact."""
+        node = self.nodes[number]
+        if node.call is None:
+            return sources in node.proportional_to
+        plain = node.call.again(lambda _, tensor: tensor)
+        doubled = node.call.again(lambda n, tensor: tensor * 2 if n in sources else tensor)
+        if plain is None or doubled is None or plain[node.slot].is_meta:
+            return False
+        return torch.equal(doubled[node.slot], plain[node.slot] * 2)
 
 
 def bits(mask: int) -> Iterator[int]:
@@ -148,3 +212,17 @@ def bits(mask: int) -> Iterator[int]:
         yield number
         mask >>= zeros + 1
         number += 1
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in an operator's arguments or results: they hold lists at most."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, (tuple, list)):
+        return [tensor for leaf in tree for tensor in tensors_in(leaf)]
+    return [tensor for leaf in tree.values() for tensor in tensors_in(leaf)] if isinstance(tree, dict) else []
+
+
+def versions(inputs: list[Tensor]) -> list[int]:
+    """How often each tensor was written to."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in inputs]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite import marker
@@ -26,7 +27,7 @@ def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
     module = module_of(model, handle.module)
     if OUTPUTS not in module.__dict__:
         try:
-            module.__class__ = _scaled_class(type(module))
+            module.__class__ = _scaled_class(type(module), is_parametrized(module))
         except TypeError as error:
             raise InputError(
                 f"module {handle.module} is a {type(module).__name__}, whose class cannot be extended ({error}); "
@@ -74,9 +75,17 @@ _scaled_classes: dict[type[nn.Module], type[nn.Module]] = {}
 _plain_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _scaled_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """`cls` with a forward that multiplies what the instance says. One class per class, shared by all."""
-    if cls not in _scaled_classes:
+def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.Module]:
+    """`cls` with a forward that multiplies what the instance says. One class per class, shared by all.
+
+    torch's parametrizations give an instance a class over its own, and go back to what that one is over: there the
+    multiplier has to be.
+    """
+    if cls not in _scaled_classes and parametrized:
+        body = {name: value for name, value in vars(cls).items() if name not in {"__dict__", "__weakref__"}}
+        over = types.new_class(cls.__name__, (_scaled_class(cls.__bases__[0]),), {}, lambda space: space.update(body))
+        _scaled_classes[cls], _plain_classes[over] = over, cls
+    elif cls not in _scaled_classes:
 
         @functools.wraps(cls.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

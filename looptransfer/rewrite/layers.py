@@ -12,6 +12,7 @@ from torch import nn
 
 from looptransfer.rewrite.branches import Group
 from looptransfer.rewrite.names import module_of
+from looptransfer.rewrite.visits import Branch, Ties
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
 
@@ -40,38 +41,21 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
     return [block_of(*one) for one in zip(places, holders, units, groups, strict=True)]
 
 
-def count_layers(model: nn.Module, blocks: list[str], groups: list[Group]) -> int:
-    """L: blocks of which every branch shares a matrix with a branch of the other are one block twice.
+def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties: Ties) -> int:
+    """L: blocks of which every branch is tied to a branch of the other are one block twice.
 
-    Runs of one mark outside an element of a list that have no matrix in common are different layers.
+    So are those that one run of a matrix serves together, and runs of one handle that are not tied, as of a skeleton
+    that is called with other weights, are different layers.
     """
-    parts: defaultdict[tuple[str, int], list[frozenset[str]]] = defaultdict(list)
+    parts: defaultdict[tuple[str, int], list[Branch]] = defaultdict(list)
     for block, group in zip(blocks, groups, strict=True):
-        driver = group.handle.mark is not None and not _in_list(model, block)
-        for place, names in enumerate(_apart(group) if driver else [_together(group)]):
-            parts[block, place].append(names)
-    unique: list[list[frozenset[str]]] = []
+        for place, branch in enumerate(ties.apart(group)):
+            parts[block, place].append(branch)
+    unique: list[list[Branch]] = []
     for branches in parts.values():
-        if not any(_tied(branches, one) and _tied(one, branches) for one in unique):
+        if not any(ties.alike(branches, block) and ties.alike(block, branches) for block in unique):
             unique.append(branches)
     return len(unique)
-
-
-def _together(group: Group) -> frozenset[str]:
-    return frozenset[str]().union(*(add.matrices for add in group.adds))
-
-
-def _apart(group: Group) -> list[frozenset[str]]:
-    """The matrices of a branch; several sets where its runs have none in common."""
-    sets: list[frozenset[str]] = []
-    for add in group.adds:
-        meeting = [one for one in sets if one & add.matrices or not add.matrices]
-        sets = [one for one in sets if one not in meeting] + [add.matrices.union(*meeting)]
-    return sets
-
-
-def _tied(these: list[frozenset[str]], those: list[frozenset[str]]) -> bool:
-    return all(any(one & other for other in those) for one in these)
 
 
 def _holder(model: nn.Module, group: Group) -> str:

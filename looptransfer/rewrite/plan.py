@@ -3,34 +3,17 @@
 import json
 import math
 import os
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from torch import nn
-
 from looptransfer.errors import InputError
-from looptransfer.rewrite.branches import DECLARE, Group, find_groups, scaled
-from looptransfer.rewrite.caveats import find_caveats
-from looptransfer.rewrite.ends import factors, last_maps
 from looptransfer.rewrite.graph import Handle
-from looptransfer.rewrite.layers import count_layers, find_blocks
-from looptransfer.rewrite.trace import Trace
 from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier, residual_multiplier
 
 SCHEMA_VERSION = 1
 SHOWN = 6  # names in a printed list; all of them are in the plan
 Realisation = Literal["multiplier", "folded"]
-REASONS = {
-    "composite": "the added branch holds residual adds of its own (an input injection or a long skip)",
-    "inner": "it lies inside a scaled branch and never becomes the stream",
-    "gated": "the skip is scaled",
-    "fused": "the operation that adds computes the branch",
-    "time": "a recurrence over time",
-    "read-out": "a weighted sum of states that does not come back into the stream",
-    "fixed": "no learned matrix acts in the branch",
-    "leaf": "not declared as a branch",
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class ScalingPlan:
     layers: int
     branches: tuple[Branch, ...]
     left_alone: tuple[LeftAlone, ...] = ()
-    on_stream: dict[str, int] = field(
+    on_stream: dict[str, float] = field(
         default_factory=dict
     )  # parameters used again and again outside every branch: uses
     caveats: tuple[str, ...] = ()
@@ -98,18 +81,23 @@ class ScalingPlan:
         """m_L = L / L_ref."""
         return depth_multiplier(self.layers, self.base_layers)
 
-    def with_visits(self, visits: list[float]) -> "ScalingPlan":
-        """The same branches visited so many times each, with the multipliers that belong to that."""
+    def with_counts(self, visits: Mapping[Handle, float], uses: Mapping[str, float]) -> "ScalingPlan":
+        """The same branches visited so many times each, with the multipliers that belong to that.
+
+        `uses`: how often each parameter acts on the stream.
+        """
 
         def multiplier(n: float) -> float:
             return residual_multiplier(
                 self.rule, visits=n, layers=self.layers, lam=self.lam, base_layers=self.base_layers
             )
 
+        counts = [visits[branch.handle] for branch in self.branches]
         branches = tuple(
-            replace(b, visits=n, multiplier=multiplier(n)) for b, n in zip(self.branches, visits, strict=True)
+            replace(b, visits=n, multiplier=multiplier(n)) for b, n in zip(self.branches, counts, strict=True)
         )
-        return replace(self, branches=branches)
+        on_stream = {name: times for name, times in sorted(uses.items()) if times > 1}
+        return replace(self, branches=branches, on_stream=on_stream)
 
     def to_json(self) -> str:
         """The plan as text, to be kept beside a checkpoint; `from_json` reads it back and `apply_plan` uses it."""
@@ -153,7 +141,7 @@ class ScalingPlan:
     def _notes(self) -> list[str]:
         notes = [f"left alone  {_short(left.source)}: {left.reason}" for left in self.left_alone]
         if self.on_stream:
-            named = ", ".join(f"{name} ({times}×)" for name, times in list(self.on_stream.items())[:SHOWN])
+            named = ", ".join(f"{name} ({times:g}×)" for name, times in list(self.on_stream.items())[:SHOWN])
             named += f" and {len(self.on_stream) - SHOWN} more" if len(self.on_stream) > SHOWN else ""
             notes.append(f"on stream   used again and again outside the branches, not controlled by ε: {named}")
         if self.realisation == "folded":
@@ -163,93 +151,6 @@ class ScalingPlan:
         return [*notes, *(f"note        {caveat}" for caveat in self.caveats)]
 
 
-def make_plan(
-    model: nn.Module,
-    found: Trace,
-    rule: Rule,
-    lam: float,
-    base_layers: int,
-    *,
-    branches: list[str] | None = None,
-    layers: int | None = None,
-    loops: float | None = None,
-    preserve: bool = False,
-) -> ScalingPlan:
-    """Decide multiplier and block of every residual branch in a trace; arguments as for `parametrize`.
-
-    N is counted per learned matrix: the longest chain of residual adds in whose branch it acts. L counts blocks; layers
-    outside the loop count too (our extension: the paper leaves multi-stage models open).
-
-    Raises:
-        InputError: no residual add was found, or one that cannot be scaled faithfully.
-    """
-    groups = find_groups(model, found, branches)
-    if not groups:
-        raise InputError(
-            "no residual add was found: nothing of the form x + f(x), with learned matrices in f, ran in the forward. "
-            "Check that the example inputs reach the looped layers and that the model was not compiled. Where a "
-            f"branch is added in another way, mark it there: looptransfer.residual(…). {DECLARE}"
-        )
-    blocks = find_blocks(model, groups)
-    layers = layers or count_layers(model, blocks, groups)
-    drafts = tuple(_branch(model, found, group, block) for group, block in zip(groups, blocks, strict=True))
-    plan = ScalingPlan(
-        rule,
-        lam,
-        base_layers,
-        layers,
-        drafts,
-        left_alone=_left_alone(found, groups),
-        caveats=find_caveats(model, found, groups, [draft.factors for draft in drafts], preserve),
-        declared=branches is not None,
-        random_loops=loops is not None,
-    )
-    return plan.with_visits(looped_visits(plan, loops) if loops is not None else [b.visits for b in plan.branches])
-
-
-def looped_visits(plan: ScalingPlan, loops: float) -> list[float]:
-    """The visits of every branch if the loop ran `loops` times: those visited once stay outside the loop.
-
-    Raises:
-        InputError: `loops` is no number from 1 up, or the plan does not tell which layers loop and how often.
-    """
-    if not isinstance(loops, (int, float)) or isinstance(loops, bool) or not math.isfinite(loops) or loops < 1:
-        raise InputError(f"loops is {loops!r}; it must be a number from 1 up")
-    repeated = {branch.visits for branch in plan.branches if branch.visits > 1}
-    if len(repeated) != 1:
-        seen = ", ".join(f"{n:g}" for n in sorted(repeated)) or "1"
-        raise InputError(
-            f"the branches were visited {seen} times, which does not tell what a loop count of {loops:g} means for "
-            "each; run parametrize on a fresh model with example inputs that make it loop as often as you want"
-        )
-    whole = int(loops) if loops == int(loops) else loops
-    return [whole if branch.visits > 1 else 1 for branch in plan.branches]
-
-
-def _branch(model: nn.Module, found: Trace, group: Group, block: str) -> Branch:
-    names, unfoldable = last_maps(model, found, group)
-    handle = group.handle
-    return Branch(
-        layer=block,
-        module=handle.module,
-        output=handle.output,
-        mark=handle.mark,
-        source=group.adds[0].site.source,
-        visits=group.visits,
-        multiplier=1.0,
-        parameters=tuple(sorted(group.parameters)),
-        last_map=names,
-        unfoldable=unfoldable,
-        factors=factors(found, group),
-    )
-
-
-def _left_alone(found: Trace, groups: list[Group]) -> tuple[LeftAlone, ...]:
-    taken = {id(add) for add in scaled(found, groups)}
-    others = Counter((add.site.source, add.kind) for add in found.adds if id(add) not in taken)
-    return tuple(LeftAlone(source, REASONS[kind]) for source, kind in others)
-
-
 def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
     version = data.pop("schema_version", None)
     if version != SCHEMA_VERSION:
@@ -257,7 +158,7 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
     data["branches"] = tuple(_strict(Branch, branch) for branch in data["branches"])
     data["left_alone"] = tuple(_strict(LeftAlone, left) for left in data["left_alone"])
     data["caveats"] = tuple(data["caveats"])
-    data["on_stream"] = {str(name): int(times) for name, times in data["on_stream"].items()}
+    data["on_stream"] = {str(name): _count(times) for name, times in data["on_stream"].items()}
     plan: ScalingPlan = _strict(cls, data)
     check_rule(plan.rule)
     for branch in plan.branches:
@@ -269,6 +170,12 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
     if plan.realisation not in {"multiplier", "folded"}:
         raise InputError(f"realisation is {plan.realisation!r}; choose multiplier or folded")
     return plan
+
+
+def _count(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+        raise InputError(f"on_stream holds {value!r}; it must hold numbers from 1 up")
+    return value
 
 
 def _strict(cls: Any, data: dict[str, Any]) -> Any:

@@ -2,70 +2,36 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.branches import DECLARE, DECLARED, Group, find_groups
+from looptransfer.rewrite.analysis import Analysis, analyse
+from looptransfer.rewrite.branches import DECLARE, DECLARED, Group
 from looptransfer.rewrite.graph import ANY, Handle, Site
 from looptransfer.rewrite.insert import set_multiplier
-from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rewrite.record import ExampleInputs, record
-from looptransfer.rewrite.trace import trace
 from looptransfer.rewrite.twin import twin_of
 
 SEED = 1  # of what a model draws while it is put to the proof
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What the checks have shown beside the plan's being right."""
+def prove(twin: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None) -> Analysis:
+    """Run the proof on copies of `twin`, a randomised copy of a model without multipliers; returns its analysis.
 
-    on_stream: dict[str, int]  # parameters that escape every ε and are used again and again: how often
-    matrices: tuple[str, ...]  # those of them that act as matrices, and not as tables
-    varies: bool  # other weights and random numbers gave other visits
-
-
-def prove(twin: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan) -> Proof:
-    """Run three checks on copies of `twin`, a randomised copy of a model without multipliers.
-
-    1. With every ε = 0, every branch operand is exactly zero.
-    2. With every ε = 0, a parameter used twice or more that the output still depends on is under no scaled branch: it
-       acts on the stream, and is reported.
-    3. With a different ε on every branch, the rewritten copy computes what the plain one computes when the operands of
-       the traced additions are multiplied: the handles are those branches and nothing else.
+    With a different ε on every branch, the rewritten copy must compute what the plain one computes when the operands of
+    the traced additions are multiplied: the handles are those branches and nothing else. The weights are random, since a
+    zero-initialised branch end would make this vacuous.
 
     Raises:
-        InputError: a check fails, so that no faithful rewrite is known.
+        InputError: it does not, so that no faithful rewrite is known.
     """
-    found = trace(twin_of(twin), example_inputs, seed=SEED)
-    groups = find_groups(twin, found, plan.declared_modules)
-    recognised = [group for group in groups if all(add.site.source != DECLARED for add in group.adds)]
-
-    silent = trace(_with(twin, {group.handle: 0.0 for group in groups}), example_inputs, seed=SEED, peaks=True)
-    expected = {add.site for group in groups for add in group.adds if add.site.source != DECLARED}
-    adds = [add for add in silent.adds if add.site in expected and add.kind != "composite"]
-    leaking = sorted({add.site.source for add in adds if not (add.peak == 0 or math.isnan(add.peak))})
-    if leaking or {add.site for add in adds} != expected:
-        raise InputError(
-            "with every multiplier at 0 the stream still receives something at: "
-            f"{', '.join(leaking) or 'an addition that is no residual add then'}. The branch found is not what is "
-            f"added there, so no faithful rewrite is known. Mark it: x + looptransfer.residual(…). {DECLARE}"
-        )
-    if len(recognised) == len(groups):
-        runs = Counter(total.site for total in found.graph.sums)
-        _check_equality(twin, example_inputs, groups, runs)
-    uses = {name: found.graph.repeats(name) for name in sorted(silent.graph.reaching)}
-    visits = {group.handle: group.visits for group in groups}
-    acting = {name.split("+")[0] for name in found.matrices_on(range(len(found.graph.nodes)))}
-    on_stream = {name: times for name, times in uses.items() if times > 1}
-    return Proof(
-        on_stream,
-        tuple(name for name in on_stream if name in acting),
-        varies=visits != {branch.handle: branch.visits for branch in plan.branches},
-    )
+    analysis = analyse(twin_of(twin), example_inputs, declared, seed=SEED)
+    groups = analysis.groups
+    if all(add.site.source != DECLARED for group in groups for add in group.adds):
+        _check_equality(twin, example_inputs, groups, Counter(total.site for total in analysis.trace.graph.sums))
+    return analysis
 
 
 def _with(twin: nn.Module, multipliers: dict[Handle, float]) -> nn.Module:

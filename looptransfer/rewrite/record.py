@@ -1,87 +1,71 @@
-"""One forward under observation: every operation is seen below autograd and becomes a node of the graph."""
+"""One forward under observation: every operation is seen below autograd and becomes a node of the graph.
+
+- Below autograd there are a few hundred operators of torch's, and no spelling of the user's is lost.
+- A tensor is known by its memory, so that a view is what it views. Who wrote an element last is kept per memory, and
+  per element where only a part of it was written.
+- Nothing is copied and nothing stays on the model; memory is kept alive until the graph is dropped.
+"""
 
 import copy
 import functools
+import hashlib
 import random
 import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite import marker
-from looptransfer.rewrite.graph import ANY, Graph, Handle, Node, Site, Sum
+from looptransfer.rewrite.graph import ANY, Call, Graph, Handle, Node, Part, Site, Sum, tensors_in, versions
 from looptransfer.rewrite.names import homes, named_parameters, plain_names
+from looptransfer.rewrite.ops import GATHERED, GIVEN, Operator, operator
 from looptransfer.rewrite.twin import state_kept
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
-IDENTITIES = {"_to_copy", "clone", "native_dropout", "_unsafe_view", "lift_fresh_copy", "alias_copy"}
-# The result is proportional to the first argument.
-REARRANGEMENTS = {"index", "gather", "index_select", "flip", "roll", "repeat", "constant_pad_nd", "sum", "mean", "take"}
-REARRANGEMENTS |= {"masked_select", "squeeze_copy", "permute_copy", "select_copy", "slice_copy", "_index_put_impl"}
-# The result is proportional to all arguments that hold data, taken together.
-COLLECTIONS = {"cat", "stack", "index_add", "index_put", "scatter_add", "scatter", "index_copy", "slice_scatter"}
-PRODUCTS = {"mul", "mm", "bmm", "mv", "dot", "convolution"}
-SUMS = {"add", "sub"}
-# A learned tensor that enters here does not act on the data as a matrix does: a table, a bias, a gate.
-PASSIVE = {"add", "sub", "rsub", "mul", "div", "cat", "stack", "where", "copy", "lerp", "masked_fill", "embedding"}
-PASSIVE |= {"index_add", "index_put", "index_copy", "scatter_add", "slice_scatter", "select_scatter", "expand"}
-# One operation that adds to its first argument what it makes of the others.
-FUSED_SUMS = {"addmm", "baddbmm", "addbmm", "addmv", "addcmul", "addcdiv", "index_add", "scatter_add", "lerp"}
-# Made like another tensor, but holding nothing of it. A random mask is one of these, drawn in place.
-SHAPED_LIKE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "zero", "fill"}
-SHAPED_LIKE |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
-DRAWS = ("bernoulli", "rand", "uniform")
-OPAQUE = {"_transformer_encoder_layer_fwd"}  # whole layers in one kernel
+class RejectedInputs(InputError):
+    """The model itself does not take the example inputs."""
+
+
 # Frames between an operator and the line that spelled it.
-HIDDEN_FRAMES: tuple[str, ...] = (
-    "torch/_tensor.py",
-    "torch/_ops.py",
-    "torch/_dynamo/",
-    "torch/_compile.py",
-    "torch/functional.py",
-)
-HIDDEN_FRAMES += ("rewrite/record.py", "coordcheck/observe.py")
+HIDDEN_FRAMES = ("torch/_tensor.py", "torch/_ops.py", "torch/_dynamo/", "torch/_compile.py", "torch/functional.py")
 HIDDEN_FRAMES += ("torch/utils/_contextlib.py", "torch/_library/", "torch/autograd/function.py")
+HIDDEN_FRAMES += ("torch/_higher_order_ops/", "torch/utils/_python_dispatch.py")
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One operation, before it runs."""
+@dataclass
+class _Memory:
+    """Who wrote a memory last."""
 
-    func: Any
-    name: str  # without overload and trailing underscore
-    args: Any
-    kwargs: Any
-    inputs: list[Tensor]
-    before: list[int | None]  # the node of each input
-    shapes: list[torch.Size]
-    written: list[Tensor]
-    sources: list[int]  # the nodes that the result is made of
-    gradients_to: frozenset[int]  # those of them that autograd follows, or may follow once no_grad is over
-    parts: frozenset[tuple[int, int]]  # (node, offset) of inputs that are part of a storage
+    storage: Any  # kept alive, so that its key stays its own
+    node: int
+    parts: Tensor | None = None  # the node per element, where a part was written after the whole
 
 
 class SiteCounter(TorchDispatchMode):
     """Knows which modules run, and which run of which line an addition is."""
 
-    def __init__(self, model: nn.Module) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, hidden: str = __file__) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = {id(module): name for name, module in plain_names(model).items()}
         self.running: list[str] = []
         self.runs: Counter[Site] = Counter()
+        self.hidden = {__file__, hidden}
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Hook before a module's forward."""
@@ -94,18 +78,29 @@ class SiteCounter(TorchDispatchMode):
         if id(module) in self.names:
             self.running.pop()
 
-    def site(self, name: str, shapes: list[torch.Size]) -> tuple[Site, int] | None:
+    def site(self, op: Operator, shapes: list[torch.Size]) -> tuple[Site, int] | None:
         """Where a plain sum of two tensors is spelled, and which run of it this is; None for any other operation."""
-        if name not in SUMS or len(shapes) != 2 or not _broadcasts(shapes):
+        if op.relation != "sum" or len(shapes) != 2 or not _broadcasts(shapes):
             return None
-        return self.next_run()
+        line, column = place_of(self.caller())
+        site = Site(line, column, tuple(self.running))
+        self.runs[site] += 1
+        return site, self.runs[site] - 1
 
-    def next_run(self) -> tuple[Site, int]:
-        """The line that runs now, and which run of it this is."""
-        line, place = _place()
-        where = Site(line, place, tuple(self.running))
-        self.runs[where] += 1
-        return where, self.runs[where] - 1
+    def inside(self, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+        """cond, scan or flex_attention is written in operations that can be seen."""
+        dense = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if dense is None:
+            raise InputError(f"the trace cannot look into {func} at {place_of(self.caller())[0]}; replace it for the trace")
+        with self:
+            return dense(*args, **kwargs)
+
+    def caller(self) -> types.FrameType:
+        """The frame that spelled the operation that runs now."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and (frame.f_code.co_filename in self.hidden or _is_hidden(frame)):
+            frame = frame.f_back
+        return frame
 
 
 class Recorder(SiteCounter):
@@ -115,31 +110,32 @@ class Recorder(SiteCounter):
         self,
         model: nn.Module,
         example: Any,
-        peaks: bool,
         scale: Mapping[tuple[Site, int], tuple[int, float]],
         strangers: frozenset[int],
+        watch: frozenset[int],
+        change: Mapping[int, Callable[[Tensor], None]],
     ) -> None:
         super().__init__(model)
         self.nodes: list[Node] = []
-        # Storage -> its node, and the storage itself: kept alive so that its key stays its own.
-        self.owner: dict[int, tuple[int, Any]] = {}
-        self.homes = homes(model)
-        self.peaks, self.scale = peaks, scale
+        self.owner: dict[int, _Memory] = {}
+        self.gathered: dict[tuple[int, ...], int] = {}
+        self.homes, self.scale, self.strangers, self.watch = homes(model), scale, strangers, watch
+        self.change = change
         self.calls: Counter[Handle] = Counter()
         self.sums: list[Sum] = []
         self.outputs: list[int] = []
         self.results: list[Tensor] = []
+        self.watched: dict[int, Tensor] = {}
         self.fused_kernels: list[str] = []
-        learned = named_parameters(model)
-        self.parameters = list(learned)
-        self.wide = {name for name, parameter in learned.items() if parameter.ndim >= 2}
-        self.strangers = strangers
+        self.steered = False
+        self.learned = named_parameters(model)
         for _, tensor in model.named_buffers():
             self._own(tensor, Node())
-        for position, (name, parameter) in enumerate(learned.items()):
-            self._own(parameter, self._parameter(name, position))
-        for tensor in [tensor for leaf in tree_leaves(example) for tensor in held(leaf)]:
-            self._own(tensor, Node(data=True))
+        for name, parameter in self.learned.items():
+            self._own(parameter, self._parameter(name))
+        self.registered = len(self.nodes)
+        for tensor in held(example):
+            self._see(tensor, self._own(tensor, Node(data=True, choice=_chooses(tensor), shape=tuple(tensor.shape))))
 
     # -- what ran where
 
@@ -148,9 +144,9 @@ class Recorder(SiteCounter):
         name = self.names.get(id(module))
         if name is not None:
             self.calls[Handle(name)] += 1
-            for own, parameter in module._parameters.items():
-                if isinstance(parameter, nn.Parameter) and (id(module), own) in self.homes:  # no computed weight
-                    self._learn(parameter, self.homes[id(module), own])
+            for attribute, parameter in module._parameters.items():
+                if isinstance(parameter, nn.Parameter) and (id(module), attribute) in self.homes:
+                    self._learn(parameter, self.homes[id(module), attribute])
         elif id(module) in self.strangers:
             raise InputError(
                 f"a copy of the model runs a {type(module).__name__} of the original: some function or closure kept on "
@@ -158,27 +154,27 @@ class Recorder(SiteCounter):
             )
 
     def _learn(self, parameter: Tensor, name: str) -> None:
-        """FSDP gathers a parameter into another one for the forward."""
-        number = self._node_of(parameter)
-        if number is None or self.nodes[number].parameters != {name}:
-            position = self.parameters.index(name)
-            self._own(parameter, self._parameter(name, position))
+        """FSDP gathers a parameter into another one for the forward; `functional_call` puts another's in its place."""
+        memory = self.owner.get(_key(parameter))
+        if memory is None or (memory.node >= self.registered and self.nodes[memory.node].parameters != {name}):
+            self._own(parameter, self._parameter(name))
 
-    def _parameter(self, name: str, position: int) -> Node:
-        own = frozenset([name])
-        return Node(parameters=own, weights_of=own & self.wide, reaching=1 << position)
+    def _parameter(self, name: str) -> Node:
+        wide = frozenset([name]) if self.learned[name].ndim >= 2 else frozenset[str]()
+        return Node(parameters=frozenset([name]), weights_of=wide, shape=tuple(self.learned[name].shape))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         super().leave(module, args, output)
         name = self.names.get(id(module))
         if name is not None:
-            for index, tensor in _parts(output):
+            for index, tensor in parts_of(output):
                 self._handed_over(tensor, Handle(name, index))
         if name == "":
-            self.results = [found for leaf in tree_leaves(output) for found in held(leaf)]
+            self.results = held(output)
             self.outputs = [n for n in map(self._node_of, self.results) if n is not None]
 
     def mark(self, tensor: Tensor, name: str) -> None:
+        """Hook of `residual`."""
         handle = Handle(self.running[-1] if self.running else "", mark=name)
         self.calls[handle] += 1
         self._handed_over(tensor, handle)
@@ -188,203 +184,252 @@ class Recorder(SiteCounter):
         if number is not None:
             self.nodes[number].handles.append(handle)
 
+    # -- operations
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = self._call(func, args, kwargs or {})
-        self._note_followed(call)
-        site = self.site(call.name, call.shapes)
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.inside(func, args, kwargs)
+        op = operator(func)
+        if op.accumulates is not None and _argument(op.accumulates, args, kwargs):
+            op = replace(op, relation="onto")
+        inputs = tensors_in(args) + tensors_in(kwargs)
+        before = [self._node_of(tensor) for tensor in inputs]
+        for number, tensor in zip(before, inputs, strict=True):
+            if number is not None and tensor.requires_grad:
+                self.nodes[number].followed = True
+        if op.view:
+            return func(*args, **kwargs)
+        self.steered |= op.tells and any(n is not None and self.nodes[n].random for n in before)
+        call = Call(op, func, args, kwargs, inputs, before, versions(inputs))
+        site = self.site(op, [tensor.shape for tensor in inputs])
         scaled = self.scale.get(site, self.scale.get((site[0], ANY))) if site and self.scale else None
-        peaks = tuple(_peak(tensor) for tensor in call.inputs) if site and self.peaks else ()
-        given = _with_multiplier(args, *scaled, in_place=bool(call.written)) if scaled else args
-        out = func(*given, **call.kwargs)
-        written = {_key(tensor) for tensor in call.written}
-        results = {_key(tensor): tensor for tensor in [*call.written, *tensors(out)]}
-        for key, tensor in results.items():  # a view shares its base's key, and so its node
-            if key not in self.owner or key in written:
-                self._own(tensor, self._derive(call))
-                if not (tensor.is_floating_point() or tensor.is_complex()):
-                    self.nodes[-1].index, self.nodes[-1].reaching = True, 0
-        self._look_for_sum(call, out, site, peaks)
+        written = [tensor for position in op.writes for tensor in tensors_in(_argument(position, args, kwargs))]
+        node = self._derive(call, {id(tensor) for tensor in written} if op.overwrites else set())
+        if op.foreign:
+            self._look_into_kernel(call)
+        out = func(*_with_multiplier(args, *scaled, in_place=bool(written)), **kwargs) if scaled else func(*args, **kwargs)
+        self._note_results(node, written, tensors_in(out))
+        if site is not None and isinstance(out, Tensor):
+            self._note_sum(call, out, site)
         return out
 
-    def _call(self, func: Any, args: Any, kwargs: Any) -> _Call:
-        inputs = tensors((args, kwargs))
-        before = [self._node_of(tensor) for tensor in inputs]
-        name, writes = schema(func)
-        written = [tensor for position in writes for tensor in tensors(_argument(position, args, kwargs))]
-        overwritten = {_key(tensor) for tensor in written if name in {"copy", "zero", "fill"} and _whole(tensor)}
-        known = [(n, tensor) for n, tensor in zip(before, inputs, strict=True) if n is not None]
-        sources = [n for n, tensor in known if name not in SHAPED_LIKE and _key(tensor) not in overwritten]
-        parts = frozenset((n, int(tensor.storage_offset())) for n, tensor in known if not _whole(tensor))
-        followed = frozenset(n for n, tensor in known if tensor.requires_grad or not torch.is_grad_enabled())
-        shapes = [tensor.shape for tensor in inputs]
-        return _Call(func, name, args, kwargs, inputs, before, shapes, written, sources, followed, parts)
-
-    def _note_followed(self, call: _Call) -> None:
-        for tensor, number in zip(call.inputs, call.before, strict=True):
-            if number is not None and tensor.requires_grad and torch.is_grad_enabled():
-                self.nodes[number].followed = True
-
-    # -- lineage
-
-    def _node_of(self, tensor: Tensor) -> int | None:
-        entry = self.owner.get(_key(tensor))
-        return None if entry is None else entry[0]
-
-    def _holds_data(self, tensor: Tensor) -> bool:
-        number = self._node_of(tensor)
-        return number is not None and self.nodes[number].data
-
-    def _own(self, tensor: Tensor, node: Node) -> None:
-        self.nodes.append(node)
-        self.owner[_key(tensor)] = (len(self.nodes) - 1, tensor.untyped_storage())
-
-    def _derive(self, call: _Call) -> Node:
-        name, sources, parts = call.name, call.sources, call.parts
-        node = Node(op=name, sources=tuple(sources), slices=parts, gradients_to=call.gradients_to)
-        learned: set[str] = set()
-        for number in sources:
-            source = self.nodes[number]
-            source.consumers.append(len(self.nodes))
-            node.reaching |= source.reaching
-            node.data |= source.data
-            node.ancestors |= source.ancestors | (1 << number)
+    def _derive(self, call: Call, overwritten: set[int]) -> Node:
+        op, nodes = call.op, self.nodes
+        blank = op.relation == "blank"
+        reads = [(n, t) for n, t in zip(call.before, call.inputs, strict=True) if n is not None]
+        reads = [] if blank else [(n, tensor) for n, tensor in reads if id(tensor) not in overwritten]
+        frame = self.caller()
+        node = Node(op, tuple(n for n, _ in reads), place=(frame.f_code.co_filename, frame.f_lineno))
+        node.slices = frozenset((n, _part_of(tensor)) for n, tensor in reads if not _whole(tensor))
+        node.gradients_to = frozenset(n for n, t in reads if t.requires_grad or not torch.is_grad_enabled())
+        node.data = any(nodes[n].data for n in node.sources)
+        node.random = op.draws or any(nodes[n].random for n in node.sources)
+        for number in node.sources:
+            source = nodes[number]
+            node.ancestors |= 0 if source.choice else source.ancestors | 1 << number
             if not source.data:
-                learned |= source.parameters
-        node.parameters = frozenset(learned)
-        if node.data and name not in PASSIVE:
-            node.matrices = frozenset[str]().union(*(self._weights(n, parts) for n in sources))
-        elif not node.data:
-            made = sources[-1:] if name in PRODUCTS - {"mul"} or name in FUSED_SUMS else sources
-            node.weights_of = frozenset[str]().union(*(self._weights(n, parts) for n in made))
-        zeros = [self.nodes[number].zero for number in sources if self.nodes[number].data]
-        product = name in PRODUCTS or name == "div"
-        if name == "addcmul" and len(sources) == 3 and any(self.nodes[n].zero for n in sources[1:]):
-            node.reaching = self.nodes[sources[0]].reaching
-        node.zero = (name == "mul" and _holds_zero(call.args)) or (product and any(zeros))
-        drawn = any(word in name for word in DRAWS) or any(self.nodes[number].noise for number in sources)
-        node.noise = drawn and not node.data and not node.parameters
+                node.parameters |= source.parameters
+        noise = op.draws or any(nodes[n].noise for n in node.sources)
+        node.noise = noise and not node.data and not node.parameters
+        if node.data and not op.passive:
+            node.matrices = frozenset[str]().union(*(self._acting(n, tensor) for n, tensor in reads))
+        elif node.data and op.name == "mul" and node.parameters:
+            node.matrices = self._spread(reads)
+        elif not node.data and node.parameters:
+            made = reads[-1:] if op.relation == "product" and op.name != "mul" or op.relation == "onto" else reads
+            node.weights_of = frozenset[str]().union(*(self._selected(call, n, tensor) for n, tensor in made))
         self._note_proportion(node, call)
-        of_zeros = bool(zeros) and all(zeros) and bool(node.proportional_to)
-        if node.zero or (of_zeros and (name not in SUMS or len(zeros) == len(sources))):
-            node.zero, node.reaching = True, 0
+        amounts = sum(nodes[n].data and not nodes[n].choice for n in set(node.sources))
+        node.call = call if amounts > 1 or (amounts and not node.proportional_to) else None
         return node
 
-    def _weights(self, number: int, parts: frozenset[tuple[int, int]]) -> frozenset[str]:
-        """The matrices that a tensor without data is; a slice, as of all layers' weights in one, is one of its own."""
-        offsets = sorted(offset for n, offset in parts if n == number)
-        names = self.nodes[number].weights_of
-        return frozenset(f"{name}+{offsets[0]}" if offsets and "+" not in name else name for name in names)
+    def _note_results(self, node: Node, written: list[Tensor], results: list[Tensor]) -> None:
+        keys = {_key(tensor) for tensor in written}
+        fresh = {_key(tensor): (slot, tensor) for slot, tensor in enumerate(results) if _key(tensor) not in self.owner}
+        places = [*enumerate(written), *((slot, t) for key, (slot, t) in fresh.items() if key not in keys)]
+        for slot, tensor in places:
+            part = replace(node, slot=slot, shape=tuple(tensor.shape), choice=_chooses(tensor), handles=[], consumers=[])
+            part.ancestors = 0 if part.choice else node.ancestors
+            number = self._own(tensor, part)
+            for source in node.sources:
+                self.nodes[source].consumers.append(number)
+            self._see(tensor, number)
 
-    def _note_proportion(self, node: Node, call: _Call) -> None:
+    def _see(self, tensor: Tensor, number: int) -> None:
+        if number in self.change and not tensor.is_meta:
+            with torch.no_grad():
+                self.change[number](tensor)
+        if number in self.watch:
+            self.watched[number] = tensor.detach().double().nan_to_num().sum()
+
+    # -- whose memory it is
+
+    def _node_of(self, tensor: Tensor) -> int | None:
+        memory = self.owner.get(_key(tensor))
+        if memory is None or memory.parts is None:
+            return None if memory is None else memory.node
+        writers = tuple(_region(memory.parts, tensor).unique().tolist())
+        if len(writers) == 1:
+            return int(writers[0])
+        if writers not in self.gathered:
+            part = Node(GATHERED, writers, shape=tuple(tensor.shape), proportional_to=(writers,))
+            part.gradients_to = frozenset(writers)
+            part.data = any(self.nodes[n].data for n in writers)
+            part.random = any(self.nodes[n].random for n in writers)
+            part.ancestors = functools.reduce(lambda seen, n: seen | self.nodes[n].ancestors | 1 << n, writers, 0)
+            self.gathered[writers] = len(self.nodes)
+            for n in writers:
+                self.nodes[n].consumers.append(len(self.nodes))
+            self.nodes.append(part)
+        return self.gathered[writers]
+
+    def _own(self, tensor: Tensor, node: Node) -> int:
+        number, key = len(self.nodes), _key(tensor)
+        self.nodes.append(node)
+        memory = self.owner.get(key)
+        if memory is None or _whole(tensor) or tensor.is_meta:
+            self.owner[key] = _Memory(tensor if _has_no_memory(tensor) else tensor.untyped_storage(), number)
+        else:
+            if memory.parts is None:
+                size = tensor.untyped_storage().nbytes() // tensor.element_size()
+                memory.parts = torch.full((size,), memory.node, dtype=torch.int32, device="cpu")
+            _region(memory.parts, tensor).fill_(number)
+        return number
+
+    # -- learned tensors
+
+    def _acting(self, number: int, tensor: Tensor) -> frozenset[str]:
+        """The matrices that a tensor without data is, with the part that acts where it is a part."""
+        node = self.nodes[number]
+        names = self._part(number, tensor)
+        if not names or node.op is GIVEN or any("+" in name for name in names) or not tensor.requires_grad:
+            return names
+        learned = [self.learned[name] for name in sorted(names)]
+        try:
+            gradients = torch.autograd.grad(
+                tensor, learned, torch.ones_like(tensor), retain_graph=True, allow_unused=True
+            )
+        except RuntimeError:  # not computed under autograd
+            return names
+        marks = [_support(gradient) for gradient in gradients]
+        return frozenset(f"{name}+{mark}" if mark else name for name, mark in zip(sorted(names), marks, strict=True))
+
+    def _part(self, number: int, tensor: Tensor) -> frozenset[str]:
+        """The matrices that a tensor is; a slice, as of all layers' weights in one, is one of its own."""
+        names = self.nodes[number].weights_of
+        if _whole(tensor):
+            return names
+        return frozenset(name if "+" in name else f"{name}+{int(tensor.storage_offset())}" for name in names)
+
+    def _selected(self, call: Call, number: int, tensor: Tensor) -> frozenset[str]:
+        """The same where an operation takes a part by index."""
+        names = self._part(number, tensor)
+        chosen = [t for t in call.inputs if _chooses(t) and not t.is_meta] if call.op.relation == "moved" else []
+        if not chosen or not names:
+            return names
+        digest = hashlib.blake2b(b"".join(t.cpu().numpy().tobytes() for t in chosen), digest_size=6).hexdigest()
+        return frozenset(name if "+" in name else f"{name}+{digest}" for name in names)
+
+    def _spread(self, reads: list[tuple[int, Tensor]]) -> frozenset[str]:
+        """A learned matrix that is multiplied into more numbers than it meets acts as one; their sum is to come."""
+        data = max((t.numel() for n, t in reads if self.nodes[n].data), default=0)
+        size = torch.broadcast_shapes(*(t.shape for _, t in reads)).numel()
+        names = [self._acting(n, t) for n, t in reads if not self.nodes[n].data]
+        return frozenset[str]().union(*names) if size > data else frozenset()
+
+    # -- proportions
+
+    def _note_proportion(self, node: Node, call: Call) -> None:
         """What the result repeats or is proportional to. Python's sum() begins with 0 + x."""
-        name, sources, before = call.name, call.sources, call.before
-        held = [number for number in sources if self.nodes[number].data and not self.nodes[number].index]
-        first = before[0] if before else None
-        if name == "copy":
-            held = held[-1:] if len(sources) == 1 else held
+        op, sources, nodes = call.op, node.sources, self.nodes
+        held = [n for n in sources if nodes[n].data and not nodes[n].choice]
+        first = call.before[0] if call.before else None
+        if op.name == "copy":
             node.repeats = held[0] if len(sources) == 1 and held else None
-        elif sources and (name in IDENTITIES or (name in SUMS and len(sources) == 1 and _holds_zero(call.args))):
+            node.proportional_to = (tuple(held),) if held else ()
+        elif sources and (op.relation == "same" or (op.relation == "sum" and len(sources) == 1 and _adds_zero(call.args))):
             node.repeats = sources[0]
-        elif name == "mul" and len(sources) == 2 and self.nodes[sources[1]].noise:
+        elif op.name == "mul" and len(sources) == 2 and nodes[sources[1]].noise:
             node.repeats, node.masked = sources[0], True  # how dropout is spelled on a CPU
         if node.repeats is not None:
             node.proportional_to = ((node.repeats,),)
-        elif name == "neg":
+        elif op.name == "neg":
             node.proportional_to, node.factor = (tuple(held),), -1.0
-        elif name in {"mul", "div"} and (held or not node.data):
+        elif op.name in {"mul", "div"}:
             self._note_product(node, call, held)
-        elif name in SUMS and len(held) == 2:
-            sign = 1.0 if name == "add" else -1.0
-            node.proportional_to, node.weights = (tuple(held),), (1.0, sign * float(call.kwargs.get("alpha", 1)))
-        elif name in PRODUCTS and not (name == "convolution" and len(sources) > 2):
-            node.proportional_to = tuple((number,) for number in held)
-        elif name in COLLECTIONS or name == "copy":
-            node.proportional_to = (tuple(held),) if held else ()
-        elif name in REARRANGEMENTS and first is not None and self.nodes[first].data:
+        elif op.relation == "sum" and len(sources) == 2:
+            node.proportional_to = (tuple(held),) if len(held) == 2 else ()
+            node.signs = (1.0, _sign(call))
+        elif op.relation == "product" and not (op.name == "convolution" and len(sources) > 2):
+            distinct = len(set(held)) == len(held)
+            values = held[2:3] if "attention" in op.name else held  # of queries, keys and values
+            node.proportional_to = tuple((n,) for n in values if distinct or held.count(n) == 1)
+        elif op.relation == "side by side" or op.name in {"index_add", "scatter_add"}:
+            node.proportional_to = (tuple(held),) if held and op.name != "where" else ()
+        elif (op.relation == "moved" or op.name in {"sum", "mean"}) and first in held:
             node.proportional_to = ((first,),)
-        elif name.startswith("_scaled_dot_product") and before[2] is not None and before[2] not in before[:2]:
-            node.proportional_to = ((before[2],),)
 
-    def _note_product(self, node: Node, call: _Call, held: list[int]) -> None:
-        name, args, sources = call.name, call.args, call.sources
+    def _note_product(self, node: Node, call: Call, held: list[int]) -> None:
+        op, args, sources = call.op, call.args, node.sources
         second = args[1] if len(args) > 1 else None
-        if name == "div" and len(sources) == 2 and self.nodes[sources[1]].data:
+        if op.name == "div" and len(sources) == 2 and self.nodes[sources[1]].data:
             held = held[:1] if sources[0] != sources[1] and self.nodes[sources[0]].data else []
         if isinstance(second, (int, float)):
             node.factor = float(second)
         elif isinstance(second, Tensor):
-            still = [t for t in args[:2] if isinstance(t, Tensor) and not self._holds_data(t)]
+            still = [t for n, t in zip(call.before, call.inputs, strict=True) if n is None or not self.nodes[n].data]
             if still and not node.parameters:
                 node.factor, node.even = _size(still[0])
-        if name == "div" and node.factor:
+        if op.name == "div" and node.factor:
             node.factor = 1 / node.factor
         node.proportional_to = tuple((number,) for number in held) if len(set(held)) == len(held) else ()
 
     # -- sums
 
-    def _look_for_sum(self, call: _Call, out: Any, site: tuple[Site, int] | None, peaks: tuple[float, ...]) -> None:
-        name, before, shapes = call.name, call.before, call.shapes
-        foreign = call.func.namespace not in {"aten", "prims", "prim"} or name in OPAQUE
-        if foreign:
-            self._look_into_kernel(call, out)
-        if not isinstance(out, Tensor) or not (out.is_floating_point() or out.is_complex()):
+    def _note_sum(self, call: Call, out: Tensor, site: tuple[Site, int]) -> None:
+        total, before = self._node_of(out), call.before
+        if total is None or None in before or not (out.is_floating_point() or out.is_complex()):
             return
-        total = self._node_of(out)
-        scaled: tuple[bool, ...]
-        whole = (True,) * max(len(before), 64)
-        if site is not None:
-            operands = before
-            scaled, fused = (False, call.kwargs.get("alpha", 1) * (1 if name == "add" else -1) != 1), False
-            whole = tuple(shape == out.shape for shape in shapes)
-        elif name == "sum" and before and before[0] is not None and self.nodes[before[0]].op in {"stack", "cat"}:
-            operands = list(self.nodes[before[0]].sources)
-            scaled, fused = (False,) * len(operands), True
-        elif foreign:
-            operands = [n for n, shape in zip(before, shapes, strict=True) if shape == out.shape]
-            scaled, fused, name = (False,) * len(operands), True, f"{call.func.namespace}::{name}"
-        elif name in FUSED_SUMS and shapes[0] == out.shape:
-            operands = before
-            scaled, fused = (name == "lerp",) * len(before), True
-        else:
+        if not any(self.nodes[n].data for n in before if n is not None):
             return
-        known = tuple(number for number in operands if number is not None)
-        if total is None or len(known) != len(operands) or not any(self.nodes[number].data for number in known):
-            return
-        self.sums.append(Sum(total, known, scaled, whole, fused, name, *(site or self.next_run()), _recorded(), peaks))
+        whole = tuple(tensor.shape == out.shape for tensor in call.inputs)
+        inside = _in_function()
+        recorded = torch.is_grad_enabled() or inside
+        followed = any(t.requires_grad for t in call.inputs) if torch.is_grad_enabled() else inside
+        signs = (1.0, _sign(call))
+        self.sums.append(Sum(total, tuple(before), signs, whole, *site, recorded, followed))  # type: ignore[arg-type]
 
-    def _look_into_kernel(self, call: _Call, out: Any) -> None:
-        """With its parameters at zero, a kernel that hands its input back adds a residual branch of its own."""
-        known = [(t, self.nodes[n]) for t, n in zip(call.inputs, call.before, strict=True) if n is not None]
-        learned = {id(tensor) for tensor, node in known if node.parameters and not node.data}
-        first = next(iter(tensors(out)), None)
-        if not learned or first is None or first.is_meta or call.func._schema.is_mutable:
+    def _look_into_kernel(self, call: Call) -> None:
+        """With its parameters at zero, a kernel that hands an input back adds a residual branch of its own."""
+        known = [(n, tensor) for n, tensor in zip(call.before, call.inputs, strict=True) if n is not None]
+        learned = {n for n, _ in known if self.nodes[n].parameters and not self.nodes[n].data}
+        data = [tensor for n, tensor in known if self.nodes[n].data]
+        if not learned or call.op.writes or any(tensor.is_meta for tensor in data):
             return
+        silent = call.again(lambda n, tensor: torch.zeros_like(tensor) if n in learned else tensor) or []
+        if any(a.shape == b.shape and torch.equal(a.to(b.dtype), b) for a in silent for b in data):
+            self.fused_kernels.append(self._line())
 
-        def silent(leaf: Any) -> Any:
-            return torch.zeros_like(leaf) if id(leaf) in learned else leaf
-
-        silenced = torch.utils._pytree.tree_map(silent, (call.args, call.kwargs))
-        with torch.no_grad():
-            result = next(iter(tensors(call.func(*silenced[0], **silenced[1]))))
-        data = [tensor for tensor, node in known if node.data and tensor.shape == result.shape]
-        if any(torch.equal(tensor.to(result.dtype), result) for tensor in data):
-            self.fused_kernels.append(_place()[0])
+    def _line(self) -> str:
+        return place_of(self.caller())[0]
 
     def finish(self) -> Graph:
-        mask = functools.reduce(lambda seen, number: seen | self.nodes[number].reaching, self.outputs, 0)
-        reaching = frozenset(name for place, name in enumerate(self.parameters) if mask >> place & 1)
+        """The graph of the forward that has run."""
         kernels = tuple(dict.fromkeys(self.fused_kernels))
-        outputs = tuple(self.outputs)
-        return Graph(self.nodes, self.sums, self.calls, outputs, self.results, reaching, kernels)
+        return Graph(
+            self.nodes, self.sums, self.calls, tuple(self.outputs), self.results, kernels, self.steered, self.watched
+        )
 
 
 def record(
     model: nn.Module,
     example_inputs: ExampleInputs,
-    peaks: bool = False,
     scale: Mapping[tuple[Site, int], tuple[int, float]] | None = None,
     seed: int | None = None,
     copy_of: nn.Module | None = None,
+    watch: frozenset[int] = frozenset(),
+    change: Mapping[int, Callable[[Tensor], None]] | None = None,
 ) -> Graph:
     """Run `model` once on `example_inputs` and note what it did.
 
@@ -393,19 +438,20 @@ def record(
     Args:
         model: run in eager mode, also where it was compiled, and without the fused paths of torch's Transformer layers.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        peaks: measure the operands of every addition.
         scale: additions of which one operand, by position, is to be multiplied before it is added.
         seed: of all random numbers drawn in the forward; None leaves them to the random state as it is.
         copy_of: the model of which `model` is a copy; that none of its modules runs is checked.
+        watch: nodes whose sums are wanted in `Graph.watched`.
+        change: nodes that are to hold other values, and what changes them in place.
 
     Raises:
         InputError: the model rejects the example inputs; its own error is shown.
     """
     args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
-    if any(tensor.is_nested for tensor in tensors((args, kwargs))):
+    if any(tensor.is_nested for tensor in held((args, kwargs))):
         raise InputError("the example inputs hold a nested tensor, which the trace cannot follow; give a padded one")
     strangers = frozenset(map(id, copy_of.modules())) if copy_of is not None else frozenset()
-    recorder = Recorder(model, (args, kwargs), peaks, scale or {}, strangers)
+    recorder = Recorder(model, (args, kwargs), scale or {}, strangers, watch, change or {})
     torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
     try:
         with as_written(), state_kept(model), module_hooks(recorder.enter, recorder.leave):
@@ -413,8 +459,10 @@ def record(
                 torch.manual_seed(seed)
                 random.seed(seed)
                 np.random.seed(seed)
+            drawn = random.getstate(), np.random.get_state()[1:3]
             with marker.observed(recorder.mark), recorder:
                 model(*args, **kwargs)
+            recorder.steered |= drawn[0] != random.getstate() or not _same_state(drawn[1])
     except InputError:
         raise
     except Exception as error:
@@ -422,21 +470,26 @@ def record(
     return recorder.finish()
 
 
+def _same_state(before: Any) -> bool:
+    keys, position = np.random.get_state()[1:3]
+    return bool(position == before[1] and (keys == before[0]).all())
+
+
 def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -> InputError:
     """Whose fault it is: the model runs without an observer, or it does not."""
-    what = f"{type(error).__name__}: {error}"
+    cause = f"{type(error).__name__}: {error}"
     args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
     try:
         with state_kept(model):
             model(*args, **kwargs)
     except Exception:
-        return InputError(
-            f"the model rejects the example inputs: {what}. "
+        return RejectedInputs(
+            f"the model rejects the example inputs: {cause}. "
             "Give what its forward takes: a tensor, a tuple of positional arguments or a dict of keyword arguments"
         )
     return InputError(
-        f"the trace cannot follow this model, which runs without it ({what}). It observes plain tensors and torch's "
-        "own operations: pass ordinary tensors, and replace vmap, cond or a custom kernel for the trace"
+        f"the trace cannot follow this model, which runs without it ({cause}). It observes plain tensors and torch's "
+        "own operations: pass ordinary tensors, and replace a custom kernel for the trace"
     )
 
 
@@ -449,9 +502,13 @@ def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Eager, and without the kernel that runs a whole Transformer layer in eval mode."""
+    """Eager, and without the kernels that run a whole Transformer layer or compile themselves."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    uncompiled = getattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", None)
+    if uncompiled is not None:
+        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # type: ignore[union-attr]
     compiler = sys.modules.get("torch._dynamo")  # importing it for the question would cost two seconds
     try:
         if compiler:
@@ -461,6 +518,8 @@ def as_written() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        if uncompiled is not None:
+            flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = uncompiled  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -484,17 +543,74 @@ def _copied(leaf: Any) -> Any:
         return leaf
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+# -- tensors
 
 
-def _with_multiplier(args: Any, position: int, multiplier: float, in_place: bool) -> Any:
-    scaled = args[position] * multiplier
-    if position == 0 and in_place:
-        args[0].copy_(scaled)
-        return args
-    return tuple(scaled if place == position else arg for place, arg in enumerate(args))
+def held(tree: Any) -> list[Tensor]:
+    """The tensors in nested containers, and in the fields of an object such as a dataclass."""
+    tensors: list[Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif hasattr(leaf, "__dict__") and not callable(leaf):
+            tensors += [value for value in tree_leaves(list(vars(leaf).values())) if isinstance(value, Tensor)]
+    return tensors
+
+
+def parts_of(output: Any) -> list[tuple[int | str | None, Tensor]]:
+    """The tensors that a module returned, each with where it stands."""
+    if isinstance(output, Tensor):
+        return [(None, output)]
+    if isinstance(output, Mapping):
+        return [(key, value) for key, value in output.items() if isinstance(value, Tensor)]
+    if isinstance(output, (tuple, list)):
+        return [(index, value) for index, value in enumerate(output) if isinstance(value, Tensor)]
+    return []
+
+
+def _key(tensor: Tensor) -> int:
+    return id(tensor) if _has_no_memory(tensor) else int(tensor.untyped_storage()._cdata)
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    """A sparse tensor."""
+    return tensor.layout is not torch.strided
+
+
+def _whole(tensor: Tensor) -> bool:
+    """The tensor covers its memory."""
+    return _has_no_memory(tensor) or tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
+
+
+def _part_of(tensor: Tensor) -> Part:
+    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+
+def _region(parts: Tensor, tensor: Tensor) -> Tensor:
+    """The elements of a memory that a tensor covers; all of them where it counts in another size."""
+    if parts.numel() != tensor.untyped_storage().nbytes() // tensor.element_size():
+        return parts
+    return parts.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _chooses(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _support(gradient: Tensor | None) -> str:
+    """A name for the elements that have a gradient; empty where all have one, or none is known."""
+    mask = (gradient != 0).flatten() if gradient is not None and not gradient.is_meta else torch.ones(1)
+    if bool(mask.all()) or not bool(mask.any()):
+        return ""
+    return hashlib.blake2b(mask.cpu().numpy().tobytes(), digest_size=6).hexdigest()
+
+
+def _size(tensor: Tensor) -> tuple[float, bool]:
+    """The factor that a constant tensor is, where it varies its root mean square; and whether it is even."""
+    if tensor.is_meta or not tensor.numel() or tensor.dtype.is_complex:
+        return 1.0, True
+    values = tensor.detach().double()
+    return float(values.pow(2).mean().sqrt()), bool((values == values.flatten()[0]).all())
 
 
 def _broadcasts(shapes: list[torch.Size]) -> bool:
@@ -507,57 +623,37 @@ def _broadcasts(shapes: list[torch.Size]) -> bool:
         return False
 
 
-def _holds_zero(args: Any) -> bool:
-    return any(isinstance(arg, (int, float)) and arg == 0 for arg in args)
+# -- arguments
 
 
-def held(leaf: Any) -> list[Tensor]:
-    """A tensor, or those in the fields of an object."""
-    if isinstance(leaf, Tensor):
-        return [leaf]
-    return tensors(list(vars(leaf).values())) if hasattr(leaf, "__dict__") and not callable(leaf) else []
-
-
-def _parts(output: Any) -> list[tuple[int | str | None, Tensor]]:
-    if isinstance(output, Tensor):
-        return [(None, output)]
-    if isinstance(output, Mapping):
-        return [(key, value) for key, value in output.items() if isinstance(value, Tensor)]
-    if isinstance(output, (tuple, list)):
-        return [(index, value) for index, value in enumerate(output) if isinstance(value, Tensor)]
-    return []
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _whole(tensor: Tensor) -> bool:
-    """The tensor covers its storage."""
-    return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
-
-
-@functools.cache
-def schema(func: Any) -> tuple[str, tuple[int | str, ...]]:
-    """An operator's base name, and the arguments that it writes to: by position, or by name where keyword-only."""
-    name = str(func).split(".")[1].rstrip("_")
-    arguments = enumerate(func._schema.arguments)
-    writing = [(i, a) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return name, tuple(a.name if a.kwarg_only else i for i, a in writing)
+def _with_multiplier(args: Any, position: int, multiplier: float, in_place: bool) -> Any:
+    scaled = args[position] * multiplier
+    if position == 0 and in_place:
+        args[0].copy_(scaled)
+        return args
+    return tuple(scaled if place == position else arg for place, arg in enumerate(args))
 
 
 def _argument(position: int | str, args: Any, kwargs: Any) -> Any:
-    if isinstance(position, str):
-        return kwargs.get(position)
-    return args[position] if position < len(args) else None
+    if isinstance(position, int):
+        return args[position] if position < len(args) else None
+    return kwargs.get(position)
 
 
-def _recorded() -> bool:
-    """Autograd is on, or the forward is that of an autograd.Function, such as a reversible layer or a checkpoint."""
-    return torch.is_grad_enabled() or _in_function()
+def _sign(call: Call) -> float:
+    """The factor that a sum puts on its second operand."""
+    return (1.0 if call.op.name == "add" else -1.0) * float(call.kwargs.get("alpha", 1))
+
+
+def _adds_zero(args: Any) -> bool:
+    return any(isinstance(arg, (int, float)) and arg == 0 for arg in args)
+
+
+# -- frames
 
 
 def _in_function() -> bool:
+    """The forward is that of an autograd.Function, such as a reversible layer or a checkpoint."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "apply" and frame.f_code.co_filename == torch.autograd.function.__file__:
@@ -566,30 +662,12 @@ def _in_function() -> bool:
     return False
 
 
-def _size(tensor: Tensor) -> tuple[float, bool]:
-    """The factor that a constant tensor is, where it varies its root mean square; and whether it is even."""
-    if tensor.is_meta or not tensor.numel() or tensor.dtype.is_complex:
-        return 1.0, True
-    values = tensor.detach().double()
-    return float(values.pow(2).mean().sqrt()), bool((values == values.flatten()[0]).all())
-
-
-def _peak(tensor: Tensor) -> float:
-    if tensor.is_meta or not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return float("nan")
-    return float(tensor.detach().abs().max())
-
-
-def _place() -> tuple[str, int]:
-    """The line that spelled an operation, and where on it."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _is_hidden(frame.f_code.co_filename):
-        frame = frame.f_back
-    return place_of(frame)
+def _is_hidden(frame: types.FrameType) -> bool:
+    return _is_hidden_file(frame.f_code.co_filename)
 
 
 @functools.cache
-def _is_hidden(filename: str) -> bool:
+def _is_hidden_file(filename: str) -> bool:
     return any(part in Path(filename).as_posix() for part in HIDDEN_FRAMES)
 
 

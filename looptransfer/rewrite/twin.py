@@ -4,12 +4,15 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from looptransfer.errors import InputError
+from looptransfer.rewrite.names import named_parameters
 
 
 def twin_of(model: nn.Module, randomised: bool = False) -> nn.Module:
@@ -22,7 +25,7 @@ def twin_of(model: nn.Module, randomised: bool = False) -> nn.Module:
         InputError: the model cannot be copied.
     """
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, _activations(model))
     except Exception as error:
         raise InputError(f"the model cannot be copied for the trace: {type(error).__name__}: {error}") from error
     for ours, copied in zip(model.parameters(), twin.parameters(), strict=True):
@@ -30,6 +33,39 @@ def twin_of(model: nn.Module, randomised: bool = False) -> nn.Module:
     if randomised:
         randomise(twin)
     return twin
+
+
+def _activations(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy: what a module keeps of an earlier forward, which autograd would not let be copied."""
+    kept = [leaf for module in model.modules() for leaf in tree_leaves(dict(vars(module)))]
+    return {id(leaf): leaf.detach() for leaf in kept if isinstance(leaf, Tensor) and not leaf.is_leaf}
+
+
+def check_ties(model: nn.Module) -> None:
+    """Refuse parameters that are two for the optimizer and one in memory.
+
+    Raises:
+        InputError: names the two.
+    """
+    owners: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named_parameters(model).items():
+        if not parameter.is_meta and parameter.layout is torch.strided and parameter.numel():
+            owners.setdefault(parameter.untyped_storage()._cdata, []).append((name, parameter))
+    for together in owners.values():
+        for number, (name, parameter) in enumerate(together):
+            other = next((o for o, p in together[:number] if _overlap(p, parameter)), None)
+            if other is not None:
+                raise InputError(
+                    f"{name} and {other} are two parameters in one memory (p.data = q.data), which an optimizer and a "
+                    "copy take for two; tie the parameters themselves: module.weight = other.weight"
+                )
+
+
+def _overlap(first: nn.Parameter, second: nn.Parameter) -> bool:
+    size = first.untyped_storage().nbytes() // first.element_size()
+    taken = torch.zeros(size, dtype=torch.bool)
+    taken.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
+    return bool(taken.as_strided(second.shape, second.stride(), second.storage_offset()).any())
 
 
 def randomise(model: nn.Module) -> None:

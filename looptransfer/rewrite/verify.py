@@ -2,20 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from looptransfer.errors import InputError, VerificationError
-from looptransfer.rewrite.apply import PLAN, planned, with_proof
-from looptransfer.rewrite.branches import Group, find_groups
+from looptransfer.rewrite.analysis import analyse
+from looptransfer.rewrite.branches import Group
 from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.insert import clear_multipliers
 from looptransfer.rewrite.names import compiled_modules
+from looptransfer.rewrite.parametrize import PLAN, planned
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rewrite.proof import all_agree, prove
-from looptransfer.rewrite.record import ExampleInputs, call_arguments, tensors
-from looptransfer.rewrite.trace import Trace, trace
+from looptransfer.rewrite.record import ExampleInputs, RejectedInputs, call_arguments, held
+from looptransfer.rewrite.trace import Trace
 from looptransfer.rewrite.twin import randomise, state_kept, twin_of
 
 TOLERANCE = 1e-3  # relative, of a multiplier
@@ -40,12 +42,13 @@ def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
         InputError: the model was not rewritten, or rejects the inputs.
     """
     inner, plan = planned(model)
-    found = trace(inner, example_inputs)
     try:
-        groups = find_groups(inner, found, plan.declared_modules)
+        analysis = analyse(inner, example_inputs, plan.declared_modules)
+    except RejectedInputs:
+        raise
     except InputError as error:
         raise VerificationError(f"the model is no longer the one that was planned: {error}") from error
-    problems = _disagreements(plan, found, groups, inner.training)
+    problems = _disagreements(plan, analysis.trace, analysis.groups, inner.training)
     meta = any(parameter.is_meta for parameter in inner.parameters())
     if compiled_modules(model) and not meta and not _compiled_agrees(model, inner, example_inputs):
         problems.append("the compiled model does not compute what the rewritten model does; compile it again")
@@ -54,7 +57,8 @@ def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
     if not plan.proved and not meta:
         twin = twin_of(inner, randomised=True)
         clear_multipliers(twin)
-        plan = with_proof(inner, plan, prove(twin, example_inputs, plan))
+        prove(twin, example_inputs, plan.declared_modules)
+        plan = replace(plan, proved=True)
         setattr(inner, PLAN, plan)
     return plan
 
@@ -103,7 +107,7 @@ def _compiled_agrees(model: nn.Module, inner: nn.Module, example_inputs: Example
     def run() -> list[Tensor]:
         with state_kept(inner):
             torch.manual_seed(0)
-            return [tensor.detach().clone() for tensor in tensors(model(*args, **kwargs))]
+            return [tensor.detach().clone() for tensor in held(model(*args, **kwargs))]
 
     def eagerly() -> list[Tensor]:
         with torch.compiler.set_stance("force_eager"):

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.apply import parametrize
+from looptransfer.rewrite.parametrize import parametrize
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.optimum import Optimum

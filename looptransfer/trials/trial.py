@@ -9,7 +9,7 @@ import torch
 
 from looptransfer.errors import InputError
 from looptransfer.optim import param_groups
-from looptransfer.rewrite.apply import parametrize
+from looptransfer.rewrite.parametrize import parametrize
 from looptransfer.rules import Rule
 from looptransfer.trials.experiment import Experiment
 

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
-from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan, looped_visits, make_plan
-from looptransfer.rewrite.proof import Proof, prove
+from looptransfer.rewrite.analysis import Analysis, analyse
+from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan
+from looptransfer.rewrite.planner import make_plan
+from looptransfer.rewrite.proof import prove
 from looptransfer.rewrite.record import ExampleInputs
-from looptransfer.rewrite.trace import trace
-from looptransfer.rewrite.twin import twin_of
+from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
 PLAN = "_looptransfer_plan"  # on the model
+DRAWS = 7  # further forwards where random numbers steer the model
 
 
 def parametrize(
@@ -65,28 +67,35 @@ def parametrize(
     _check_settings(rule, lam, base_layers, realisation, branches, layers)
     meta = any(parameter.is_meta for parameter in model.parameters())
     _check_weights(meta, realisation, loops, preserve)
-    found = trace(twin_of(model), example_inputs, copy_of=model)
+    declared = None if branches is None else list(branches)
     plan = make_plan(
         model,
-        found,
-        rule,
-        lam,
-        base_layers,
-        branches=None if branches is None else list(branches),
+        _draws(model, example_inputs, declared, meta),
+        {"rule": rule, "lam": lam, "base_layers": base_layers, "proved": not meta},
+        declared=declared is not None,
         layers=layers,
         loops=loops,
         preserve=preserve,
     )
     if preserve or realisation == "folded":
         _check_foldable(plan, "preserve=True" if preserve else "realisation='folded'")
-    if not meta:
-        plan = with_proof(model, plan, prove(twin_of(model, randomised=True), example_inputs, plan))
     for caveat in plan.caveats:
         warnings.warn(caveat, ScalingWarning, stacklevel=2)
     if preserve:
         _scale_last_maps(model, plan, inverse=True)
     _attach(model, plan)
     return fold(model) if realisation == "folded" else plan
+
+
+def _draws(model: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None, meta: bool) -> list[Analysis]:
+    """The model as it stands, put to the proof with random weights, and drawn again where random numbers steer it."""
+    check_ties(model)
+    draws = [analyse(twin_of(model), example_inputs, declared, copy_of=model)]
+    for seed in range(DRAWS if draws[0].trace.graph.steered else 0):
+        draws.append(analyse(twin_of(model), example_inputs, declared, seed=seed))
+    if not meta and draws[0].groups:
+        draws.append(prove(twin_of(model, randomised=True), example_inputs, declared))
+    return draws
 
 
 def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
@@ -109,25 +118,53 @@ def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
         fold(model)
 
 
-def rescale(model: nn.Module, loops: float) -> ScalingPlan:
-    """Recompute the multipliers in place for a loop count of `loops`, and return the new plan.
+def rescale(
+    model: nn.Module, example_inputs: ExampleInputs | None = None, *, loops: float | None = None
+) -> ScalingPlan:
+    """Recompute the multipliers in place for the loop count that `model` has now, and return the new plan.
 
-    Needed where N changes in training. Without it the multipliers stay as they were trained, which public evidence
-    favours where loops are added only at inference. Branches visited once are outside the loop and keep their visits.
+    Needed where N changes in training. Set the loop count on the model first: its branches are traced and counted anew,
+    so that a layer outside the loop, or one that is used twice a loop, gets what a fresh model would get; the way from
+    and to one loop is open. What acts on the stream is counted too (`plan.on_stream`); make the groups anew, or set the
+    LRs. Without a call the multipliers stay as they were trained, which public evidence favours where loops are added
+    only at inference.
+
+    Args:
+        model: rewritten by `parametrize`; it may be wrapped or compiled.
+        example_inputs: as for `parametrize`.
+        loops: the new mean, where the loop count is drawn afresh in every forward.
 
     Raises:
-        InputError: the model was not rewritten, its multipliers are folded, `loops` is below 1, or the plan does not
-            tell which layers loop.
+        InputError: the model was not rewritten, its multipliers are folded, no example inputs are given, or at its
+            loop count it has other branches.
     """
     inner, plan = planned(model)
     if plan.realisation == "folded":
         raise InputError(
             "the multipliers are folded into the weights; call unfold(model), rescale it and fold it again"
         )
-    new = plan.with_visits(looped_visits(plan, loops))
+    if example_inputs is None or isinstance(example_inputs, (int, float)):
+        raise InputError(
+            "a loop count alone does not tell how often each branch is visited; set it on the model and give example "
+            "inputs: rescale(model, example_inputs)"
+        )
+    plain = twin_of(inner)
+    clear_multipliers(plain)
+    vars(plain).pop(PLAN, None)
+    meta = any(parameter.is_meta for parameter in plain.parameters())
+    declared = plan.declared_modules
+    settings = {"rule": plan.rule, "lam": plan.lam, "base_layers": plan.base_layers, "proved": plan.proved}
+    mean = loops if loops is not None or not plan.random_loops else max(branch.visits for branch in plan.branches)
+    draws = _draws(plain, example_inputs, declared, meta)
+    new = make_plan(plain, draws, settings, declared=plan.declared, layers=plan.layers, loops=mean)
+    if {b.handle for b in new.branches} != {b.handle for b in plan.branches}:
+        gone = sorted(str(h) for h in {b.handle for b in new.branches} ^ {b.handle for b in plan.branches})
+        raise InputError(
+            f"at its loop count the model has other branches than before ({', '.join(gone[:4])}); parametrize a fresh "
+            "model at that count"
+        )
     _insert(inner, new)
-    setattr(inner, PLAN, new)
-    return new
+    return _note(inner, new)
 
 
 def fold(model: nn.Module) -> ScalingPlan:
@@ -255,27 +292,6 @@ def _check_foldable(plan: ScalingPlan, what: str) -> None:
             f"{what}: the branch {stuck.handle} cannot take ε into its weights: {stuck.unfoldable}. "
             "Keep realisation='multiplier', which needs no such weight"
         )
-
-
-def with_proof(model: nn.Module, plan: ScalingPlan, proof: Proof) -> ScalingPlan:
-    """The plan with what its proof has shown, and what that asks the user to know."""
-    caveats = list(plan.caveats)
-    if proof.varies and not plan.random_loops:
-        caveats.append(
-            "visits vary: with other weights and random numbers the branches were visited another number of times (a "
-            "random loop count, adaptive halting, layer dropout). N is that of this one forward; give the mean, loops=…"
-        )
-    if proof.matrices:
-        caveats.append(_stream_caveat(proof.matrices))
-    return replace(plan, on_stream=proof.on_stream, caveats=tuple(caveats), proved=True)
-
-
-def _stream_caveat(matrices: Sequence[str]) -> str:
-    return (
-        f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
-        "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
-        "that is not recognised must be marked, looptransfer.residual(…), or named, branches=[…]"
-    )
 
 
 # -- putting it in

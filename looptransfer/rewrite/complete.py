@@ -1,0 +1,201 @@
+"""Are the branches found all there are? The graph without them tells, and whose the parameters are.
+
+With every branch cut (ε = 0), what reaches the output is the stream. A learned matrix that acts there must be one that
+all of its data goes through: an embedding, a head, an adapter at a loop's entry. Where data gets past it and is added to
+what comes out of it, there is a residual branch that was not recognised, however it is spelled.
+"""
+
+import functools
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+
+from looptransfer.errors import InputError
+from looptransfer.rewrite.branches import DECLARE, Group
+from looptransfer.rewrite.graph import Graph
+from looptransfer.rewrite.names import module_of, parameter_names
+from looptransfer.rewrite.paths import Join, Paths
+from looptransfer.rewrite.recurrence import Rerun, runs_over_time
+from looptransfer.rewrite.trace import ResidualAdd, Trace
+
+
+@dataclass
+class Remainder:
+    """What one forward does where its branches are multiplied by 0."""
+
+    paths: Paths
+    joins: list[Join]  # where data is added to what learned matrices made of it all the same
+    uses: dict[str, int]  # how often each parameter acts on the stream
+    matrices: tuple[str, ...]  # those that do so more than once, as matrices and not as tables
+    injections: tuple[str, ...]  # lines where older data is added to the stream of a loop
+    gates: tuple[str, ...]  # lines where the stream of a loop is multiplied by what learned matrices made of it
+
+
+def without_branches(found: Trace, adds: list[ResidualAdd]) -> Remainder:
+    """Cut the branches of some adds out of a trace, and those that are not trained."""
+    nodes = found.graph.nodes
+    cut: dict[int, int | None] = {add.total: add.stream for add in found.of("frozen")}
+    cut |= {add.total: add.stream if add.total != add.branch else None for add in adds}
+    known = frozenset(add.total for add in found.adds if add.kind != "fixed") - cut.keys()
+    paths = Paths(found.graph, cut, known)
+    live = [n for n in range(len(nodes)) if paths.live >> n & 1]
+    joins = [join for n in live if (join := paths.join_at(n)) is not None]
+    uses = _uses(found.graph, paths, live)
+    acting = {name.split("+")[0] for name in found.graph.matrices_on(live)}
+    again = tuple(name for name, times in sorted(uses.items()) if times > 1 and name in acting)
+    totals = functools.reduce(lambda mask, add: mask | 1 << add.total, adds, 0)
+    carried = functools.reduce(lambda mask, add: mask | paths.free[add.stream] | 1 << add.stream, adds, 0)
+    looped = [n for n in live if carried >> n & 1 and paths.free[n] & totals and n not in known]
+    injections = [n for n in looped if nodes[n].op.relation == "sum" and _brings_older(paths, n, totals)]
+    gates = [n for n in looped if nodes[n].op.relation == "product" and paths.is_gated(n)]
+    lines = (tuple(dict.fromkeys(found.graph.line(n) for n in some)) for some in (injections, gates))
+    return Remainder(paths, joins, uses, again, *lines)
+
+
+def _brings_older(paths: Paths, number: int, totals: int) -> bool:
+    """A sum of the stream and data that was there before its last branch."""
+    nodes = paths.graph.nodes
+    operands = [s for s in nodes[number].sources if nodes[s].data and nodes[s].shape == nodes[number].shape]
+    if number in paths.cut or len(operands) < 2 or paths.gone & set(operands):
+        return False
+    first, second = (paths.reach[s] | 1 << s for s in operands[:2])
+    return bool((first ^ second) & totals) and bool(first & totals != second & totals)
+
+
+def _uses(graph: Graph, paths: Paths, live: list[int]) -> dict[str, int]:
+    """How often a parameter, or the same part of it, acts on what it acted on before, in the same way."""
+    chains: defaultdict[str, list[tuple[tuple[str, int], int, int]]] = defaultdict(list)
+    for number in live:
+        node = graph.nodes[number]
+        for name in node.parameters if node.data and node.op.name != "embedding" else ():
+            offset = max((part[0] for s, part in node.slices if name in graph.nodes[s].parameters), default=0)
+            use = (node.op.name, offset)
+            earlier = (n for other, old, n in reversed(chains[name]) if other == use and paths.reaches(old, number))
+            chains[name].append((use, number, 1 + next(earlier, 0)))
+    return {name: max(n for _, _, n in uses) for name, uses in chains.items()}
+
+
+def note_members(model: nn.Module, found: Trace, groups: list[Group], rest: Remainder) -> None:
+    """Set the parameters of every group: those that reach the output through its branch, and not at ε = 0.
+
+    Of the module that hands it over also those that did not run, such as an expert that was not chosen.
+    """
+    names = {n: node.parameters for n, node in enumerate(found.graph.nodes) if node.parameters and not node.sources}
+    canonical = parameter_names(model)
+
+    def reaching(mask: int) -> set[str]:
+        return {name for n, own in names.items() if mask >> n & 1 for name in own}
+
+    outside = reaching(rest.paths.live)
+    def ancestors(number: int) -> int:
+        """Those of a branch, as they are left; of one that is cut itself those of what it is made of."""
+        sources = found.graph.nodes[number].sources if number in rest.paths.cut else (number,)
+        return functools.reduce(lambda mask, n: mask | rest.paths.reach[n] | 1 << n, sources, 0)
+
+    for group in groups:
+        inside = set[str]().union(*(reaching(ancestors(n)) for n in {add.branch for add in group.adds}))
+        module = module_of(model, group.handle.module) if group.handle.mark is None else None
+        idle = {canonical[id(p)] for p in module.parameters()} - found.graph.touched if module is not None else set()
+        group.parameters = frozenset(inside - outside) | idle
+
+
+def refuse_unrecognised(found: Trace, rest: Remainder, again: Rerun) -> None:
+    """Refuse what adds data to what learned matrices made of it, and is no residual add that was found.
+
+    Inside a branch that is its own affair, unless it is a loop: one that runs on through the same matrices. `again`
+    runs the forward once more, to tell time from depth.
+
+    Raises:
+        InputError: names the line where the two meet.
+    """
+    nodes = found.graph.nodes
+    if found.graph.fused_kernels:
+        raise InputError(
+            f"the kernel called at {found.graph.fused_kernels[0]} adds a residual branch to its own input, where no "
+            f"multiplier can reach; use an unfused form of it. {DECLARE}"
+        )
+    scaled = next((line for add in found.of("leaf") if (line := _scaled_stream(found, add))), None)
+    if scaled is not None:
+        raise InputError(
+            f"the stream is multiplied by a constant at {scaled} between two residual adds, and the rule is derived "
+            f"for x + f(x): its 1/N is not known to hold. {DECLARE}"
+        )
+    joins = [join for join in _over_depth(found, rest.joins, again) if _matters(found, join)]
+    if joins:
+        raise _unrecognised(found, joins[0], "")
+    for add in {add.last: add for add in reversed(found.of("leaf"))}.values():
+        inside = [n for n in sorted(add.way) if nodes[n].data]
+        matrices = [name for n in inside for name in nodes[n].matrices]
+        if len(matrices) == len(set(matrices)):
+            continue
+        roots = {add.root, *inside}
+        joins = [join for n in inside if (join := rest.paths.join_at(n)) is not None and join.root in roots]
+        looped = [join for join in joins if any(_runs_on(found, rest.paths, join, other) for other in joins)]
+        looped = _over_depth(found, looped, again)
+        if looped:
+            raise _unrecognised(found, looped[0], f" It runs in a loop inside the branch added at {add.site.source}.")
+
+
+def _scaled_stream(found: Trace, add: ResidualAdd) -> str | None:
+    """The line where the stream is scaled, as in (x + f(x))/2, since the add before."""
+    totals = {other.total for other in found.of("leaf")}
+    number, factor, line = add.stream, 1.0, None
+    while number not in totals:
+        node = found.graph.nodes[number]
+        alternatives = found.graph.scaling(number)
+        if [len(sources) for sources in alternatives] != [1] or node.masked or node.parameters:
+            return None
+        if node.op.name in {"mul", "div"} and sum(found.graph.nodes[s].data for s in node.sources) > 1:
+            return None  # divided by its own norm
+        if node.even and node.factor != 1:
+            factor, line = factor * node.factor, found.graph.line(number)
+        number = alternatives[0][0]
+    return line if abs(factor - 1) > 1e-6 else None
+
+
+def _matters(found: Trace, join: Join) -> bool:
+    """Something learned comes after it, or the model hands it back: it is no loss."""
+    graph = found.graph
+    return any(graph.nodes[n].shape for n in graph.ends) or any(
+        node.matrices and graph.precedes(join.node, n) for n, node in enumerate(graph.nodes)
+    )
+
+
+def _runs_on(found: Trace, paths: Paths, join: Join, later: Join) -> bool:
+    """One join is computed from another through the same matrices again."""
+    if not found.graph.precedes(join.node, later.node):
+        return False
+    first = found.graph.matrices_on(paths.between(join.root, join.through))
+    return bool(first & found.graph.matrices_on(found.graph.between(join.node, later.node)))
+
+
+def _over_depth(found: Trace, joins: list[Join], again: Rerun) -> list[Join]:
+    """Without the joins of a recurrence over time."""
+    lines: defaultdict[tuple[str, int], list[Join]] = defaultdict(list)
+    for join in joins:
+        lines[found.graph.nodes[join.node].place].append(join)
+    kept = []
+    for together in lines.values():
+        over_time = runs_over_time(found.graph, [join.node for join in together], again)
+        kept += [] if over_time else together
+    return sorted(kept, key=lambda join: join.node)
+
+
+def _unrecognised(found: Trace, join: Join, more: str) -> InputError:
+    if join.learned_skip:
+        reason = (
+            "and its skip goes through other learned matrices (hyper-connections, a projected or mixed stream), while "
+            "the rule is derived for x + f(x)"
+        )
+    else:
+        reason = (
+            "which is no x + f(x) that the trace recognises: the skip is scaled, gated or moved (GRU, highway, lerp, "
+            "DeepNorm, flip), or it is added by another operation"
+        )
+    return InputError(
+        f"at {found.graph.line(join.node)} data meets what learned matrices made of it: a residual branch, {reason}.{more} To scale "
+        f"the branch all the same, mark what is added: looptransfer.residual(…, 'name'). {DECLARE}"
+    )
+
+

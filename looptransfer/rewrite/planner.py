@@ -1,0 +1,182 @@
+"""From an analysis and a rule to the plan."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from looptransfer.errors import InputError
+from looptransfer.rewrite.analysis import Analysis
+from looptransfer.rewrite.branches import DECLARE, Group, scaled
+from looptransfer.rewrite.caveats import find_caveats
+from looptransfer.rewrite.ends import factors, last_maps
+from looptransfer.rewrite.plan import Branch, LeftAlone, ScalingPlan
+
+REASONS = {
+    "composite": "the added branch holds residual adds of its own (an input injection or a long skip)",
+    "inner": "it lies inside a scaled branch and never becomes the stream",
+    "time": "a recurrence over time",
+    "fixed": "no learned matrix acts in the branch",
+    "frozen": "no gradient reaches the branch or goes through it: a frozen backbone or a teacher",
+    "leaf": "not declared as a branch",
+}
+
+
+def make_plan(
+    model: nn.Module,
+    draws: Sequence[Analysis],
+    settings: Mapping[str, Any],
+    *,
+    declared: bool = False,
+    layers: int | None = None,
+    loops: float | None = None,
+    preserve: bool = False,
+) -> ScalingPlan:
+    """Decide multiplier and block of every residual branch.
+
+    N is counted in chains of tied branches. L counts blocks; layers outside the loop count too (our extension: the paper
+    leaves multi-stage models open).
+
+    Args:
+        model: the model that was analysed.
+        draws: forwards of it, with other random numbers and weights; the first is that of the model as it stands.
+        settings: rule, lam and base_layers.
+        declared: the user named the branches.
+        layers: L where it is not to be counted.
+        loops: as for `parametrize`.
+        preserve: as for `parametrize`.
+
+    Raises:
+        InputError: no residual add was found, or `loops` does not fit what was traced.
+    """
+    analysis = max(draws, key=lambda draw: sum(draw.visits.values()))  # of random depths the one that shows most
+    groups = analysis.groups
+    if not groups:
+        raise InputError(
+            "no residual add was found: nothing of the form x + f(x), with learned matrices in f, ran in the forward. "
+            "Check that the example inputs reach the looped layers and that the model was not compiled. Where a "
+            f"branch is added in another way, mark it there: looptransfer.residual(…). {DECLARE}"
+        )
+    visits: Mapping[Any, float] = analysis.visits
+    uses: Mapping[Any, float] = analysis.rest.uses
+    if loops is not None:
+        visits, uses = looped(draws, loops, declared)
+    plan = ScalingPlan(
+        **settings,
+        layers=layers or analysis.layers,
+        branches=tuple(_branch(model, analysis, place) for place in range(len(groups))),
+        left_alone=_left_alone(analysis),
+        declared=declared,
+        random_loops=loops is not None,
+    ).with_counts(visits, uses)
+    caveats = list(find_caveats(model, analysis, plan.branches, preserve))
+    if loops is None and any(draw.visits != draws[0].visits for draw in draws):
+        caveats.append(_VARIES)
+    if analysis.rest.matrices:
+        caveats.append(_stream_caveat(analysis.rest.matrices))
+    return replace(plan, caveats=tuple(caveats))
+
+
+_VARIES = (
+    "visits vary: with other weights and random numbers the branches were visited another number of times (a random "
+    "loop count, adaptive halting, layer dropout). N is that of one forward; give the mean, loops=…"
+)
+
+
+def looped(
+    draws: Sequence[Analysis], loops: float, declared: bool
+) -> tuple[dict[Any, float], dict[Any, float]]:
+    """The visits of every branch and the uses of every parameter on the stream if the loops ran `loops` times.
+
+    What varies over the draws follows the loop, each in its own way (twice a loop, once before it). Where nothing
+    varies, the traced forward must loop as often as the mean, rounded; what users declare is theirs to count.
+
+    Raises:
+        InputError: `loops` is no number from 1 up, or does not fit what was traced.
+    """
+    if not isinstance(loops, (int, float)) or isinstance(loops, bool) or not math.isfinite(loops) or loops < 1:
+        raise InputError(f"loops is {loops!r}; it must be a number from 1 up")
+    visits, uses = [draw.visits for draw in draws], [draw.rest.uses for draw in draws]
+    moving = {handle for draw in visits for handle in draw if len({other.get(handle, 0) for other in visits}) > 1}
+    if moving:
+        counts = [min((draw[handle] for handle in moving if draw.get(handle)), default=0) for draw in visits]
+        return _follow(visits, counts, loops), _follow(uses, counts, loops)
+    traced = _fitting({n for n in visits[0].values() if n > 1}, loops, declared)
+
+    def scaled(counted: Mapping[Any, int]) -> dict[Any, float]:
+        return {key: _whole(n * loops / traced) if n > 1 and n % traced == 0 else n for key, n in counted.items()}
+
+    return scaled(visits[0]), scaled(uses[0])
+
+
+def _fitting(repeated: set[int], loops: float, declared: bool) -> float:
+    """The traced visits that are those of `loops` loops."""
+    if declared and len(repeated) == 1:
+        return repeated.pop()
+    near = [n for n in repeated if abs(n - loops) < 1]
+    if near:
+        return near[0]
+    if repeated and all(n % loops == 0 for n in repeated):
+        return loops  # each loop visits them several times
+    seen = ", ".join(f"{n:g}" for n in sorted(repeated)) or "1"
+    raise InputError(
+        f"loops is {loops:g}, and the branches were visited {seen} times in every forward: nothing is drawn at random. "
+        "Leave loops out, since visits are counted; or give example inputs that make the model loop as often as the "
+        "mean, rounded"
+    )
+
+
+def _follow(draws: Sequence[Mapping[Any, int]], counts: Sequence[int], loops: float) -> dict[Any, float]:
+    """Each number as a line in the loop count, by least squares over the draws; on one that varies, exact."""
+    mean = sum(counts) / len(counts)
+    spread = sum((n - mean) ** 2 for n in counts)
+    followed = {}
+    for key in {key: None for draw in draws for key in draw}:
+        values = [draw.get(key, 0) for draw in draws]
+        slope = sum((n - mean) * value for n, value in zip(counts, values, strict=True)) / spread
+        followed[key] = _whole(max(1.0, round(sum(values) / len(values) + slope * (loops - mean), 6)))
+    return followed
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _stream_caveat(matrices: Sequence[str]) -> str:
+    return (
+        f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
+        "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
+        "that is not recognised must be marked, looptransfer.residual(…), or named, branches=[…]"
+    )
+
+
+def _branch(model: nn.Module, analysis: Analysis, place: int) -> Branch:
+    group: Group = analysis.groups[place]
+    names, unfoldable = last_maps(model, analysis.trace, group)
+    handle = group.handle
+    return Branch(
+        layer=analysis.blocks[place],
+        module=handle.module,
+        output=handle.output,
+        mark=handle.mark,
+        source=group.adds[0].site.source,
+        visits=group.visits,
+        multiplier=1.0,
+        parameters=tuple(sorted(group.parameters)),
+        last_map=names,
+        unfoldable=unfoldable,
+        factors=factors(analysis.trace, group),
+    )
+
+
+def _left_alone(analysis: Analysis) -> tuple[LeftAlone, ...]:
+    found = analysis.trace
+    taken = {id(add) for add in scaled(found, analysis.groups)}
+    others = Counter((add.site.source, REASONS[add.kind]) for add in found.adds if id(add) not in taken)
+    for join in analysis.rest.joins:
+        file, line = found.graph.nodes[join.node].place
+        others[f"{file}:{line}", "data gets past learned matrices there, and what they make is not declared"] += 1
+    return tuple(LeftAlone(source, reason) for source, reason in others)
