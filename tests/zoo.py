@@ -73,6 +73,7 @@ def add(name: str, family: str, make: Callable[[], nn.Module], *rows: Row, **oth
 
 
 UNRECOGNISED = r"at \S+ data meets what learned matrices made of it"
+GATED = r"at \S+ the stream is multiplied by what learned matrices made"
 SCALED = r"the stream is multiplied by a constant at \S+ between two residual adds"
 KERNEL = r"the kernel called at \S+ adds a residual branch to its own input"
 NO_MODULE = r"the residual branch added at \S+ is not the output of a module of its own"
@@ -2366,7 +2367,7 @@ class Step(NamedTuple):
 
 
 STEPS: dict[str, Step] = {
-    "a GRU over depth": Step(gru, "f cell", UNRECOGNISED, "gru_cell"),
+    "a GRU over depth": Step(gru, "f cell", GATED, "gru_cell"),
     "a highway": Step(highway, "f gate", UNRECOGNISED, "(1 - t) * x"),
     "lerp": Step(lambda x, m: torch.lerp(x, m.f(x), torch.sigmoid(m.gate(x))), "f gate", UNRECOGNISED, "torch.lerp"),
     "lerp by a constant": Step(lambda x, m: torch.lerp(x, m.f(x), 0.3), "f", UNRECOGNISED, "torch.lerp"),

@@ -34,6 +34,11 @@ class Analysis:
     shared: tuple[str, ...]  # matrices that act in several branches and do not tie them
     rest: Remainder
 
+    def hide(self, model: nn.Module, hidden: frozenset[str]) -> None:
+        """Note parameters that act through branches alone, though data of theirs comes along on the stream."""
+        note_members(model, self.trace, self.groups, self.rest, hidden)
+        self.rest.forget(hidden)
+
     @property
     def visits(self) -> dict[Handle, int]:
         """N of every branch."""
@@ -62,7 +67,7 @@ def analyse(
         refuse_unrecognised(found, rest, again)
         groups = find_groups(found) + groups
     ties = count_visits(model, found, groups)
-    note_members(model, found, groups, rest)
+    note_members(model, found, groups, rest, frozenset())
     blocks = find_blocks(model, groups)
     layers = count_layers(model, blocks, groups, ties)
     return Analysis(found, groups, blocks, layers, ties.shared(groups), rest)

@@ -125,21 +125,25 @@ class _Finder:
     def _cut(
         self, add: ResidualAdd, number: int, way: tuple[int, ...]
     ) -> list[tuple[Handle, tuple[int, ...]]] | None:
-        """The nearest handles that scale the branch together, each with the nodes from the add back to it."""
+        """The handles that scale the branch together, each with the nodes from the add back to it.
+
+        Of those that lie one behind the other it is the one that serves most adds, and of these the nearest.
+        """
         way = (*way, number)
         handles = [h for h in self.graph.nodes[number].handles if h in self.usable]
         fit = [h for h in handles if h.mark is not None or h.module not in add.site.container]
-        if fit and self._apart(number, way):
-            marks = [h for h in fit if h.mark is not None]
-            most = max(self.usable[h] for h in fit)
-            return [((marks or [h for h in fit if self.usable[h] == most])[-1], way)]
-        if number not in add.way:
-            return None
-        for alternative in self.graph.scaling(number):
+        marks = [h for h in fit if h.mark is not None]
+        if not self._apart(number, way):
+            fit = marks = []
+        if marks:
+            return [(marks[-1], way)]
+        best = [max(reversed(fit), key=self.usable.__getitem__)] if fit else []
+        for alternative in self.graph.scaling(number) if number in add.way else ():
             parts = [self._cut(add, source, way) for source in alternative]
-            if parts and None not in parts:
-                return [cut for part in parts if part for cut in part]
-        return None
+            cut = [piece for part in parts if part for piece in part]
+            if parts and None not in parts and (not best or min(self.usable[h] for h, _ in cut) > self.usable[best[0]]):
+                return cut
+        return [(best[0], way)] if best else None
 
     def _apart(self, number: int, way: tuple[int, ...]) -> bool:
         """Nothing beside the way holds the branch too, as the norm does in y / |y|."""
@@ -189,7 +193,8 @@ def _up_to_use(graph: Graph, number: int) -> list[int]:
     way, users = [number], graph.users(number)
     while len(users) == 1:
         user = graph.nodes[next(iter(users))]
-        if user.op.name not in {"mul", "div"} or user.parameters or sum(graph.nodes[s].data for s in user.sources) > 1:
+        others = [graph.nodes[s] for s in user.sources if s != way[-1]]
+        if user.op.name not in {"mul", "div"} or any(other.data or other.parameters for other in others):
             break
         way.append(users.pop())
         users = graph.users(way[-1])
@@ -243,7 +248,9 @@ def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
     matrices = frozenset(name for name, p in owned.items() if p.ndim >= 2) or frozenset([str(handle)])
     others = [n for n in places if not any(n in nodes for add, nodes in near if add in adds)]
     matrices, last = (adds[-1].matrices, adds[-1].last) if adds else (matrices, matrices)
-    return _at(handle, places, adds + [_standing_alone(n, frozenset([n]), matrices, last) for n in others])
+    ways = {n: _up_to_use(found.graph, n) for n in places}
+    alone = [_standing_alone(ways[n][-1], frozenset(ways[n]), matrices, last) for n in others]
+    return _at(handle, [way[-1] for way in ways.values()], adds + alone)
 
 
 def _owned(model: nn.Module, name: str) -> list[tuple[nn.Parameter, str]]:

@@ -31,7 +31,7 @@ def find_caveats(
         _depth_scaling(found, groups, constants),
         _cut_loops(model, found, groups),
     ]
-    checks += [_prelude(branches), None if preserved else _trained(model)]
+    checks += [_prelude(branches), _frozen(model, branches), None if preserved else _trained(model)]
     return tuple(caveat for caveat in checks if caveat)
 
 
@@ -49,7 +49,8 @@ def _unused(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
 
 def _injection(analysis: Analysis) -> str | None:
     composites = [add.site.source for add in analysis.trace.of("composite")]
-    sources = list(dict.fromkeys([*composites, *analysis.rest.injections]))
+    others = [analysis.trace.graph.line(n) for n in analysis.rest.injections]
+    sources = list(dict.fromkeys([*composites, *others]))
     if not sources:
         return None
     return (
@@ -61,9 +62,9 @@ def _injection(analysis: Analysis) -> str | None:
 def _gated(analysis: Analysis) -> str | None:
     if not analysis.rest.gates:
         return None
+    lines = list(dict.fromkeys(analysis.trace.graph.line(n) for n in analysis.rest.gates))
     return (
-        f"gated stream: at {', '.join(analysis.rest.gates)} the stream is multiplied by what learned matrices made of it, "
-        "which no ε controls"
+        f"gated stream: at {', '.join(lines)} the stream is multiplied by what learned matrices made, which no ε controls"
     )
 
 
@@ -170,6 +171,18 @@ def _prelude(branches: tuple[Branch, ...]) -> str | None:
     return (
         f"visits differ ({', '.join(f'{n:g}' for n in sorted(visits))}): layers outside the loop and streams inside a branch "
         "count in L with their own visits. That is our extension; the paper leaves models with prelude and coda open"
+    )
+
+
+def _frozen(model: nn.Module, branches: tuple[Branch, ...]) -> str | None:
+    trained = {name for name, parameter in named_parameters(model).items() if parameter.requires_grad}
+    still = [str(branch.handle) for branch in branches if branch.parameters and not trained & set(branch.parameters)]
+    if not still or len(still) == len(branches):
+        return None
+    return (
+        f"frozen weights: {', '.join(still[:4])}{', …' * (len(still) > 4)} hold nothing that is trained and are scaled all "
+        "the same, since gradients go through them; if what they compute is to stay, declare the other branches, "
+        "branches=[…]"
     )
 
 

@@ -7,7 +7,9 @@ what comes out of it, there is a residual branch that was not recognised, howeve
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -28,8 +30,13 @@ class Remainder:
     joins: list[Join]  # where data is added to what learned matrices made of it all the same
     uses: dict[str, int]  # how often each parameter acts on the stream
     matrices: tuple[str, ...]  # those that do so more than once, as matrices and not as tables
-    injections: tuple[str, ...]  # lines where older data is added to the stream of a loop
-    gates: tuple[str, ...]  # lines where the stream of a loop is multiplied by what learned matrices made of it
+    injections: list[int]  # where older data is added to the stream, between branches
+    gates: list[int]  # where the stream is multiplied by what learned matrices made, between branches
+
+    def forget(self, names: frozenset[str]) -> None:
+        """Parameters that have no effect on the stream after all."""
+        self.uses = {name: times for name, times in self.uses.items() if name not in names}
+        self.matrices = tuple(name for name in self.matrices if name not in names)
 
 
 def without_branches(found: Trace, adds: list[ResidualAdd]) -> Remainder:
@@ -48,9 +55,8 @@ def without_branches(found: Trace, adds: list[ResidualAdd]) -> Remainder:
     carried = functools.reduce(lambda mask, add: mask | paths.free[add.stream] | 1 << add.stream, adds, 0)
     looped = [n for n in live if carried >> n & 1 and paths.free[n] & totals and n not in known]
     injections = [n for n in looped if nodes[n].op.relation == "sum" and _brings_older(paths, n, totals)]
-    gates = [n for n in looped if nodes[n].op.relation == "product" and paths.is_gated(n)]
-    lines = (tuple(dict.fromkeys(found.graph.line(n) for n in some)) for some in (injections, gates))
-    return Remainder(paths, joins, uses, again, *lines)
+    gates = [n for n in looped if paths.gates(n)]
+    return Remainder(paths, joins, uses, again, injections, gates)
 
 
 def _brings_older(paths: Paths, number: int, totals: int) -> bool:
@@ -76,10 +82,13 @@ def _uses(graph: Graph, paths: Paths, live: list[int]) -> dict[str, int]:
     return {name: max(n for _, _, n in uses) for name, uses in chains.items()}
 
 
-def note_members(model: nn.Module, found: Trace, groups: list[Group], rest: Remainder) -> None:
+def note_members(
+    model: nn.Module, found: Trace, groups: list[Group], rest: Remainder, hidden: frozenset[str]
+) -> None:
     """Set the parameters of every group: those that reach the output through its branch, and not at ε = 0.
 
-    Of the module that hands it over also those that did not run, such as an expert that was not chosen.
+    `hidden` are known to have no effect then: what they make is on the stream, and cut off before the output. Of the
+    module that hands a branch over its parameters are also those that did not run, such as an expert not chosen.
     """
     names = {n: node.parameters for n, node in enumerate(found.graph.nodes) if node.parameters and not node.sources}
     canonical = parameter_names(model)
@@ -87,7 +96,7 @@ def note_members(model: nn.Module, found: Trace, groups: list[Group], rest: Rema
     def reaching(mask: int) -> set[str]:
         return {name for n, own in names.items() if mask >> n & 1 for name in own}
 
-    outside = reaching(rest.paths.live)
+    outside = reaching(rest.paths.live) - hidden
     def ancestors(number: int) -> int:
         """Those of a branch, as they are left; of one that is cut itself those of what it is made of."""
         sources = found.graph.nodes[number].sources if number in rest.paths.cut else (number,)
@@ -121,6 +130,13 @@ def refuse_unrecognised(found: Trace, rest: Remainder, again: Rerun) -> None:
             f"the stream is multiplied by a constant at {scaled} between two residual adds, and the rule is derived "
             f"for x + f(x): its 1/N is not known to hold. {DECLARE}"
         )
+    gated = next((line for line in _gated_streams(found, rest)), None)
+    if gated is not None:
+        raise InputError(
+            f"at {gated} the stream is multiplied by what learned matrices made of data (a gate on the skip, as in "
+            "GRU, highway or squeeze-and-excitation over the sum), and the rule is derived for x + f(x): its 1/N is not "
+            f"known to hold. {DECLARE}"
+        )
     joins = [join for join in _over_depth(found, rest.joins, again) if _matters(found, join)]
     if joins:
         raise _unrecognised(found, joins[0], "")
@@ -135,6 +151,20 @@ def refuse_unrecognised(found: Trace, rest: Remainder, again: Rerun) -> None:
         looped = _over_depth(found, looped, again)
         if looped:
             raise _unrecognised(found, looped[0], f" It runs in a loop inside the branch added at {add.site.source}.")
+
+
+def _gated_streams(found: Trace, rest: Remainder) -> Iterator[str]:
+    """The lines where the skip of a loop is gated: a product of the stream, added to it or on its way to its next add."""
+    for add in found.of("composite"):
+        if add.root == add.stream and rest.paths.is_gated(add.root, add.branch):
+            yield found.graph.line(add.total)
+    chains: defaultdict[frozenset[str], list[ResidualAdd]] = defaultdict(list)
+    for add in found.of("leaf"):
+        chains[add.last].append(add)
+    for adds in chains.values():
+        for first, then in pairwise(adds):
+            between = (n for n in rest.gates if rest.paths.skips(first.total, n) and rest.paths.skips(n, then.stream))
+            yield from (found.graph.line(n) for n in between)
 
 
 def _scaled_stream(found: Trace, add: ResidualAdd) -> str | None:

@@ -84,11 +84,14 @@ class Node:
     place: tuple[str, int] = ("", 0)  # file and line that spelled the operation
     data: bool = False  # depends on the example inputs
     choice: bool = False  # whole numbers or truth values: it chooses, and no gradient gets through
+    picked: bool = False  # a choice made by numbers of the forward, and not by the inputs themselves
+    backward: bool = False  # autograd computes a gradient here
     random: bool = False  # depends on random numbers
     noise: bool = False  # random numbers and what is made of them alone: a dropout mask
     parameters: frozenset[str] = frozenset()  # learned tensors that enter here
     matrices: frozenset[str] = frozenset()  # those that act as matrices; "name+part" where only a part does
     weights_of: frozenset[str] = frozenset()  # without data: the matrices that it is, not those that made it
+    selected: frozenset[str] = frozenset()  # the matrices that it holds rows of, as data chose them
     repeats: int | None = None  # the node it is identical to
     proportional_to: tuple[tuple[int, ...], ...] = ()  # alternatives; the nodes of one alternative scale together
     factor: float = 1.0  # the constant in that proportion
@@ -126,7 +129,7 @@ class Graph:
     sums: list[Sum]
     calls: Counter[Handle]  # how often a module ran (as a handle without output) or a mark was met
     outputs: tuple[int, ...]  # the nodes that the model handed back
-    results: list[Tensor]  # the tensors that it handed back
+    results: list[Tensor]  # the tensors that it handed back, without gradients that it took itself
     fused_kernels: tuple[str, ...]  # lines where one kernel adds a branch to its own input
     steered: bool  # random numbers may have told Python what to do
     watched: dict[int, Tensor]  # sums over the nodes that were asked for

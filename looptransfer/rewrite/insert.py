@@ -1,11 +1,11 @@
 """Multipliers put into modules, and taken out again.
 
-The module that hands over a branch gets a subclass of its own class whose forward multiplies the branch. Bare forward
+The module that hands over a branch gets a subclass of its own class whose call multiplies the branch. Bare forward
 hooks would be shorter and wrong: TorchDynamo does not guard on them, so where an unhooked model of the same class was
-compiled before, a hooked one runs unscaled without a word. It does guard on the class.
+compiled before, a hooked one runs unscaled without a word. It does guard on the class. The call and not the forward:
+what a hook makes of the output is multiplied too, and a forward that was put on the instance.
 """
 
-import functools
 import types
 from collections.abc import Mapping
 from typing import Any, cast
@@ -76,7 +76,7 @@ _plain_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.Module]:
-    """`cls` with a forward that multiplies what the instance says. One class per class, shared by all.
+    """`cls` with a call that multiplies what the instance says. One class per class, shared by all.
 
     torch's parametrizations give an instance a class over its own, and go back to what that one is over: there the
     multiplier has to be.
@@ -87,15 +87,14 @@ def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.M
         _scaled_classes[cls], _plain_classes[over] = over, cls
     elif cls not in _scaled_classes:
 
-        @functools.wraps(cls.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             marks = self.__dict__[MARKS]
             if not marks:
-                output = cls.forward(self, *args, **kwargs)
+                output = cls.__call__(self, *args, **kwargs)
             else:
                 before = marker.enter_scope(marks)
                 try:
-                    output = cls.forward(self, *args, **kwargs)
+                    output = cls.__call__(self, *args, **kwargs)
                 finally:
                     marker.leave_scope(before)
             for index, multiplier in self.__dict__[OUTPUTS].items():
@@ -106,8 +105,8 @@ def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.M
             state = cast(tuple[Any, ...], cls.__reduce_ex__(self, protocol))[2:]
             return _rebuild, (cls,), *state
 
-        body = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
-        scaled = types.new_class(f"Scaled{cls.__name__}", (cls,), {}, lambda space: space.update(body))
+        body = {"__call__": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        scaled = types.new_class(cls.__name__, (cls,), {}, lambda space: space.update(body))
         _scaled_classes[cls], _plain_classes[scaled] = scaled, cls
     return _scaled_classes[cls]
 

@@ -19,7 +19,8 @@ LISTS = (nn.ModuleList, nn.ModuleDict)
 
 def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
     """The name of every group's block."""
-    holders = [_holder(model, group) for group in groups]
+    together = Counter(id(add) for group in groups for add in group.adds)
+    holders = [_holder(model, group, together[id(group.adds[0])] > 1) for group in groups]
     held = Counter(part for name in holders for part in _path(name))
     blocks = [name for name, times in held.items() if times >= 2 and _can_be_block(model, name)]
     places = [next((part for part in reversed(_path(name)) if part in blocks), "") for name in holders]
@@ -58,12 +59,19 @@ def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties:
     return len(unique)
 
 
-def _holder(model: nn.Module, group: Group) -> str:
-    """The module whose forward adds the branch; in the model itself or through a list, what hands the branch over."""
+def _holder(model: nn.Module, group: Group, parts: bool) -> str:
+    """The module whose forward adds the branch; in the model itself or through a list, what hands the branch over.
+
+    `parts`: the branch is a sum of several modules' outputs, such as experts. Where the add runs in a module that does
+    not hold the branch (a deferred residual), it is the module around the branch.
+    """
     container = group.adds[0].site.container[-1] if group.adds[0].site.container else ""
+    module = group.handle.module
+    if container and group.handle.mark is None and not module.startswith(container + "."):
+        container = module if _in_list(model, module) else module.rpartition(".")[0]
     if not container:
-        return group.handle.module or str(group.handle)
-    return group.handle.module if _element(model, container, group.handle.module) else container
+        return module or str(group.handle)
+    return module if _element(model, container, module) and not parts else container
 
 
 def _path(name: str) -> list[str]:

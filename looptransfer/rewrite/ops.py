@@ -18,7 +18,7 @@ Relation = Literal["same", "moved", "side by side", "sum", "product", "onto", "n
 
 ROWS: dict[Relation, str] = {
     "same": "_to_copy clone native_dropout _unsafe_view lift_fresh_copy alias_copy",
-    "moved": "index gather index_select flip roll repeat constant_pad_nd take masked_select squeeze_copy permute_copy "
+    "moved": "embedding index gather index_select flip roll repeat constant_pad_nd take masked_select squeeze_copy permute_copy "
     "select_copy slice_copy",
     "side by side": "cat stack index_put _index_put_impl index_copy scatter slice_scatter select_scatter where copy "
     "masked_scatter",
@@ -90,7 +90,7 @@ def operator(func: Any) -> Operator:
         tells=name == "_local_scalar_dense",
         view=bool(aliases) and (not writing or torch.Tag.inplace_view in func.tags),
         foreign=foreign,
-        passive=pointwise or relation in MOVERS or name == "embedding",
+        passive=pointwise or relation in MOVERS,
         writes=tuple(a.name if a.kwarg_only else i for i, a in writing),
         accumulates=next((i for i, a in enumerate(schema.arguments) if a.name == "accumulate"), None),
         overwrites=relation == "blank" or name == "copy" or draws or any(a.kwarg_only for _, a in writing),

@@ -94,7 +94,10 @@ def _draws(model: nn.Module, example_inputs: ExampleInputs, declared: list[str] 
     for seed in range(DRAWS if draws[0].trace.graph.steered else 0):
         draws.append(analyse(twin_of(model), example_inputs, declared, seed=seed))
     if not meta and draws[0].groups:
-        draws.append(prove(twin_of(model, randomised=True), example_inputs, declared))
+        proof = prove(twin_of(model, randomised=True), example_inputs, declared)
+        draws.append(proof.analysis)
+        for draw in draws:
+            draw.hide(model, proof.hidden)
     return draws
 
 

@@ -6,11 +6,13 @@ addition is spelled. Products do not count: a gate on the stream leaves a produc
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from looptransfer.rewrite.graph import Graph, bits
+from looptransfer.rewrite.graph import Graph, Node, bits
+
+ZEROS = {"zeros", "zeros_like", "new_zeros", "zero"}
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,22 @@ class Paths:
     graph: Graph
     cut: Mapping[int, int | None]  # nodes of which one source remains, or nothing
     known: frozenset[int] = frozenset()  # sums that are recognised and not cut
+    zeros_carry: bool = False  # a state that starts at zero counts as one; else nothing comes of a product with it
     reach: list[int] = field(default_factory=list)  # all that reaches it
     free: list[int] = field(default_factory=list)  # what reaches it on a way without learned matrices
     through: list[int] = field(default_factory=list)  # what reaches it on a way with some
+    beside: list[int] = field(default_factory=list)  # what reaches some of its elements so, and others so
     gone: set[int] = field(default_factory=set)  # the nodes that are zero
 
     def __post_init__(self) -> None:
-        for number in range(len(self.graph.nodes)):
-            sources = self._sources(number)
-            reach = free = through = 0
-            if not sources and (number in self.cut or self.gone & set(self.graph.nodes[number].sources)):
+        for number, node in enumerate(self.graph.nodes):
+            if self._is_gone(number, node):
                 self.gone.add(number)
-            if sources:
-                reach = functools.reduce(lambda mask, s: mask | self.reach[s] | 1 << s, sources, 0)
-                free, through = self._ways(number, sources)
-            self.reach.append(reach)
-            self.free.append(free)
-            self.through.append(through)
+            sources = self._sources(number)
+            ways = self._ways(number, sources) if sources else (0, 0, 0)
+            self.reach.append(_union(self.reach[s] | 1 << s for s in sources))
+            for masks, mask in zip((self.free, self.through, self.beside), ways, strict=True):
+                masks.append(mask)
 
     def reaches(self, old: int, new: int) -> bool:
         """There is a path left from `old` to `new`."""
@@ -58,8 +59,12 @@ class Paths:
         return old == new or bool(self.free[new] >> old & 1)
 
     def acts(self, old: int, new: int) -> bool:
-        """There is a path left on which one does."""
-        return bool(self.through[new] >> old & 1)
+        """There are paths left, and on all of them one does."""
+        return bool(self._only(new) >> old & 1)
+
+    def is_gated(self, old: int, new: int) -> bool:
+        """One is in the other as a product with what learned matrices made of it."""
+        return bool((self.through[new] & self.free[new] & ~self.beside[new]) >> old & 1)
 
     def between(self, start: int, end: int) -> list[int]:
         """The nodes on the paths from `start` to `end` that are left, `end` included."""
@@ -69,49 +74,61 @@ class Paths:
     @functools.cached_property
     def live(self) -> int:
         """The nodes that still reach the model's output."""
-        return functools.reduce(lambda mask, n: mask | self.reach[n] | 1 << n, self.graph.ends, 0)
+        return _union(self.reach[n] | 1 << n for n in self.graph.ends)
 
     @functools.cached_property
     def data(self) -> int:
         """The nodes that depend on the inputs."""
-        return functools.reduce(lambda mask, n: mask | self.graph.nodes[n].data << n, range(len(self.graph.nodes)), 0)
+        return _union(1 << n for n, node in enumerate(self.graph.nodes) if node.data)
 
     # -- one node
 
+    def _is_gone(self, number: int, node: Node) -> bool:
+        """A node is zero: cut, a constant, or a product with such a one."""
+        if number in self.cut or node.op.name in ZEROS:
+            return self.cut.get(number, -1) is None or (node.op.name in ZEROS and not self.zeros_carry)
+        gone = {s for s in node.sources if s in self.gone}
+        if not gone or node.choice:
+            return False
+        product = node.op.relation == "product" and node.op.name != "convolution" and "attention" not in node.op.name
+        return product or any(set(sources) <= gone for sources in self.graph.scaling(number))
+
     def _sources(self, number: int) -> list[int]:
-        """The sources of a node that count: numbers, and no product with what is cut to nothing."""
+        """The sources of a node that count: numbers, and no zeros."""
+        if number in self.gone:
+            return []
         if number in self.cut:
-            rest = self.cut[number]
-            return [] if rest is None else [rest]
+            return [s for s in [self.cut[number]] if s is not None]
         node = self.graph.nodes[number]
-        sources = [] if node.choice else [s for s in dict.fromkeys(node.sources) if not self.graph.nodes[s].choice]
-        gone = [s for s in sources if s in self.gone]
-        if not gone:
-            return sources
-        if node.op.relation == "onto" and node.op.name.startswith("add") and sources[0] not in gone:
-            return sources[:1]
-        rest = [s for s in sources if s not in gone]
-        return [] if self._vanishes(number, gone) else rest
+        if node.op.relation == "onto" and node.op.name.startswith("add") and self.gone & set(node.sources[1:]):
+            return [s for s in node.sources[:1] if s not in self.gone]
+        sources = [] if node.choice else dict.fromkeys(node.sources)
+        return [s for s in sources if s not in self.gone and not self.graph.nodes[s].choice]
 
-    def _vanishes(self, number: int, gone: list[int]) -> bool:
-        """A node is zero where these sources are."""
-        alternatives = [set(sources) for sources in self.graph.scaling(number)]
-        return self.graph.nodes[number].op.relation == "product" or any(a <= set(gone) for a in alternatives)
-
-    def _ways(self, number: int, sources: list[int]) -> tuple[int, int]:
+    def _ways(self, number: int, sources: list[int]) -> tuple[int, int, int]:
         node = self.graph.nodes[number]
-        free = functools.reduce(lambda mask, s: mask | self.free[s] | 1 << s, sources, 0)
-        through = functools.reduce(lambda mask, s: mask | self.through[s], sources, 0)
-        if number in self.cut or node.op.relation == "side by side":
-            return free, through
+        free, through = _union(map(self._free, sources)), _union(self.through[s] for s in sources)
+        beside = _union(self.beside[s] for s in sources)
+        if number in self.cut:
+            return free, through, beside
+        if node.op.relation == "side by side":
+            pairs = ((p, q) for p in sources for q in sources if p != q)
+            return free, through, beside | _union(self._free(p) & self._only(q) for p, q in pairs) & self.data
         if node.matrices:
-            return 0, free | through
-        if self._multiplies(number, sources):
-            return free, through & ~free
+            return 0, _union(self.reach[s] | 1 << s for s in sources), 0
+        if self._multiplies(number, sources):  # a gate leaves a product of the stream, a contraction does not
+            return (free if node.op.pointwise else free & ~through), through, beside
         if len(self._data(sources)) > 1:  # what is spread over a larger sum is a statistic, and no skip
             whole = [s for s in sources if prod(self.graph.nodes[s].shape) >= prod(node.shape)]
-            free = functools.reduce(lambda mask, s: mask | self.free[s] | 1 << s, whole, 0) & ~through
-        return 0 if node.op.reduces else free, through
+            free = _union(map(self._free, whole)) & ~_union(map(self._only, sources))
+        return 0 if node.op.reduces else free, through, beside
+
+    def _free(self, number: int) -> int:
+        return self.free[number] | 1 << number
+
+    def _only(self, number: int) -> int:
+        """What reaches a node through learned matrices and not past them too, as through a gate."""
+        return self.through[number] & ~self.free[number]
 
     def _data(self, sources: list[int]) -> list[int]:
         return [s for s in sources if self.graph.nodes[s].data]
@@ -124,18 +141,21 @@ class Paths:
             return False
         if relation == "product":
             return True
-        past = [p for p in operands if self._past(p, [q for q in operands if q != p])]
+        past = [p for p in operands if self._past(p, operands)]
         return bool(past) and all(self.graph.scales_with(number, (p,)) for p in past)
 
-    def is_gated(self, number: int) -> bool:
-        """A product of data and of what learned matrices made of it."""
+    def gates(self, number: int) -> bool:
+        """A product in which an operand went through learned matrices that another one did not."""
         operands = self._data(self._sources(number))
-        return any(self._past(p, [q for q in operands if q != p]) for p in operands)
+        pairs = ((p, q) for p in operands for q in operands if p != q)
+        op = self.graph.nodes[number].op
+        return (op.relation == "product" and op.pointwise) and any(
+            self._only(q) & ~self.through[p] & self.data for p, q in pairs
+        )
 
-    def _past(self, operand: int, others: list[int]) -> int:
-        """What reaches one operand on a way without matrices, and another on a way with some."""
-        through = functools.reduce(lambda mask, s: mask | self.through[s], others, 0)
-        return (self.free[operand] | 1 << operand) & through & self.data
+    def _past(self, operand: int, operands: list[int]) -> int:
+        """What reaches one operand on a way without matrices, and another only on a way with some."""
+        return self._free(operand) & _union(self._only(s) for s in operands if s != operand) & self.data
 
     # -- joins
 
@@ -143,7 +163,9 @@ class Paths:
         """Where a node adds data to what learned matrices made of it; None where it does not."""
         node, sources = self.graph.nodes[number], self._sources(number)
         operands = self._data(sources)
-        if number in self.cut or number in self.known or not operands or node.op.relation == "side by side":
+        if number in self.cut or number in self.known or not operands or node.backward:
+            return None
+        if node.op.relation == "side by side":
             return None
         if len(operands) == 1:
             return self._mixed(number, operands[0])
@@ -151,21 +173,21 @@ class Paths:
             return self._onto(number, operands) if node.op.relation == "onto" else None
         if self._multiplies(number, sources):
             return None
-        whole = [s for s in operands if prod(self.graph.nodes[s].shape) >= prod(node.shape)]
-        for operand in whole:
-            others = [s for s in operands if s != operand]
-            past = self._past(operand, others)
+        for operand in (s for s in operands if prod(self.graph.nodes[s].shape) >= prod(node.shape)):
+            past = self._past(operand, operands)
             if past:
                 root = past.bit_length() - 1
-                return Join(number, root, operand, next(s for s in others if self.acts(root, s)), learned_skip=False)
+                others = [s for s in operands if s != operand and self.acts(root, s)]
+                return Join(number, root, operand, others[0], learned_skip=False)
+            gated = [s for s in operands if s != operand and self.is_gated(operand, s)]
+            if gated:
+                return Join(number, operand, operand, gated[0], learned_skip=False)
         return self._learned_skip(number, operands)
 
     def _mixed(self, number: int, source: int) -> Join | None:
         """An operation on one tensor that holds both side by side, and makes sums of its elements."""
-        node = self.graph.nodes[number]
-        both = self.free[source] & self.through[source] & self.data
-        moves = node.op.pointwise or node.op.relation in {"same", "moved", "norm"}
-        if moves or not both or node.matrices:
+        node, both = self.graph.nodes[number], self.beside[source]
+        if node.op.pointwise or node.op.relation in {"same", "moved", "norm"} or not both or node.matrices:
             return None
         parts = self.graph.nodes[source].sources if node.op.reduces else ()
         if node.op.reduces and prod(node.shape) < max((prod(self.graph.nodes[s].shape) for s in parts), default=0):
@@ -174,8 +196,8 @@ class Paths:
 
     def _onto(self, number: int, operands: list[int]) -> Join | None:
         first, *others = operands
-        made = functools.reduce(lambda mask, s: mask | self.free[s] | self.through[s] | 1 << s, others, 0)
-        past = (self.free[first] | 1 << first) & made & self.data
+        made = _union(self._free(s) | self.through[s] for s in others)
+        past = self._free(first) & made & self.data
         if first != self.graph.nodes[number].sources[0] or not past:
             return None
         return Join(number, past.bit_length() - 1, first, others[0], learned_skip=False)
@@ -183,17 +205,22 @@ class Paths:
     def _learned_skip(self, number: int, operands: list[int]) -> Join | None:
         """Both came through matrices of their own, and what they come from is as large: a skip with a map on it."""
         shape = self.graph.nodes[number].shape
-        for p, q in ((p, q) for p in operands for q in operands if p < q):
-            common = self.through[p] & self.through[q] & self.data
+        for p, q in ((p, q) for p in operands for q in operands if p < q and self.through[p] and self.through[q]):
+            common = self.reach[p] & self.reach[q] & self.data
             while common:
                 root = common.bit_length() - 1
                 common ^= 1 << root
                 if self.graph.nodes[root].shape == shape:
-                    apart = not self._matrices(root, p) & self._matrices(root, q)
-                    if apart:
+                    ways = [self._matrices(root, end) for end in (p, q)]
+                    if all(ways) and not ways[0] & ways[1]:
                         return Join(number, root, p, q, learned_skip=True)
                     break
         return None
 
     def _matrices(self, start: int, end: int) -> frozenset[str]:
-        return frozenset(name.split("+")[0] for name in self.graph.matrices_on(self.between(start, end)))
+        names = self.graph.matrices_on(self.between(start, end)) if self.reaches(start, end) else frozenset[str]()
+        return frozenset(name.split("+")[0] for name in names)
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(lambda a, b: a | b, masks, 0)

@@ -55,10 +55,15 @@ def make_plan(
     analysis = max(draws, key=lambda draw: sum(draw.visits.values()))  # of random depths the one that shows most
     groups = analysis.groups
     if not groups:
+        graph, paths = analysis.trace.graph, analysis.rest.paths
+        met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n)]
+        lines = dict.fromkeys(graph.line(n) for n in [*(total.node for total in graph.sums), *met])
+        seen = f" What meets at {', '.join(list(lines)[:4])} is not of that form." if lines else ""
         raise InputError(
-            "no residual add was found: nothing of the form x + f(x), with learned matrices in f, ran in the forward. "
-            "Check that the example inputs reach the looped layers and that the model was not compiled. Where a "
-            f"branch is added in another way, mark it there: looptransfer.residual(…). {DECLARE}"
+            "no residual add was found: nothing of the form x + f(x), with learned matrices in f and x carried on, ran in "
+            f"the forward.{seen} Check that the example inputs reach the looped layers and that the model was not "
+            "compiled. Where a branch is added in another way, mark it there: looptransfer.residual(…, 'name'). "
+            f"{DECLARE}"
         )
     visits: Mapping[Any, float] = analysis.visits
     uses: Mapping[Any, float] = analysis.rest.uses

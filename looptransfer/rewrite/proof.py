@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +12,59 @@ from looptransfer.rewrite.analysis import Analysis, analyse
 from looptransfer.rewrite.branches import DECLARE, DECLARED, Group
 from looptransfer.rewrite.graph import ANY, Handle, Site
 from looptransfer.rewrite.insert import set_multiplier
-from looptransfer.rewrite.record import ExampleInputs, record
+from looptransfer.rewrite.names import named_parameters
+from looptransfer.rewrite.record import ExampleInputs, as_written, record, run
 from looptransfer.rewrite.twin import twin_of
 
 SEED = 1  # of what a model draws while it is put to the proof
 
 
-def prove(twin: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None) -> Analysis:
-    """Run the proof on copies of `twin`, a randomised copy of a model without multipliers; returns its analysis.
+@dataclass(frozen=True)
+class Proof:
+    """What copies with random weights have shown."""
+
+    analysis: Analysis
+    hidden: frozenset[str]  # parameters of which the output depends on nothing where every ε is 0
+
+
+def prove(twin: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None) -> Proof:
+    """Run the proof on copies of `twin`, a randomised copy of a model without multipliers.
 
     With a different ε on every branch, the rewritten copy must compute what the plain one computes when the operands of
     the traced additions are multiplied: the handles are those branches and nothing else. The weights are random, since a
-    zero-initialised branch end would make this vacuous.
+    zero-initialised branch end would make this vacuous. Beside that, with every ε at 0 it shows which parameters have no
+    effect but through branches.
 
     Raises:
-        InputError: it does not, so that no faithful rewrite is known.
+        InputError: the two differ, so that no faithful rewrite is known.
     """
     analysis = analyse(twin_of(twin), example_inputs, declared, seed=SEED)
     groups = analysis.groups
     if all(add.site.source != DECLARED for group in groups for add in group.adds):
         _check_equality(twin, example_inputs, groups, Counter(total.site for total in analysis.trace.graph.sums))
-    return analysis
+    whole, rest = (_effective(_with(twin, {group.handle: e for group in groups}), example_inputs) for e in (1.0, 0.0))
+    return Proof(analysis, whole - rest if whole is not None and rest is not None else frozenset())
+
+
+def _effective(model: nn.Module, example_inputs: ExampleInputs) -> frozenset[str] | None:
+    """The parameters that a gradient of the outputs reaches; losses are left out where there are others.
+
+    None where the model has no backward here, as under inference mode.
+    """
+    parameters = {name: p for name, p in named_parameters(model).items() if p.is_floating_point()}
+    try:
+        with torch.enable_grad(), as_written(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            for parameter in parameters.values():
+                parameter.requires_grad_()
+            results = [t for t in run(model, example_inputs) if t.requires_grad and not t.is_complex()]
+            results = [t for t in results if t.ndim] or results
+            weighted = sum((tensor * torch.randn_like(tensor)).sum() for tensor in results)
+            gradients = torch.autograd.grad(weighted, list(parameters.values()), allow_unused=True)  # type: ignore[arg-type]
+    except Exception:
+        return None
+    found = zip(parameters, gradients, strict=True)
+    return frozenset(name for name, gradient in found if gradient is not None and bool((gradient != 0).any()))
 
 
 def _with(twin: nn.Module, multipliers: dict[Handle, float]) -> nn.Module:

@@ -10,7 +10,10 @@ import copy
 import functools
 import hashlib
 import random
+import re
 import sys
+import threading
+import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,7 +54,7 @@ class _Memory:
 
     storage: Any  # kept alive, so that its key stays its own
     node: int
-    parts: Tensor | None = None  # the node per element, where a part was written after the whole
+    parts: Any = None  # the node per element, where a part was written after the whole; numpy, which is not observed
 
 
 class SiteCounter(TorchDispatchMode):
@@ -67,14 +69,14 @@ class SiteCounter(TorchDispatchMode):
         self.runs: Counter[Site] = Counter()
         self.hidden = {__file__, hidden}
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        """Hook before a module's forward."""
+    def enter(self, module: nn.Module) -> None:
+        """Before a module's call."""
         name = self.names.get(id(module))
         if name is not None:
             self.running.append(name)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook after a module's forward."""
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """After a module's call."""
         if id(module) in self.names:
             self.running.pop()
 
@@ -123,7 +125,7 @@ class Recorder(SiteCounter):
         self.change = change
         self.calls: Counter[Handle] = Counter()
         self.sums: list[Sum] = []
-        self.outputs: list[int] = []
+        self.outputs: list[int | None] = []
         self.results: list[Tensor] = []
         self.watched: dict[int, Tensor] = {}
         self.fused_kernels: list[str] = []
@@ -139,8 +141,8 @@ class Recorder(SiteCounter):
 
     # -- what ran where
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        super().enter(module, args)
+    def enter(self, module: nn.Module) -> None:
+        super().enter(module)
         name = self.names.get(id(module))
         if name is not None:
             self.calls[Handle(name)] += 1
@@ -163,15 +165,15 @@ class Recorder(SiteCounter):
         wide = frozenset([name]) if self.learned[name].ndim >= 2 else frozenset[str]()
         return Node(parameters=frozenset([name]), weights_of=wide, shape=tuple(self.learned[name].shape))
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        super().leave(module, args, output)
+    def leave(self, module: nn.Module, output: Any) -> None:
+        super().leave(module, output)
         name = self.names.get(id(module))
         if name is not None:
             for index, tensor in parts_of(output):
                 self._handed_over(tensor, Handle(name, index))
         if name == "":
             self.results = held(output)
-            self.outputs = [n for n in map(self._node_of, self.results) if n is not None]
+            self.outputs = [self._node_of(tensor) for tensor in self.results]
 
     def mark(self, tensor: Tensor, name: str) -> None:
         """Hook of `residual`."""
@@ -196,6 +198,12 @@ class Recorder(SiteCounter):
         inputs = tensors_in(args) + tensors_in(kwargs)
         before = [self._node_of(tensor) for tensor in inputs]
         for number, tensor in zip(before, inputs, strict=True):
+            if number is None and tensor.grad_fn is not None:
+                raise InputError(
+                    f"at {place_of(self.caller())[0]} the model uses a tensor that the trace did not see being made, "
+                    "such as one of another thread; compute it in the thread that calls the model, for the trace"
+                )
+        for number, tensor in zip(before, inputs, strict=True):
             if number is not None and tensor.requires_grad:
                 self.nodes[number].followed = True
         if op.view:
@@ -210,7 +218,7 @@ class Recorder(SiteCounter):
             self._look_into_kernel(call)
         out = func(*_with_multiplier(args, *scaled, in_place=bool(written)), **kwargs) if scaled else func(*args, **kwargs)
         self._note_results(node, written, tensors_in(out))
-        if site is not None and isinstance(out, Tensor):
+        if site is not None and isinstance(out, Tensor) and not node.backward:
             self._note_sum(call, out, site)
         return out
 
@@ -221,6 +229,7 @@ class Recorder(SiteCounter):
         reads = [] if blank else [(n, tensor) for n, tensor in reads if id(tensor) not in overwritten]
         frame = self.caller()
         node = Node(op, tuple(n for n, _ in reads), place=(frame.f_code.co_filename, frame.f_lineno))
+        node.backward = frame.f_code.co_filename == torch.autograd.graph.__file__
         node.slices = frozenset((n, _part_of(tensor)) for n, tensor in reads if not _whole(tensor))
         node.gradients_to = frozenset(n for n, t in reads if t.requires_grad or not torch.is_grad_enabled())
         node.data = any(nodes[n].data for n in node.sources)
@@ -232,9 +241,13 @@ class Recorder(SiteCounter):
                 node.parameters |= source.parameters
         noise = op.draws or any(nodes[n].noise for n in node.sources)
         node.noise = noise and not node.data and not node.parameters
+        if op.relation in {"moved", "same"} and reads:
+            first = nodes[reads[0][0]]
+            picked = any(nodes[n].picked for n in node.sources)
+            node.selected = first.selected if first.data else first.weights_of if picked else frozenset()
         if node.data and not op.passive:
             node.matrices = frozenset[str]().union(*(self._acting(n, tensor) for n, tensor in reads))
-        elif node.data and op.name == "mul" and node.parameters:
+        elif node.data and op.name == "mul":
             node.matrices = self._spread(reads)
         elif not node.data and node.parameters:
             made = reads[-1:] if op.relation == "product" and op.name != "mul" or op.relation == "onto" else reads
@@ -251,6 +264,8 @@ class Recorder(SiteCounter):
         for slot, tensor in places:
             part = replace(node, slot=slot, shape=tuple(tensor.shape), choice=_chooses(tensor), handles=[], consumers=[])
             part.ancestors = 0 if part.choice else node.ancestors
+            part.picked = part.choice and any(self.nodes[n].data for n in node.sources if not self.nodes[n].choice)
+            part.picked |= part.choice and any(self.nodes[n].picked for n in node.sources)
             number = self._own(tensor, part)
             for source in node.sources:
                 self.nodes[source].consumers.append(number)
@@ -269,7 +284,7 @@ class Recorder(SiteCounter):
         memory = self.owner.get(_key(tensor))
         if memory is None or memory.parts is None:
             return None if memory is None else memory.node
-        writers = tuple(_region(memory.parts, tensor).unique().tolist())
+        writers = tuple(np.unique(_region(memory.parts, tensor)).tolist())
         if len(writers) == 1:
             return int(writers[0])
         if writers not in self.gathered:
@@ -293,8 +308,8 @@ class Recorder(SiteCounter):
         else:
             if memory.parts is None:
                 size = tensor.untyped_storage().nbytes() // tensor.element_size()
-                memory.parts = torch.full((size,), memory.node, dtype=torch.int32, device="cpu")
-            _region(memory.parts, tensor).fill_(number)
+                memory.parts = np.full(size, memory.node, dtype=np.int32)
+            _region(memory.parts, tensor)[...] = number
         return number
 
     # -- learned tensors
@@ -302,6 +317,8 @@ class Recorder(SiteCounter):
     def _acting(self, number: int, tensor: Tensor) -> frozenset[str]:
         """The matrices that a tensor without data is, with the part that acts where it is a part."""
         node = self.nodes[number]
+        if node.data:
+            return node.selected
         names = self._part(number, tensor)
         if not names or node.op is GIVEN or any("+" in name for name in names) or not tensor.requires_grad:
             return names
@@ -333,10 +350,10 @@ class Recorder(SiteCounter):
 
     def _spread(self, reads: list[tuple[int, Tensor]]) -> frozenset[str]:
         """A learned matrix that is multiplied into more numbers than it meets acts as one; their sum is to come."""
-        data = max((t.numel() for n, t in reads if self.nodes[n].data), default=0)
+        data = max((t.numel() for n, t in reads if self.nodes[n].data and not self.nodes[n].selected), default=0)
         size = torch.broadcast_shapes(*(t.shape for _, t in reads)).numel()
-        names = [self._acting(n, t) for n, t in reads if not self.nodes[n].data]
-        return frozenset[str]().union(*names) if size > data else frozenset()
+        names = frozenset[str]().union(*(self._acting(n, tensor) for n, tensor in reads))
+        return names if size > data else frozenset()
 
     # -- proportions
 
@@ -352,6 +369,8 @@ class Recorder(SiteCounter):
             node.repeats = sources[0]
         elif op.name == "mul" and len(sources) == 2 and nodes[sources[1]].noise:
             node.repeats, node.masked = sources[0], True  # how dropout is spelled on a CPU
+        elif op.name == "mul" and len(sources) == 2 and nodes[sources[0]].noise:
+            node.repeats, node.masked = sources[1], True
         if node.repeats is not None:
             node.proportional_to = ((node.repeats,),)
         elif op.name == "neg":
@@ -417,9 +436,14 @@ class Recorder(SiteCounter):
     def finish(self) -> Graph:
         """The graph of the forward that has run."""
         kernels = tuple(dict.fromkeys(self.fused_kernels))
-        return Graph(
-            self.nodes, self.sums, self.calls, tuple(self.outputs), self.results, kernels, self.steered, self.watched
-        )
+        outputs = tuple(n for n in self.outputs if n is not None)
+        backward = functools.reduce(lambda mask, n: mask | self.nodes[n].backward << n, range(len(self.nodes)), 0)
+        results = [
+            tensor
+            for tensor, n in zip(self.results, self.outputs, strict=True)
+            if n is None or not (self.nodes[n].ancestors | 1 << n) & backward
+        ]
+        return Graph(self.nodes, self.sums, self.calls, outputs, results, kernels, self.steered, self.watched)
 
 
 def record(
@@ -477,11 +501,10 @@ def _same_state(before: Any) -> bool:
 
 def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -> InputError:
     """Whose fault it is: the model runs without an observer, or it does not."""
-    cause = f"{type(error).__name__}: {error}"
-    args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
+    cause = f"{type(error).__name__}: {error}{_raised_at(error)}"
     try:
         with state_kept(model):
-            model(*args, **kwargs)
+            run(model, example_inputs)
     except Exception:
         return RejectedInputs(
             f"the model rejects the example inputs: {cause}. "
@@ -491,6 +514,19 @@ def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception
         f"the trace cannot follow this model, which runs without it ({cause}). It observes plain tensors and torch's "
         "own operations: pass ordinary tensors, and replace a custom kernel for the trace"
     )
+
+
+def _raised_at(error: Exception) -> str:
+    """The last line of the user's that an error came through."""
+    frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+    own = [place for place in frames if "/torch/" not in place and not place.startswith((__file__, "<"))]
+    return f", at {own[-1]}" if own else ""
+
+
+def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+    """The tensors that a forward on a copy of `example_inputs` hands back."""
+    args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
+    return held(model(*args, **kwargs))
 
 
 def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -524,14 +560,22 @@ def as_written() -> Iterator[None]:
 
 @contextmanager
 def module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    """Call `enter` before and `leave` after the forward of every module."""
-    # Global hooks touch no module, so nothing is left behind on the model.
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    """Call `enter` before and `leave` after every call of a module in this thread, hooks of its own included."""
+    plain, thread = nn.Module.__call__, threading.get_ident()
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return plain(module, *args, **kwargs)
+        enter(module)
+        output = plain(module, *args, **kwargs)
+        leave(module, output)
+        return output
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        nn.Module.__call__ = plain  # type: ignore[method-assign]
 
 
 def _copied(leaf: Any) -> Any:
@@ -569,6 +613,8 @@ def parts_of(output: Any) -> list[tuple[int | str | None, Tensor]]:
 
 
 def _key(tensor: Tensor) -> int:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return id(tensor) if _has_no_memory(tensor) else int(tensor.untyped_storage()._cdata)
 
 
@@ -586,11 +632,12 @@ def _part_of(tensor: Tensor) -> Part:
     return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
-def _region(parts: Tensor, tensor: Tensor) -> Tensor:
+def _region(parts: Any, tensor: Tensor) -> Any:
     """The elements of a memory that a tensor covers; all of them where it counts in another size."""
-    if parts.numel() != tensor.untyped_storage().nbytes() // tensor.element_size():
+    if parts.size != tensor.untyped_storage().nbytes() // tensor.element_size():
         return parts
-    return parts.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    strides = [stride * parts.itemsize for stride in tensor.stride()]
+    return np.lib.stride_tricks.as_strided(parts[tensor.storage_offset() :], tensor.shape, strides)
 
 
 def _chooses(tensor: Tensor) -> bool:
@@ -674,7 +721,8 @@ def _is_hidden_file(filename: str) -> bool:
 def place_of(frame: types.FrameType) -> tuple[str, int]:
     """The line that a frame is at, as file:line, and the column of the expression."""
     columns = _columns(frame.f_code)
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}", columns[frame.f_lasti // 2] if columns else frame.f_lasti
+    file = re.sub(r"^(<.*>)\.\d+$", r"\1", frame.f_code.co_filename)  # code that torch.fx makes anew for every copy
+    return f"{file}:{frame.f_lineno}", columns[frame.f_lasti // 2] if columns else frame.f_lasti
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from looptransfer.rewrite.graph import Graph, Site, Sum
-from looptransfer.rewrite.paths import Paths
+from looptransfer.rewrite.paths import ZEROS, Paths
 from looptransfer.rewrite.record import ExampleInputs, record
 from looptransfer.rewrite.recurrence import Rerun, runs_over_time
 
@@ -108,24 +108,31 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Tr
 
 
 def _find_adds(graph: Graph) -> Trace:
-    """Candidates first; where one comes round to itself only through the branch of another, all are judged anew."""
-    refused: set[int] = set()
+    """Candidates first; each is then judged with the branches of all others cut, anew until nothing changes."""
+    refused, composite = set[int](), set[int]()
     while True:
-        found = _candidates(graph, refused)
-        cut = {add.total: add.stream for add in found.adds if add.kind == "leaf"}
-        paths = Paths(graph, cut, frozenset(add.total for add in found.adds))
-        roundabout = _roundabout(found, paths)
-        if not roundabout:
+        found = _candidates(graph, refused, composite)
+        cut = {add.total: add.stream for add in found.of("leaf")}
+        paths = Paths(graph, cut, frozenset(add.total for add in found.adds), zeros_carry=True)
+        carried = {
+            add.total
+            for add in found.of("leaf")
+            if paths.skips(add.root, add.branch) and not paths.acts(add.root, add.branch)
+        }
+        roundabout = set() if carried else _roundabout(found, paths)
+        if not carried and not roundabout:
             return found
+        composite |= carried  # what comes round is identical to the stream: an input injection, a long skip
         refused |= roundabout
 
 
-def _candidates(graph: Graph, refused: set[int]) -> Trace:
+def _candidates(graph: Graph, refused: set[int], composite: set[int]) -> Trace:
     found = Trace(graph)
     added: defaultdict[Site, set[int]] = defaultdict(set)  # operands so far
     for total in graph.sums:
         add = _candidate(found, total, added[total.site]) if total.node not in refused else None
         if add is not None:
+            add.kind = "composite" if add.total in composite else add.kind
             found.adds.append(add)
             found.streams[add.total] = add.branch if add.kind == "composite" else add.stream
         added[total.site].update(n for operand in total.operands for n in found.same(operand))
@@ -141,20 +148,31 @@ def _candidate(found: Trace, total: Sum, added: set[int]) -> ResidualAdd | None:
         root = next((n for n in found.same(stream) if graph.precedes(n, branch)), None)
         if root is None or total.signs[s] != 1:
             continue
-        held = any(n in found.streams for n in found.same(branch))
+        held = _holds_stream(found, branch, root)
         way = frozenset() if held else frozenset(graph.between(root, branch))
         if not held and (not graph.matrices_on(way) or _share(graph, branch, root) == -total.signs[b]):
             continue  # in x + (q - x) nothing is left of x
         if graph.nodes[root].data:
             if not total.whole[s]:
                 continue  # a statistic that is spread over what it was taken from
-        elif root in added or found.streams.keys() & way:
+        elif root in added or (found.streams.keys() & way and graph.nodes[root].op.name not in ZEROS):
             continue  # a table or a bias has become an ancestor of everything by the second visit
+        elif graph.nodes[root].weights_of & graph.matrices_on(way):
+            continue  # a weight that is stepped, as in training at test time
         kind: Kind = "composite" if held else "leaf"
         return ResidualAdd(
             kind, total.site, total.occurrence, total.node, stream, branch, b, root, way, total.recorded, total.followed
         )
     return None
+
+
+def _holds_stream(found: Trace, branch: int, root: int) -> bool:
+    """A branch is a stream itself, and one that did not begin inside it."""
+    chain = found.same(branch)
+    begun = chain[-1] != root and found.graph.precedes(root, chain[-1])
+    return any(n in found.streams for n in chain) and not (
+        begun and found.graph.matrices_on(found.graph.between(root, chain[-1]))
+    )
 
 
 def _share(graph: Graph, number: int, part: int) -> float:
@@ -176,11 +194,7 @@ def _roundabout(found: Trace, paths: Paths) -> set[int]:
     """
     leaves = found.of("leaf")
     direct = [add for add in leaves if paths.acts(add.root, add.branch)]
-    for add in leaves:
-        if not paths.acts(add.root, add.branch) and paths.skips(add.root, add.branch):
-            add.kind = "composite"  # only what is identical to the stream comes round
-            found.streams[add.total] = add.branch
-    indirect = [add for add in leaves if add.kind == "leaf" and not paths.acts(add.root, add.branch)]
+    indirect = [add for add in leaves if not paths.acts(add.root, add.branch)]
 
     def on_a_stream(add: ResidualAdd) -> bool:
         return any(paths.skips(d.total, add.stream) or paths.skips(add.total, d.stream) for d in direct)
@@ -248,13 +262,12 @@ def _mark_nested(found: Trace) -> None:
     that branch: inner. Adds that follow each other make a stream of their own and are leaves; the outer add is one too
     if a matrix of its own comes after them, and else only hands that stream on: composite.
     """
-    users = {add.total: found.graph.users(add.total) for add in found.adds}
     followers: defaultdict[int, list[ResidualAdd]] = defaultdict(list)
     for add in found.adds:
         for n in found.same(add.stream):
             followers[n].append(add)
     for outer in found.of("leaf"):
-        inside = [add for add in found.inside(outer) if users[add.total] <= outer.way | {outer.total}]
+        inside = [add for add in found.inside(outer) if _feeds_only(found, add.total, outer)]
         stream = [
             add
             for add in _streams_begun(found, outer, inside)
@@ -275,6 +288,18 @@ def _mark_nested(found: Trace) -> None:
         for add in inside:
             if add.kind in {"composite", "time"} and outer.kind == "leaf":
                 add.kind = "inner"
+
+
+def _feeds_only(found: Trace, number: int, outer: ResidualAdd) -> bool:
+    """All that is made of a node goes into one branch."""
+    queue, seen = [number], set[int]()
+    while queue:
+        users = found.graph.users(queue.pop()) - seen - {outer.total}
+        if not users <= outer.way:
+            return False
+        seen |= users
+        queue += users
+    return True
 
 
 def _streams_begun(found: Trace, outer: ResidualAdd, inside: list[ResidualAdd]) -> list[ResidualAdd]:

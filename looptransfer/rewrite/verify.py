@@ -90,9 +90,9 @@ def _measured(branch: Branch, wanted: float, found: Trace, group: Group) -> str 
     for own in branch.factors:  # there may be more by now, of adapters put on the last map
         if not any(_near(factor, own * wanted) for factor in ours):
             return f"{first:.6g}"
-    if wanted != 1 and branch.mark is None:  # what all of the branch passes last is the multiplier
-        last = {abs(found.graph.nodes[n].factor) for n in group.nodes}
-        if not all(_near(factor, wanted) for factor in last):
+    if wanted != 1 and branch.mark is None:  # all of the branch passes the multiplier when it leaves the module
+        first_after = {route[-2] if len(route) > 1 else route[0] for _, route in group.routes}
+        if not all(_near(abs(found.graph.nodes[n].factor), wanted) for n in first_after):
             return f"{wanted:.6g} on a part of it"
     return None
 
