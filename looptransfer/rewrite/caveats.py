@@ -85,7 +85,7 @@ def _fixed(found: Trace, groups: list[Group]) -> str | None:
         return None
     return (
         f"branches without a learned matrix: what is added at {', '.join(sources)} (a Fourier transform, a pooling) "
-        "keeps factor 1 and grows with N; to scale it too, mark it, looptransfer.residual(…), or name all branches, "
+        "keeps factor 1 and grows with N; to scale it too, mark it, looptransfer.residual(…, 'name'), or name all branches, "
         "branches=[…]"
     )
 

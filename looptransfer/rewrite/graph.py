@@ -171,6 +171,14 @@ class Graph:
             yield step
             step = self.nodes[step].repeats
 
+    def same_but_constants(self, number: int) -> int | None:
+        """The node that a node is identical to, or was before a table, a bias or noise was added to it."""
+        node = self.nodes[number]
+        if node.repeats is None and node.op.relation == "sum" and node.shape:
+            data = [(s, sign) for s, sign in zip(node.sources, node.signs, strict=False) if self.nodes[s].data]
+            return data[0][0] if len(data) == 1 and data[0][1] == 1 and len(node.sources) == 2 else None
+        return node.repeats
+
     def precedes(self, old: int, new: int) -> bool:
         """`old` is an ancestor of `new`."""
         return bool(self.nodes[new].ancestors >> old & 1)

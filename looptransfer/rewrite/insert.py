@@ -2,8 +2,9 @@
 
 The module that hands over a branch gets a subclass of its own class whose call multiplies the branch. Bare forward
 hooks would be shorter and wrong: TorchDynamo does not guard on them, so where an unhooked model of the same class was
-compiled before, a hooked one runs unscaled without a word. It does guard on the class. The call and not the forward:
-what a hook makes of the output is multiplied too, and a forward that was put on the instance.
+compiled before, a hooked one runs unscaled without a word. It does guard on the class. What is multiplied is the result
+of nn.Module's own call: with what hooks make of it, with a forward that was put on the instance, and before what a
+__call__ of the class's own adds.
 """
 
 import types
@@ -90,11 +91,11 @@ def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.M
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             marks = self.__dict__[MARKS]
             if not marks:
-                output = cls.__call__(self, *args, **kwargs)
+                output = cls._call_impl(self, *args, **kwargs)
             else:
                 before = marker.enter_scope(marks)
                 try:
-                    output = cls.__call__(self, *args, **kwargs)
+                    output = cls._call_impl(self, *args, **kwargs)
                 finally:
                     marker.leave_scope(before)
             for index, multiplier in self.__dict__[OUTPUTS].items():
@@ -105,7 +106,7 @@ def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.M
             state = cast(tuple[Any, ...], cls.__reduce_ex__(self, protocol))[2:]
             return _rebuild, (cls,), *state
 
-        body = {"__call__": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        body = {"_call_impl": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         scaled = types.new_class(cls.__name__, (cls,), {}, lambda space: space.update(body))
         _scaled_classes[cls], _plain_classes[scaled] = scaled, cls
     return _scaled_classes[cls]

@@ -45,13 +45,14 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
 def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties: Ties) -> int:
     """L: blocks of which every branch is tied to a branch of the other are one block twice.
 
-    So are those that one run of a matrix serves together, and runs of one handle that are not tied, as of a skeleton
-    that is called with other weights, are different layers.
+    So are those that one run of a matrix serves together. Runs of one handle that are not tied, as of a skeleton that is
+    called with other weights, are different layers; of one mark in an element of a list they are branches of one layer.
     """
     parts: defaultdict[tuple[str, int], list[Branch]] = defaultdict(list)
     for block, group in zip(blocks, groups, strict=True):
+        whole = group.handle.mark is not None and _in_list(model, block)
         for place, branch in enumerate(ties.apart(group)):
-            parts[block, place].append(branch)
+            parts[block, 0 if whole else place].append(branch)
     unique: list[list[Branch]] = []
     for branches in parts.values():
         if not any(ties.alike(branches, block) and ties.alike(block, branches) for block in unique):

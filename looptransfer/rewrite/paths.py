@@ -167,10 +167,10 @@ class Paths:
             return None
         if node.op.relation == "side by side":
             return None
+        if node.matrices:
+            return self._onto(number) if node.op.relation == "onto" else None
         if len(operands) == 1:
             return self._mixed(number, operands[0])
-        if node.matrices:
-            return self._onto(number, operands) if node.op.relation == "onto" else None
         if self._multiplies(number, sources):
             return None
         for operand in (s for s in operands if prod(self.graph.nodes[s].shape) >= prod(node.shape)):
@@ -194,13 +194,12 @@ class Paths:
             return None  # a mean over positions
         return Join(number, both.bit_length() - 1, source, source, learned_skip=False)
 
-    def _onto(self, number: int, operands: list[int]) -> Join | None:
-        first, *others = operands
-        made = _union(self._free(s) | self.through[s] for s in others)
-        past = self._free(first) & made & self.data
-        if first != self.graph.nodes[number].sources[0] or not past:
-            return None
-        return Join(number, past.bit_length() - 1, first, others[0], learned_skip=False)
+    def _onto(self, number: int) -> Join | None:
+        """A product that is added to the first argument at once."""
+        first, *others = self.graph.nodes[number].sources
+        others = [s for s in self._data(others) if s not in self.gone]
+        past = self._free(first) & _union(self._free(s) | self.through[s] for s in others) & self.data
+        return Join(number, past.bit_length() - 1, first, others[0], learned_skip=False) if past else None
 
     def _learned_skip(self, number: int, operands: list[int]) -> Join | None:
         """Both came through matrices of their own, and what they come from is as large: a skip with a map on it."""

@@ -154,7 +154,7 @@ def _stream_caveat(matrices: Sequence[str]) -> str:
     return (
         f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
         "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
-        "that is not recognised must be marked, looptransfer.residual(…), or named, branches=[…]"
+        "that is not recognised must be marked, looptransfer.residual(…, 'name'), or named, branches=[…]"
     )
 
 

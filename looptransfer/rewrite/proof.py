@@ -95,7 +95,7 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, groups: list
         raise InputError(
             f"multiplying what {names}{', …' * (len(groups) > 4)} hand over is not the same as multiplying what is "
             f"added to the stream at {', '.join(lines[:4])}, so no faithful rewrite is known. Mark the branches: "
-            f"x + looptransfer.residual(…). {DECLARE}"
+            f"x + looptransfer.residual(…, 'name'). {DECLARE}"
         )
 
 

@@ -81,12 +81,12 @@ class Trace:
         return any(h.mark is not None for n in self.proportional(add) for h in self.graph.nodes[n].handles)
 
     def same(self, number: int) -> list[int]:
-        """A node and those it is identical to but for branches, the nearest first."""
+        """A node and those it is identical to but for branches and constants added, the nearest first."""
         chain: list[int] = []
         step: int | None = number
         while step is not None:
             chain.append(step)
-            step = self.streams.get(step, self.graph.nodes[step].repeats)
+            step = self.streams.get(step, self.graph.same_but_constants(step))
         return chain
 
 

@@ -91,8 +91,7 @@ def _measured(branch: Branch, wanted: float, found: Trace, group: Group) -> str 
         if not any(_near(factor, own * wanted) for factor in ours):
             return f"{first:.6g}"
     if wanted != 1 and branch.mark is None:  # all of the branch passes the multiplier when it leaves the module
-        first_after = {route[-2] if len(route) > 1 else route[0] for _, route in group.routes}
-        if not all(_near(abs(found.graph.nodes[n].factor), wanted) for n in first_after):
+        if not all(_near(abs(found.graph.nodes[route[-1]].factor), wanted) for _, route in group.routes):
             return f"{wanted:.6g} on a part of it"
     return None
 

@@ -100,7 +100,7 @@ def test_a_mark_is_the_identity_until_the_model_is_rewritten() -> None:
 
 
 def test_an_inline_branch_is_refused_without_its_mark_and_the_refusal_names_it() -> None:
-    with pytest.raises(lt.InputError, match=r"Mark it there: x \+ looptransfer\.residual\(…\)"):
+    with pytest.raises(lt.InputError, match=r"Mark it there: x \+ looptransfer\.residual\(…, 'name'\)"):
         lt.parametrize(models.FunctionalBranch(), X.float())
 
 

@@ -197,7 +197,7 @@ def test_module_types_and_reprs_stay_recognisable() -> None:
     assert not isinstance(small_decoder().layers[0].mlp, type(model.layers[0].mlp))
 
 
-def test_hooks_on_a_branch_still_run_and_see_the_scaled_output() -> None:
+def test_hooks_on_a_branch_still_run_and_see_what_the_module_itself_makes() -> None:
     model, seen = noisy(models.ResidualMLP()), []
     plain = copy.deepcopy(model)
     model.f.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
@@ -206,7 +206,7 @@ def test_hooks_on_a_branch_still_run_and_see_the_scaled_output() -> None:
     model(inputs(4, WIDTH))
     assert len(seen) == 3
     for given, output in seen:
-        torch.testing.assert_close(output, plain.f(given) / 3, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(output, plain.f(given), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -403,9 +403,9 @@ def test_an_output_that_was_scaled_but_is_not_what_is_added_is_refused() -> None
 
     model = Caching()
     model.f = Remembering(WIDTH, WIDTH)
-    with pytest.raises(lt.InputError, match=r"with every multiplier at 0 .*at: .*test_apply\.py:\d+") as caught:
+    with pytest.raises(lt.InputError, match="multiplying what f hand over is not the same as multiplying") as caught:
         lt.parametrize(model, torch.ones(4, WIDTH))
-    assert line_of(str(caught.value).split(" at: ")[1].split(". ")[0]) == "h = h + self.f.last"
+    assert line_of(str(caught.value).split("to the stream at ")[1].split(", so")[0]) == "h = h + self.f.last"
 
 
 def test_a_model_with_a_compiled_module_inside_is_refused_by_its_name() -> None:
@@ -468,18 +468,11 @@ def test_a_difference_and_pythons_sum_are_residual_adds(kind: str) -> None:
     assert plan.on_stream == {}
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        ("stack", "computes a residual branch and adds it at once"),
-        ("addmm", "computes a residual branch and adds it at once"),
-        ("decay", "the skip added at .* is scaled"),
-        ("gain", "the skip added at .* is scaled"),
-    ],
-)
-def test_an_addition_that_cannot_be_scaled_faithfully_is_refused_at_its_line(kind: str, why: str) -> None:
-    with pytest.raises(lt.InputError, match=rf"{why}(.|\n)*residual\(…\).*branches=\[…\]"):
+@pytest.mark.parametrize("kind", ["stack", "addmm", "decay", "gain"])
+def test_an_addition_that_cannot_be_scaled_faithfully_is_refused_at_its_line(kind: str) -> None:
+    with pytest.raises(lt.InputError, match=r"residual\(…, 'name'\).*branches=\[…\]") as caught:
         lt.parametrize(OddlyAdded(kind), torch.ones(2, 8))
+    assert line_of(str(caught.value).split(" ")[1]).startswith(f'"{kind}": ')
 
 
 def test_the_fused_path_of_a_transformer_layer_in_eval_mode_keeps_the_multipliers() -> None:
