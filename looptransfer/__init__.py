@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from looptransfer.errors import ScalingWarning as ScalingWarning
     from looptransfer.errors import VerificationError as VerificationError
     from looptransfer.optim import param_groups as param_groups
+    from looptransfer.optim import set_lr as set_lr
     from looptransfer.reference.experiment import ReferenceSize as ReferenceSize
     from looptransfer.reference.experiment import reference_experiment as reference_experiment
     from looptransfer.reference.model import LoopedDecoder as LoopedDecoder
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from looptransfer.report.figures import plot_curves as plot_curves
     from looptransfer.report.figures import plot_optima as plot_optima
     from looptransfer.report.page import write_html as write_html
+    from looptransfer.rewrite.marker import residual as residual
     from looptransfer.rewrite.parametrize import apply_plan as apply_plan
     from looptransfer.rewrite.parametrize import fold as fold
     from looptransfer.rewrite.parametrize import parametrize as parametrize
     from looptransfer.rewrite.parametrize import remove as remove
     from looptransfer.rewrite.parametrize import rescale as rescale
     from looptransfer.rewrite.parametrize import unfold as unfold
-    from looptransfer.rewrite.marker import residual as residual
     from looptransfer.rewrite.plan import Branch as Branch
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
     from looptransfer.rewrite.verify import verify as verify
@@ -67,6 +68,7 @@ _HOMES = {
     "fold": "rewrite.parametrize",
     "gate": "trials.gate",
     "param_groups": "optim",
+    "set_lr": "optim",
     "parametrize": "rewrite.parametrize",
     "plot_curves": "report.figures",
     "plot_exponents": "report.coordinates",

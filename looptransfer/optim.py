@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.parametrize import planned
 from looptransfer.rewrite.names import module_of, named_parameters
+from looptransfer.rewrite.parametrize import planned
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rules import DepthFactors, Family, depth_factors, fold_factors
 
@@ -40,8 +40,10 @@ def param_groups(
     for it, so that training is the same as with multipliers (`rules.fold_factors`, our extension). Clipping by the
     global norm is not the same.
 
-    Each group has a `name` and remembers its factor as `lr_scale`: a scheduler that sets LRs absolutely must multiply
-    by it. Frozen parameters are left out.
+    Each group has a `name` and remembers its factor as `lr_factor`, a key that no scheduler acts on. Schedulers that
+    multiply the LRs they find (torch's LambdaLR, CosineAnnealingLR with eta_min=0, timm's with lr_min=0) keep the ratio
+    of the groups; one that sets LRs (OneCycleLR, a floor, `group["lr"] = …`) needs a number per group, or `set_lr`.
+    Frozen parameters are left out.
 
     Args:
         model: rewritten by `parametrize`; a wrapper such as DDP or a compiled model will do.
@@ -76,14 +78,40 @@ def param_groups(
         fold = fold_factors(family, folded.get(id(parameter), 1.0))
         times = 1 if branch else uses.get(id(parameter), 1)
         label = _label(branch, decayed, folded.get(id(parameter)), times, width)
-        lr_scale = depth.lr * fold.lr / (width * times)
-        settings = {"name": label, "lr": lr * lr_scale, "lr_scale": lr_scale, "params": []}
+        lr_factor = depth.lr * fold.lr / (width * times)
+        settings = {"name": label, "lr": lr * lr_factor, "lr_factor": lr_factor, "params": []}
         decay = weight_decay * depth.weight_decay * fold.weight_decay * width
         settings["weight_decay"] = decay if decayed else 0.0
         if family != "sgd":
             settings["eps"] = eps * depth.eps * fold.eps
         groups.setdefault(label, settings)["params"].append(parameter)
     return list(groups.values())
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the base LR of an optimizer over `param_groups`, each group's in its own proportion.
+
+    For schedules by hand, `lt.set_lr(optimizer, schedule(step))`.
+
+    Args:
+        optimizer: made of groups of `param_groups`.
+        lr: the base LR, absolute.
+
+    Raises:
+        InputError: a group that `param_groups` did not make, or an LR that is not a finite number from 0 up.
+    """
+    if not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr < 0:
+        raise InputError(f"lr is {lr!r}; it must be a finite number from 0 up")
+    for number, group in enumerate(optimizer.param_groups):
+        if "lr_factor" not in group:
+            raise InputError(
+                f"group {number} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or "
+                "its state was loaded from such an optimizer; make the optimizer of param_groups"
+            )
+        if isinstance(group["lr"], torch.Tensor):  # capturable: a compiled step reads it
+            group["lr"].fill_(lr * group["lr_factor"])
+        else:
+            group["lr"] = lr * group["lr_factor"]
 
 
 def _family(optimizer: type[torch.optim.Optimizer]) -> Family:
@@ -94,11 +122,11 @@ def _family(optimizer: type[torch.optim.Optimizer]) -> Family:
     return family
 
 
-def _label(branch: bool, decayed: bool, folded: float | None, times: int, width: float) -> str:
+def _label(branch: bool, decayed: bool, folded: float | None, times: float, width: float) -> str:
     """A group's name: all that sets it apart from the others."""
     label = ("branches" if branch else "outside") + ("" if decayed else ", no decay")
     label += "" if folded is None else f", folded ε = {folded:.6g}"
-    label += "" if times == 1 else f", on the stream {times}×"
+    label += "" if times == 1 else f", on the stream {times:g}×"
     return label + ("" if width == 1 else f", width × {width:g}")
 
 

@@ -36,7 +36,7 @@ def test_adamw_takes_lr_and_eps_by_root_depth_inside_the_branches() -> None:
     for name, setting in settings.items():
         factor = 0.5 if name.startswith("layers.") else 1.0
         assert setting["lr"] == pytest.approx(0.01 * factor, rel=1e-15), name
-        assert setting["lr_scale"] == factor, name
+        assert setting["lr_factor"] == factor, name
         assert setting["eps"] == pytest.approx(1e-6 * factor, rel=1e-15), name
         assert setting["weight_decay"] == (0.0 if "norm" in name else 0.1), name
 
@@ -65,7 +65,7 @@ def test_nothing_is_scaled_without_a_rule_or_at_the_base_depth(
     optimizer: type[torch.optim.Optimizer], settings: dict[str, Any]
 ) -> None:
     for group in lt.param_groups(rewritten(**settings), optimizer, lr=0.01, weight_decay=0.1):
-        assert (group["lr"], group["lr_scale"]) == (0.01, 1.0)
+        assert (group["lr"], group["lr_factor"]) == (0.01, 1.0)
         assert group["weight_decay"] in (0.0, 0.1)
 
 
@@ -177,7 +177,7 @@ def test_widths_scale_as_mups_own_optimizers_do(
     assert set(ours) == set(theirs)
     for name, parameter in model.named_parameters():
         assert ours[name]["lr"] == pytest.approx(theirs[name]["lr"], rel=1e-12), name
-        assert ours[name]["lr_scale"] == pytest.approx(theirs[name]["lr"] / 0.01, rel=1e-12), name
+        assert ours[name]["lr_factor"] == pytest.approx(theirs[name]["lr"] / 0.01, rel=1e-12), name
         decay = theirs[name]["weight_decay"] if parameter.ndim >= 2 else 0.0
         assert ours[name]["weight_decay"] == pytest.approx(decay, rel=1e-12), name
 
@@ -297,13 +297,13 @@ def post_norm_model() -> nn.Module:
 def test_parameters_on_the_stream_get_the_lr_by_their_uses() -> None:
     model = post_norm_model()
     scale = {
-        p: group["lr_scale"] for group in lt.param_groups(model, torch.optim.AdamW, lr=0.1) for p in group["params"]
+        p: group["lr_factor"] for group in lt.param_groups(model, torch.optim.AdamW, lr=0.1) for p in group["params"]
     }
     left = lt.param_groups(model, torch.optim.AdamW, lr=0.1, on_stream="leave")
     gains = {model.blocks[0].norm.weight, model.blocks[0].attention.norm.bias}
     assert {scale[gain] for gain in gains} == {1 / 3}
     assert scale[model.blocks[0].ffn.weight] == 1
-    assert {group["lr_scale"] for group in left} == {1.0}
+    assert {group["lr_factor"] for group in left} == {1.0}
     names = [group["name"] for group in lt.param_groups(model, torch.optim.AdamW, lr=0.1)]
     assert "outside, no decay, on the stream 3×" in names
 

@@ -2379,7 +2379,9 @@ STEPS: dict[str, Step] = {
     "addmm": Step(fused_product, "weight", UNRECOGNISED, "torch.addmm"),
     "baddbmm": Step(lambda x, m: torch.baddbmm(x, x.relu(), expanded(m, x)), "weight", UNRECOGNISED, "torch.baddbmm"),
     "index_add": Step(lambda x, m: x.index_add(1, torch.arange(2), m.f(x[:, :2])), "f", UNRECOGNISED, "x.index_add"),
-    "addcmul": Step(lambda x, m: torch.addcmul(x, m.f(x), torch.sigmoid(m.gate(x))), "f gate", UNRECOGNISED, "torch.addcmul"),
+    "addcmul": Step(
+        lambda x, m: torch.addcmul(x, m.f(x), torch.sigmoid(m.gate(x))), "f gate", UNRECOGNISED, "torch.addcmul"
+    ),
 }
 for name, step in STEPS.items():
     add(

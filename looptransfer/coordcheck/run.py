@@ -16,8 +16,8 @@ from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTIC
 from looptransfer.coordcheck.verdict import ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
 from looptransfer.errors import InputError
 from looptransfer.optim import param_groups
-from looptransfer.rewrite.parametrize import apply_plan, parametrize, planned
 from looptransfer.rewrite.names import named_parameters
+from looptransfer.rewrite.parametrize import apply_plan, parametrize, planned
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule, check_rule
 from looptransfer.trials.experiment import Batch, Experiment, token_loss
@@ -194,7 +194,9 @@ class _Runs:
         if known is None:
             plan = parametrize(model, inputs, cast(Rule, rule), self.setting.lam, self.setting.base_layers)
         else:
-            plan = replace(known, rule=cast(Rule, rule)).with_visits([branch.visits for branch in known.branches])
+            plan = replace(known, rule=cast(Rule, rule)).with_counts(
+                {branch.handle: branch.visits for branch in known.branches}, known.on_stream
+            )
             apply_plan(model, plan)
         self.plans[rule, size] = plan
         return plan

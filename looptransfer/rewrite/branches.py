@@ -98,7 +98,7 @@ class _Finder:
             )
 
     def _usable(self) -> Counter[Handle]:
-        """Handles that hand over nothing but branches, none twice, with a matrix in common: how many adds each serves."""
+        """How many adds each handle serves that hands over branches alone, none twice, with a matrix in common."""
         handed: defaultdict[Handle, set[int]] = defaultdict(set)
         common: dict[Handle, frozenset[str]] = {}
         serves: Counter[Handle] = Counter()
@@ -122,9 +122,7 @@ class _Finder:
 
         return Counter({handle: serves[handle] for handle in handed if whole(handle)})
 
-    def _cut(
-        self, add: ResidualAdd, number: int, way: tuple[int, ...]
-    ) -> list[tuple[Handle, tuple[int, ...]]] | None:
+    def _cut(self, add: ResidualAdd, number: int, way: tuple[int, ...]) -> list[tuple[Handle, tuple[int, ...]]] | None:
         """The handles that scale the branch together, each with the nodes from the add back to it.
 
         Of those that lie one behind the other it is the one that serves most adds, and of these the nearest.
@@ -184,7 +182,9 @@ def _marked_alone(found: Trace, handle: Handle) -> Group:
         earlier = next((m for m in places[count - 1 :: -1] if count and graph.precedes(m, n)), None)
         acting.append(graph.matrices_on(graph.between(earlier, n)) if earlier is not None else frozenset())
     known = next((names for names in acting if names), frozenset([str(handle)]))
-    adds = [_standing_alone(n, ways[n], names or known, names or known) for n, names in zip(places, acting, strict=True)]
+    adds = [
+        _standing_alone(n, ways[n], names or known, names or known) for n, names in zip(places, acting, strict=True)
+    ]
     return _at(handle, places, adds)
 
 
@@ -262,15 +262,11 @@ def scaled(found: Trace, groups: list[Group]) -> list[ResidualAdd]:
     """The adds whose branch some group hands over."""
     taken, nodes = {id(add) for group in groups for add in group.adds}, {n for group in groups for n in group.nodes}
     return [
-        add
-        for add in found.adds
-        if id(add) in taken or (add.kind == "fixed" and nodes & set(found.proportional(add)))
+        add for add in found.adds if id(add) in taken or (add.kind == "fixed" and nodes & set(found.proportional(add)))
     ]
 
 
-def _standing_alone(
-    place: int, way: frozenset[int], matrices: frozenset[str], last: frozenset[str]
-) -> ResidualAdd:
+def _standing_alone(place: int, way: frozenset[int], matrices: frozenset[str], last: frozenset[str]) -> ResidualAdd:
     """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
     site = Site(DECLARED, 0, ())
     return ResidualAdd("leaf", site, 0, place, place, place, 0, place, way, matrices=matrices, last=last)

@@ -12,6 +12,8 @@ from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import Branch
 from looptransfer.rewrite.trace import ResidualAdd, Trace
 
+DIFFER = "visits differ"
+
 
 def find_caveats(
     model: nn.Module, analysis: Analysis, branches: tuple[Branch, ...], preserved: bool
@@ -63,18 +65,17 @@ def _gated(analysis: Analysis) -> str | None:
     if not analysis.rest.gates:
         return None
     lines = list(dict.fromkeys(analysis.trace.graph.line(n) for n in analysis.rest.gates))
-    return (
-        f"gated stream: at {', '.join(lines)} the stream is multiplied by what learned matrices made, which no ε controls"
-    )
+    where = ", ".join(lines)
+    return f"gated stream: at {where} the stream is multiplied by what learned matrices made, which no ε controls"
 
 
 def _shared(names: tuple[str, ...]) -> str | None:
     if not names:
         return None
     return (
-        f"shared in part: {', '.join(names[:4])}{', …' * (len(names) > 4)} act in branches that have most of their weights "
-        "to themselves (a projection, a router or a block that layers share). Such branches do not point the same way, "
-        "and each counts its own visits"
+        f"shared in part: {', '.join(names[:4])}{', …' * (len(names) > 4)} act in branches that have most of their "
+        "weights to themselves (a projection, a router or a block that layers share). Such branches do not point the same "
+        "way, and each counts its own visits"
     )
 
 
@@ -85,8 +86,8 @@ def _fixed(found: Trace, groups: list[Group]) -> str | None:
         return None
     return (
         f"branches without a learned matrix: what is added at {', '.join(sources)} (a Fourier transform, a pooling) "
-        "keeps factor 1 and grows with N; to scale it too, mark it, looptransfer.residual(…, 'name'), or name all branches, "
-        "branches=[…]"
+        "keeps factor 1 and grows with N; to scale it too, mark it, looptransfer.residual(…, 'name'), or name all "
+        "branches, branches=[…]"
     )
 
 
@@ -164,13 +165,22 @@ def _cut_between(found: Trace, earlier: ResidualAdd, later: ResidualAdd) -> bool
     return found.graph.nodes[earlier.total].followed and later.total not in reached
 
 
+def renewed(caveats: tuple[str, ...], branches: tuple[Branch, ...]) -> tuple[str, ...]:
+    """A plan's caveats after its branches are visited another number of times."""
+    fresh = _prelude(branches)
+    kept = [fresh if caveat.startswith(DIFFER) else caveat for caveat in caveats]
+    kept += [fresh] if fresh not in kept else []
+    return tuple(caveat for caveat in kept if caveat)
+
+
 def _prelude(branches: tuple[Branch, ...]) -> str | None:
     visits = {branch.visits for branch in branches}
     if len(visits) < 2:
         return None
     return (
-        f"visits differ ({', '.join(f'{n:g}' for n in sorted(visits))}): layers outside the loop and streams inside a branch "
-        "count in L with their own visits. That is our extension; the paper leaves models with prelude and coda open"
+        f"{DIFFER} ({', '.join(f'{n:g}' for n in sorted(visits))}): layers outside the loop and streams inside a "
+        "branch count in L with their own visits. That is our extension; the paper leaves models with prelude and coda "
+        "open"
     )
 
 
@@ -180,8 +190,8 @@ def _frozen(model: nn.Module, branches: tuple[Branch, ...]) -> str | None:
     if not still or len(still) == len(branches):
         return None
     return (
-        f"frozen weights: {', '.join(still[:4])}{', …' * (len(still) > 4)} hold nothing that is trained and are scaled all "
-        "the same, since gradients go through them; if what they compute is to stay, declare the other branches, "
+        f"frozen weights: {', '.join(still[:4])}{', …' * (len(still) > 4)} hold nothing that is trained and are scaled "
+        "all the same, since gradients go through them; if what they compute is to stay, declare the other branches, "
         "branches=[…]"
     )
 

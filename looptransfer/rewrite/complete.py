@@ -1,8 +1,8 @@
 """Are the branches found all there are? The graph without them tells, and whose the parameters are.
 
 With every branch cut (ε = 0), what reaches the output is the stream. A learned matrix that acts there must be one that
-all of its data goes through: an embedding, a head, an adapter at a loop's entry. Where data gets past it and is added to
-what comes out of it, there is a residual branch that was not recognised, however it is spelled.
+all of its data goes through: an embedding, a head, an adapter at a loop's entry. Where data gets past it and is added
+to what comes out of it, there is a residual branch that was not recognised, however it is spelled.
 """
 
 import functools
@@ -82,9 +82,7 @@ def _uses(graph: Graph, paths: Paths, live: list[int]) -> dict[str, int]:
     return {name: max(n for _, _, n in uses) for name, uses in chains.items()}
 
 
-def note_members(
-    model: nn.Module, found: Trace, groups: list[Group], rest: Remainder, hidden: frozenset[str]
-) -> None:
+def note_members(model: nn.Module, found: Trace, groups: list[Group], rest: Remainder, hidden: frozenset[str]) -> None:
     """Set the parameters of every group: those that reach the output through its branch, and not at ε = 0.
 
     `hidden` are known to have no effect then: what they make is on the stream, and cut off before the output. Of the
@@ -97,6 +95,7 @@ def note_members(
         return {name for n, own in names.items() if mask >> n & 1 for name in own}
 
     outside = reaching(rest.paths.live) - hidden
+
     def ancestors(number: int) -> int:
         """Those of a branch, as they are left; of one that is cut itself those of what it is made of."""
         sources = found.graph.nodes[number].sources if number in rest.paths.cut else (number,)
@@ -134,8 +133,8 @@ def refuse_unrecognised(found: Trace, rest: Remainder, again: Rerun) -> None:
     if gated is not None:
         raise InputError(
             f"at {gated} the stream is multiplied by what learned matrices made of data (a gate on the skip, as in "
-            "GRU, highway or squeeze-and-excitation over the sum), and the rule is derived for x + f(x): its 1/N is not "
-            f"known to hold. {DECLARE}"
+            "GRU, highway or squeeze-and-excitation over the sum), and the rule is derived for x + f(x): its 1/N is "
+            f"not known to hold. {DECLARE}"
         )
     joins = [join for join in _over_depth(found, rest.joins, again) if _matters(found, join)]
     if joins:
@@ -154,7 +153,7 @@ def refuse_unrecognised(found: Trace, rest: Remainder, again: Rerun) -> None:
 
 
 def _gated_streams(found: Trace, rest: Remainder) -> Iterator[str]:
-    """The lines where the skip of a loop is gated: a product of the stream, added to it or on its way to its next add."""
+    """The lines where the skip of a loop is gated: a product of the stream, added to it or before its next add."""
     for add in found.of("composite"):
         if add.root == add.stream and rest.paths.is_gated(add.root, add.branch):
             yield found.graph.line(add.total)
@@ -224,8 +223,7 @@ def _unrecognised(found: Trace, join: Join, more: str) -> InputError:
             "DeepNorm, flip), or it is added by another operation"
         )
     return InputError(
-        f"at {found.graph.line(join.node)} data meets what learned matrices made of it: a residual branch, {reason}.{more} To scale "
-        f"the branch all the same, mark what is added: looptransfer.residual(…, 'name'). {DECLARE}"
+        f"at {found.graph.line(join.node)} data meets what learned matrices made of it: a residual branch, "
+        f"{reason}.{more} To scale the branch all the same, mark what is added: "
+        f"looptransfer.residual(…, 'name'). {DECLARE}"
     )
-
-

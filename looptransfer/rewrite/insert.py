@@ -106,7 +106,12 @@ def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.M
             state = cast(tuple[Any, ...], cls.__reduce_ex__(self, protocol))[2:]
             return _rebuild, (cls,), *state
 
-        body = {"_call_impl": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        body = {
+            "_call_impl": call,
+            "__reduce_ex__": reduce,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+        }
         scaled = types.new_class(cls.__name__, (cls,), {}, lambda space: space.update(body))
         _scaled_classes[cls], _plain_classes[scaled] = scaled, cls
     return _scaled_classes[cls]

@@ -45,8 +45,9 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
 def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties: Ties) -> int:
     """L: blocks of which every branch is tied to a branch of the other are one block twice.
 
-    So are those that one run of a matrix serves together. Runs of one handle that are not tied, as of a skeleton that is
-    called with other weights, are different layers; of one mark in an element of a list they are branches of one layer.
+    So are those that one run of a matrix serves together. Runs of one handle that are not tied, as of a skeleton that
+    is called with other weights, are different layers; of one mark in an element of a list they are branches of one
+    layer.
     """
     parts: defaultdict[tuple[str, int], list[Branch]] = defaultdict(list)
     for block, group in zip(blocks, groups, strict=True):

@@ -18,8 +18,8 @@ Relation = Literal["same", "moved", "side by side", "sum", "product", "onto", "n
 
 ROWS: dict[Relation, str] = {
     "same": "_to_copy clone native_dropout _unsafe_view lift_fresh_copy alias_copy",
-    "moved": "embedding index gather index_select flip roll repeat constant_pad_nd take masked_select squeeze_copy permute_copy "
-    "select_copy slice_copy",
+    "moved": "embedding index gather index_select flip roll repeat constant_pad_nd take masked_select squeeze_copy "
+    "permute_copy select_copy slice_copy",
     "side by side": "cat stack index_put _index_put_impl index_copy scatter slice_scatter select_scatter where copy "
     "masked_scatter",
     "sum": "add sub",
@@ -32,8 +32,10 @@ ROWS: dict[Relation, str] = {
 RELATIONS: dict[str, Relation] = {name: relation for relation, names in ROWS.items() for name in names.split()}
 # The result is proportional to the learned tensors that enter, weight and bias together.
 LINEAR_IN_WEIGHTS = frozenset(
-    "addmm mm bmm mul convolution add baddbmm linear native_layer_norm native_group_norm _fused_rms_norm "
-    "native_batch_norm".split()
+    {
+        *("addmm", "mm", "bmm", "mul", "convolution", "add", "baddbmm", "linear"),
+        *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"),
+    }
 )
 # A learned tensor that enters beside data is a table, a bias or a gate there, and no matrix.
 MOVERS: frozenset[Relation] = frozenset({"same", "moved", "side by side", "sum"})

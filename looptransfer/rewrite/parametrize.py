@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from looptransfer.errors import InputError, ScalingWarning
+from looptransfer.rewrite.analysis import Analysis, analyse
+from looptransfer.rewrite.caveats import renewed
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
-from looptransfer.rewrite.analysis import Analysis, analyse
 from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan
-from looptransfer.rewrite.planner import make_plan
+from looptransfer.rewrite.planner import counts, make_plan
 from looptransfer.rewrite.proof import prove
 from looptransfer.rewrite.record import ExampleInputs
 from looptransfer.rewrite.twin import check_ties, twin_of
@@ -91,14 +92,18 @@ def _draws(model: nn.Module, example_inputs: ExampleInputs, declared: list[str] 
     """The model as it stands, put to the proof with random weights, and drawn again where random numbers steer it."""
     check_ties(model)
     draws = [analyse(twin_of(model), example_inputs, declared, copy_of=model)]
-    for seed in range(DRAWS if draws[0].trace.graph.steered else 0):
-        draws.append(analyse(twin_of(model), example_inputs, declared, seed=seed))
+    draws += [analyse(twin_of(model), example_inputs, declared, seed=seed) for seed in _seeds(draws[0])]
     if not meta and draws[0].groups:
         proof = prove(twin_of(model, randomised=True), example_inputs, declared)
         draws.append(proof.analysis)
         for draw in draws:
             draw.hide(model, proof.hidden)
     return draws
+
+
+def _seeds(analysis: Analysis) -> range:
+    """Of further forwards, where random numbers steer the model."""
+    return range(DRAWS if analysis.trace.graph.steered else 0)
 
 
 def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
@@ -151,21 +156,20 @@ def rescale(
             "a loop count alone does not tell how often each branch is visited; set it on the model and give example "
             "inputs: rescale(model, example_inputs)"
         )
-    plain = twin_of(inner)
-    clear_multipliers(plain)
-    vars(plain).pop(PLAN, None)
-    meta = any(parameter.is_meta for parameter in plain.parameters())
     declared = plan.declared_modules
-    settings = {"rule": plan.rule, "lam": plan.lam, "base_layers": plan.base_layers, "proved": plan.proved}
+    draws = [analyse(inner, example_inputs, declared)]
+    draws += [analyse(inner, example_inputs, declared, seed=seed) for seed in _seeds(draws[0])]
     mean = loops if loops is not None or not plan.random_loops else max(branch.visits for branch in plan.branches)
-    draws = _draws(plain, example_inputs, declared, meta)
-    new = make_plan(plain, draws, settings, declared=plan.declared, layers=plan.layers, loops=mean)
-    if {b.handle for b in new.branches} != {b.handle for b in plan.branches}:
-        gone = sorted(str(h) for h in {b.handle for b in new.branches} ^ {b.handle for b in plan.branches})
+    visits, uses = counts(draws, mean, plan.declared)
+    known, live = {branch.handle for branch in plan.branches}, {handle for draw in draws for handle in draw.visits}
+    if known != live:
         raise InputError(
-            f"at its loop count the model has other branches than before ({', '.join(gone[:4])}); parametrize a fresh "
-            "model at that count"
+            "at its loop count the model has other branches than before "
+            f"({', '.join(sorted(map(str, known ^ live))[:4])}); parametrize a fresh model at that count"
         )
+    inside = {name for branch in plan.branches for name in branch.parameters}
+    new = plan.with_counts(visits, {name: times for name, times in uses.items() if name not in inside})
+    new = replace(new, caveats=renewed(plan.caveats, new.branches))
     _insert(inner, new)
     return _note(inner, new)
 

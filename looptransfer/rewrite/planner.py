@@ -37,8 +37,8 @@ def make_plan(
 ) -> ScalingPlan:
     """Decide multiplier and block of every residual branch.
 
-    N is counted in chains of tied branches. L counts blocks; layers outside the loop count too (our extension: the paper
-    leaves multi-stage models open).
+    N is counted in chains of tied branches. L counts blocks; layers outside the loop count too (our extension: the
+    paper leaves multi-stage models open).
 
     Args:
         model: the model that was analysed.
@@ -52,7 +52,7 @@ def make_plan(
     Raises:
         InputError: no residual add was found, or `loops` does not fit what was traced.
     """
-    analysis = max(draws, key=lambda draw: sum(draw.visits.values()))  # of random depths the one that shows most
+    analysis = _fullest(draws)
     groups = analysis.groups
     if not groups:
         graph, paths = analysis.trace.graph, analysis.rest.paths
@@ -60,15 +60,12 @@ def make_plan(
         lines = dict.fromkeys(graph.line(n) for n in [*(total.node for total in graph.sums), *met])
         seen = f" What meets at {', '.join(list(lines)[:4])} is not of that form." if lines else ""
         raise InputError(
-            "no residual add was found: nothing of the form x + f(x), with learned matrices in f and x carried on, ran in "
-            f"the forward.{seen} Check that the example inputs reach the looped layers and that the model was not "
+            "no residual add was found: nothing of the form x + f(x), with learned matrices in f and x carried on, ran "
+            f"in the forward.{seen} Check that the example inputs reach the looped layers and that the model was not "
             "compiled. Where a branch is added in another way, mark it there: looptransfer.residual(…, 'name'). "
             f"{DECLARE}"
         )
-    visits: Mapping[Any, float] = analysis.visits
-    uses: Mapping[Any, float] = analysis.rest.uses
-    if loops is not None:
-        visits, uses = looped(draws, loops, declared)
+    visits, uses = counts(draws, loops, declared)
     plan = ScalingPlan(
         **settings,
         layers=layers or analysis.layers,
@@ -91,10 +88,15 @@ _VARIES = (
 )
 
 
-def looped(
-    draws: Sequence[Analysis], loops: float, declared: bool
-) -> tuple[dict[Any, float], dict[Any, float]]:
-    """The visits of every branch and the uses of every parameter on the stream if the loops ran `loops` times.
+def _fullest(draws: Sequence[Analysis]) -> Analysis:
+    """Of random depths the forward that shows most."""
+    return max(draws, key=lambda draw: sum(draw.visits.values()))
+
+
+def counts(
+    draws: Sequence[Analysis], loops: float | None, declared: bool
+) -> tuple[Mapping[Any, float], Mapping[Any, float]]:
+    """The visits of every branch and the uses of every parameter on the stream, if the loops ran `loops` times.
 
     What varies over the draws follows the loop, each in its own way (twice a loop, once before it). Where nothing
     varies, the traced forward must loop as often as the mean, rounded; what users declare is theirs to count.
@@ -102,13 +104,15 @@ def looped(
     Raises:
         InputError: `loops` is no number from 1 up, or does not fit what was traced.
     """
+    if loops is None:
+        return _fullest(draws).visits, _fullest(draws).rest.uses
     if not isinstance(loops, (int, float)) or isinstance(loops, bool) or not math.isfinite(loops) or loops < 1:
         raise InputError(f"loops is {loops!r}; it must be a number from 1 up")
     visits, uses = [draw.visits for draw in draws], [draw.rest.uses for draw in draws]
     moving = {handle for draw in visits for handle in draw if len({other.get(handle, 0) for other in visits}) > 1}
     if moving:
-        counts = [min((draw[handle] for handle in moving if draw.get(handle)), default=0) for draw in visits]
-        return _follow(visits, counts, loops), _follow(uses, counts, loops)
+        drawn = [min((draw[handle] for handle in moving if draw.get(handle)), default=0) for draw in visits]
+        return _follow(visits, drawn, loops), _follow(uses, drawn, loops)
     traced = _fitting({n for n in visits[0].values() if n > 1}, loops, declared)
 
     def scaled(counted: Mapping[Any, int]) -> dict[Any, float]:
@@ -134,14 +138,14 @@ def _fitting(repeated: set[int], loops: float, declared: bool) -> float:
     )
 
 
-def _follow(draws: Sequence[Mapping[Any, int]], counts: Sequence[int], loops: float) -> dict[Any, float]:
-    """Each number as a line in the loop count, by least squares over the draws; on one that varies, exact."""
-    mean = sum(counts) / len(counts)
-    spread = sum((n - mean) ** 2 for n in counts)
+def _follow(draws: Sequence[Mapping[Any, int]], drawn: Sequence[int], loops: float) -> dict[Any, float]:
+    """Each number as a line in the loop counts that were drawn, by least squares; exact where there is one loop."""
+    mean = sum(drawn) / len(drawn)
+    spread = sum((n - mean) ** 2 for n in drawn)
     followed = {}
     for key in {key: None for draw in draws for key in draw}:
         values = [draw.get(key, 0) for draw in draws]
-        slope = sum((n - mean) * value for n, value in zip(counts, values, strict=True)) / spread
+        slope = sum((n - mean) * value for n, value in zip(drawn, values, strict=True)) / spread
         followed[key] = _whole(max(1.0, round(sum(values) / len(values) + slope * (loops - mean), 6)))
     return followed
 

@@ -31,9 +31,9 @@ def prove(twin: nn.Module, example_inputs: ExampleInputs, declared: list[str] | 
     """Run the proof on copies of `twin`, a randomised copy of a model without multipliers.
 
     With a different ε on every branch, the rewritten copy must compute what the plain one computes when the operands of
-    the traced additions are multiplied: the handles are those branches and nothing else. The weights are random, since a
-    zero-initialised branch end would make this vacuous. Beside that, with every ε at 0 it shows which parameters have no
-    effect but through branches.
+    the traced additions are multiplied: the handles are those branches and nothing else. The weights are random, since
+    a zero-initialised branch end would make this vacuous. Beside that, with every ε at 0 it shows which parameters have
+    no effect but through branches.
 
     Raises:
         InputError: the two differ, so that no faithful rewrite is known.

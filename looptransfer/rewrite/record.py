@@ -38,14 +38,24 @@ from looptransfer.rewrite.twin import state_kept
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
-class RejectedInputs(InputError):
+
+class RejectedInputsError(InputError):
     """The model itself does not take the example inputs."""
 
 
 # Frames between an operator and the line that spelled it.
-HIDDEN_FRAMES = ("torch/_tensor.py", "torch/_ops.py", "torch/_dynamo/", "torch/_compile.py", "torch/functional.py")
-HIDDEN_FRAMES += ("torch/utils/_contextlib.py", "torch/_library/", "torch/autograd/function.py")
-HIDDEN_FRAMES += ("torch/_higher_order_ops/", "torch/utils/_python_dispatch.py")
+HIDDEN_FRAMES = (
+    "torch/_tensor.py",
+    "torch/_ops.py",
+    "torch/_dynamo/",
+    "torch/_compile.py",
+    "torch/functional.py",
+    "torch/utils/_contextlib.py",
+    "torch/_library/",
+    "torch/autograd/function.py",
+    "torch/_higher_order_ops/",
+    "torch/utils/_python_dispatch.py",
+)
 
 
 @dataclass
@@ -93,7 +103,9 @@ class SiteCounter(TorchDispatchMode):
         """cond, scan or flex_attention is written in operations that can be seen."""
         dense = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
         if dense is None:
-            raise InputError(f"the trace cannot look into {func} at {place_of(self.caller())[0]}; replace it for the trace")
+            raise InputError(
+                f"the trace cannot look into {func} at {place_of(self.caller())[0]}; replace it for the trace"
+            )
         with self:
             return dense(*args, **kwargs)
 
@@ -216,7 +228,11 @@ class Recorder(SiteCounter):
         node = self._derive(call, {id(tensor) for tensor in written} if op.overwrites else set())
         if op.foreign:
             self._look_into_kernel(call)
-        out = func(*_with_multiplier(args, *scaled, in_place=bool(written)), **kwargs) if scaled else func(*args, **kwargs)
+        out = (
+            func(*_with_multiplier(args, *scaled, in_place=bool(written)), **kwargs)
+            if scaled
+            else func(*args, **kwargs)
+        )
         self._note_results(node, written, tensors_in(out))
         if site is not None and isinstance(out, Tensor) and not node.backward:
             self._note_sum(call, out, site)
@@ -250,7 +266,8 @@ class Recorder(SiteCounter):
         elif node.data and op.name == "mul":
             node.matrices = self._spread(reads)
         elif not node.data and node.parameters:
-            made = reads[-1:] if op.relation == "product" and op.name != "mul" or op.relation == "onto" else reads
+            contracts = (op.relation == "product" and not op.pointwise) or op.relation == "onto"
+            made = reads[-1:] if contracts else reads  # of W @ table it is W
             node.weights_of = frozenset[str]().union(*(self._selected(call, n, tensor) for n, tensor in made))
         self._note_proportion(node, call)
         amounts = sum(nodes[n].data and not nodes[n].choice for n in set(node.sources))
@@ -262,7 +279,9 @@ class Recorder(SiteCounter):
         fresh = {_key(tensor): (slot, tensor) for slot, tensor in enumerate(results) if _key(tensor) not in self.owner}
         places = [*enumerate(written), *((slot, t) for key, (slot, t) in fresh.items() if key not in keys)]
         for slot, tensor in places:
-            part = replace(node, slot=slot, shape=tuple(tensor.shape), choice=_chooses(tensor), handles=[], consumers=[])
+            part = replace(
+                node, slot=slot, shape=tuple(tensor.shape), choice=_chooses(tensor), handles=[], consumers=[]
+            )
             part.ancestors = 0 if part.choice else node.ancestors
             part.picked = part.choice and any(self.nodes[n].data for n in node.sources if not self.nodes[n].choice)
             part.picked |= part.choice and any(self.nodes[n].picked for n in node.sources)
@@ -365,7 +384,9 @@ class Recorder(SiteCounter):
         if op.name == "copy":
             node.repeats = held[0] if len(sources) == 1 and held else None
             node.proportional_to = (tuple(held),) if held else ()
-        elif sources and (op.relation == "same" or (op.relation == "sum" and len(sources) == 1 and _adds_zero(call.args))):
+        elif sources and (
+            op.relation == "same" or (op.relation == "sum" and len(sources) == 1 and _adds_zero(call.args))
+        ):
             node.repeats = sources[0]
         elif op.name == "mul" and len(sources) == 2 and nodes[sources[1]].noise:
             node.repeats, node.masked = sources[0], True  # how dropout is spelled on a CPU
@@ -483,7 +504,7 @@ def record(
                 torch.manual_seed(seed)
                 random.seed(seed)
                 np.random.seed(seed)
-            drawn = random.getstate(), np.random.get_state()[1:3]
+            drawn = random.getstate(), _numpy_state()
             with marker.observed(recorder.mark), recorder:
                 model(*args, **kwargs)
             recorder.steered |= drawn[0] != random.getstate() or not _same_state(drawn[1])
@@ -494,8 +515,13 @@ def record(
     return recorder.finish()
 
 
+def _numpy_state() -> Any:
+    state: Any = np.random.get_state()
+    return state[1], state[2]
+
+
 def _same_state(before: Any) -> bool:
-    keys, position = np.random.get_state()[1:3]
+    keys, position = _numpy_state()
     return bool(position == before[1] and (keys == before[0]).all())
 
 
@@ -506,7 +532,7 @@ def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception
         with state_kept(model):
             run(model, example_inputs)
     except Exception:
-        return RejectedInputs(
+        return RejectedInputsError(
             f"the model rejects the example inputs: {cause}. "
             "Give what its forward takes: a tensor, a tuple of positional arguments or a dict of keyword arguments"
         )

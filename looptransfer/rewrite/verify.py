@@ -16,7 +16,7 @@ from looptransfer.rewrite.names import compiled_modules
 from looptransfer.rewrite.parametrize import PLAN, planned
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rewrite.proof import all_agree, prove
-from looptransfer.rewrite.record import ExampleInputs, RejectedInputs, call_arguments, held
+from looptransfer.rewrite.record import ExampleInputs, RejectedInputsError, call_arguments, held
 from looptransfer.rewrite.trace import Trace
 from looptransfer.rewrite.twin import randomise, state_kept, twin_of
 
@@ -44,7 +44,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
     inner, plan = planned(model)
     try:
         analysis = analyse(inner, example_inputs, plan.declared_modules)
-    except RejectedInputs:
+    except RejectedInputsError:
         raise
     except InputError as error:
         raise VerificationError(f"the model is no longer the one that was planned: {error}") from error
@@ -90,9 +90,9 @@ def _measured(branch: Branch, wanted: float, found: Trace, group: Group) -> str 
     for own in branch.factors:  # there may be more by now, of adapters put on the last map
         if not any(_near(factor, own * wanted) for factor in ours):
             return f"{first:.6g}"
-    if wanted != 1 and branch.mark is None:  # all of the branch passes the multiplier when it leaves the module
-        if not all(_near(abs(found.graph.nodes[route[-1]].factor), wanted) for _, route in group.routes):
-            return f"{wanted:.6g} on a part of it"
+    last = [abs(found.graph.nodes[route[-1]].factor) for _, route in group.routes]
+    if wanted != 1 and branch.mark is None and not all(_near(factor, wanted) for factor in last):
+        return f"{wanted:.6g} on a part of it"
     return None
 
 

@@ -56,9 +56,7 @@ class Ties:
         loose = [(a, b) for (a, ran), (b, runs) in combinations(branches, 2) if not (ran & runs or self.tied(a, b))]
         return tuple(sorted({name for a, b in loose for name in a[0] & b[0]}))
 
-    def _share(
-        self, these: frozenset[str], those: frozenset[str], of: Callable[[float, float], float]
-    ) -> float:
+    def _share(self, these: frozenset[str], those: frozenset[str], of: Callable[[float, float], float]) -> float:
         size = of(self._size(these), self._size(those))
         return self._size(these & those) / size if size else float(these == those)
 

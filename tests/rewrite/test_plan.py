@@ -201,7 +201,8 @@ def refused(model: nn.Module, match: str) -> None:
 def test_a_purely_functional_branch_is_refused_at_its_line() -> None:
     refused(
         models.FunctionalBranch(),
-        r"branch added at .*models\.py:\d+ is not the output of a module of its own, .*residual\(…, 'name'\).*branches=\[…\]",
+        r"branch added at .*models\.py:\d+ is not the output of a module of its own, .*"
+        r"residual\(…, 'name'\).*branches=\[…\]",
     )
 
 

@@ -74,7 +74,9 @@ def test_a_deepcopy_is_scaled_and_independent() -> None:
     twin = copy.deepcopy(model)
     before = model(tokens())
     assert torch.equal(twin(tokens()), before)
-    lt.rescale(twin, loops=7)
+    twin.loops = 7
+    lt.rescale(twin, tokens())
+    twin.loops = model.loops
     assert torch.equal(model(tokens()), before)
     assert not torch.equal(twin(tokens()), before)
     lt.remove(twin)
@@ -224,11 +226,13 @@ def test_blocks_that_are_wrapped_later_can_be_verified_rescaled_and_folded(wrap:
     model = decoder()
     wrap(model)
     lt.verify(model, tokens())
-    lt.rescale(model, loops=5)
+    model.loops = 5
+    lt.rescale(model, tokens())
     scaled = model(tokens())
     lt.fold(model)
     torch.testing.assert_close(model(tokens()), scaled, rtol=1e-12, atol=1e-12)
     lt.remove(model)
+    model.loops = 2
     torch.testing.assert_close(model(tokens()), plain_decoder()(tokens()), rtol=1e-12, atol=1e-12)
 
 
@@ -372,7 +376,8 @@ def train_with_ddp(rank: int, port: int) -> None:
     wrapped = nn.parallel.DistributedDataParallel(model)
     assert_same_as_one_process(wrapped, rank)
     assert lt.verify(wrapped, tokens()).loops == 2
-    lt.rescale(wrapped, loops=5)
+    model.loops = 5
+    lt.rescale(wrapped, tokens())
     scaled = wrapped(tokens()).detach()
     lt.fold(wrapped)
     torch.testing.assert_close(wrapped(tokens()), scaled, rtol=1e-12, atol=1e-12)
@@ -396,7 +401,8 @@ def train_with_fsdp2(rank: int, port: int) -> None:
     start(rank, port)
     model = sharded(decoder())
     assert_same_as_one_process(model, rank)
-    lt.rescale(model, loops=5)
+    model.loops = 5
+    lt.rescale(model, tokens())
     scaled = model(tokens()).detach()
     lt.fold(model)
     torch.testing.assert_close(model(tokens()), scaled, rtol=1e-12, atol=1e-12)

@@ -209,7 +209,9 @@ def test_a_model_that_only_the_trace_cannot_run_is_told_from_wrong_inputs_with_i
             assert not is_in_torch_dispatch_mode()
             return super().forward(h)
 
-    with pytest.raises(lt.InputError, match=r"the trace cannot follow this model, which runs without it .*:\d+") as caught:
+    with pytest.raises(
+        lt.InputError, match=r"the trace cannot follow this model, which runs without it .*:\d+"
+    ) as caught:
         lt.parametrize(Watchful(), torch.ones(3, 2, WIDTH))
     place = re.search(r"at (\S+:\d+)", str(caught.value))
     assert place is not None

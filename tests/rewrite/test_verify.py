@@ -535,7 +535,7 @@ def test_after_remove_there_is_nothing_to_verify() -> None:
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     rule=st.sampled_from(["factored", "sqrt", "unscaled"]),
-    before=st.integers(2, 5),
+    before=st.integers(1, 5),
     after=st.integers(1, 9),
     prelude=st.integers(0, 1),
     lam=st.floats(0.1, 10),
@@ -546,12 +546,12 @@ def test_rescaled_multipliers_are_those_of_a_fresh_model(
     model = noisy(small_decoder(1, before, prelude), std=0.1)
     other = noisy(small_decoder(1, after, prelude), std=0.1)
     lt.parametrize(model, tokens(), rule, lam)
-    plan = lt.rescale(model, loops=after)
+    model.loops = after
+    plan = lt.rescale(model, tokens())
     fresh_plan = lt.parametrize(other, tokens(), rule, lam)
     for ours, theirs in zip(plan.branches, fresh_plan.branches, strict=True):
         assert (ours.handle, ours.visits) == (theirs.handle, theirs.visits)
         assert ours.multiplier == pytest.approx(theirs.multiplier, rel=1e-15)
-    model.loops = after
     torch.testing.assert_close(model(tokens()), other(tokens()), rtol=1e-12, atol=1e-12)
     assert lt.verify(model, tokens()) == plan
 
@@ -560,7 +560,8 @@ def test_rescale_keeps_the_prelude_and_the_weights() -> None:
     model = noisy(small_decoder(loops=3, prelude=1, coda=1), std=0.1)
     plan = lt.parametrize(model, tokens())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    new = lt.rescale(model, loops=6)
+    model.loops = 6
+    new = lt.rescale(model, tokens())
     for old, branch in zip(plan.branches, new.branches, strict=True):
         looped = branch.module.startswith("layers")
         assert (branch.visits, branch.multiplier) == (
@@ -572,9 +573,12 @@ def test_rescale_keeps_the_prelude_and_the_weights() -> None:
 def test_rescale_there_and_back_is_the_same_plan() -> None:
     model = decoder()
     plan, out = lt.verify(model, tokens()), model(tokens())
-    lt.rescale(model, loops=17)
-    assert not torch.equal(model(tokens()), out)
-    assert lt.rescale(model, loops=2) == plan
+    for loops in (17, 1):
+        model.loops = loops
+        lt.rescale(model, tokens())
+        model.loops = 2
+        assert not torch.equal(model(tokens()), out)
+    assert lt.rescale(model, tokens()) == plan
     assert torch.equal(model(tokens()), out)
 
 
@@ -583,58 +587,122 @@ def test_rescale_reaches_a_compiled_model(way: Callable[[nn.Module], nn.Module])
     model = decoder()
     live = way(model)
     live(tokens())
-    lt.rescale(live, loops=3)
     model.loops = 3
+    lt.rescale(live, tokens())
     other = noisy(small_decoder(loops=3), std=0.1)
     lt.parametrize(other, tokens())
     torch.testing.assert_close(live(tokens()), other(tokens()), rtol=1e-12, atol=1e-12)
     lt.verify(live, tokens())
 
 
-def test_rescale_takes_a_mean() -> None:
-    model = decoder()
-    assert lt.rescale(model, loops=4.5).branches[0].multiplier == pytest.approx(1 / (4.5 * 2**0.5), rel=1e-15)
+class Drawn(nn.Module):
+    """A block before the loop, one that is used twice in each loop, and a norm at its end."""
+
+    def __init__(self, counts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.once, self.twice, self.norm, self.counts = models.mlp(), models.mlp(), nn.LayerNorm(WIDTH), counts
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.once(h)
+        for _ in range(random.choice(self.counts)):
+            h = h + self.once(h)
+            for _ in range(2):
+                h = h + self.twice(h)
+            h = self.norm(h)
+        return h
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_mean_loop_count_gives_every_branch_its_own_visits_whatever_is_drawn(seed: int) -> None:
+    random.seed(seed)
+    model = Drawn((1, 2, 5)).double()
+    plan = lt.parametrize(model, inputs(2, WIDTH), loops=2.5)
+    assert [(branch.module, branch.visits) for branch in plan.branches] == [("once", 2.5), ("twice", 3)]
+    assert plan.on_stream == {"norm.weight": 1.5, "norm.bias": 1.5}
+    differ = next(caveat for caveat in plan.caveats if caveat.startswith("visits differ"))
+    assert differ.startswith("visits differ (2.5, 3)")
+    model.counts = (4, 8, 9)
+    assert [branch.visits for branch in lt.rescale(model, inputs(2, WIDTH), loops=7).branches] == [7, 12]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_loop_count_that_is_drawn_is_noticed_whatever_is_drawn_first(seed: int) -> None:
+    random.seed(seed)
+    plan = lt.parametrize(Drawn((4, 8)).double(), inputs(2, WIDTH))
+    assert any(caveat.startswith("visits vary") for caveat in plan.caveats)
+
+
+def test_a_mean_of_what_is_not_drawn_must_be_near_the_traced_count() -> None:
+    assert lt.parametrize(models.ResidualMLP(5).double(), inputs(2, WIDTH), loops=4.5).loops == 4.5
+    with pytest.raises(lt.InputError, match=r"visited 5 times in every forward: nothing is drawn at random"):
+        lt.parametrize(models.ResidualMLP(5).double(), inputs(2, WIDTH), loops=3)
 
 
 def test_rescale_of_folded_multipliers_is_refused_and_the_way_out_works() -> None:
     model = decoder(realisation="folded")
     before = model(tokens())
     with pytest.raises(lt.InputError, match=r"folded into the weights; call unfold\(model\), rescale it and fold it"):
-        lt.rescale(model, loops=6)
+        lt.rescale(model, tokens())
     assert torch.equal(model(tokens()), before)
     lt.unfold(model)
-    lt.rescale(model, loops=6)
-    lt.fold(model)
     model.loops = 6
+    lt.rescale(model, tokens())
+    lt.fold(model)
     lt.verify(model, tokens())
 
 
-@pytest.mark.parametrize("loops", [0, -1, 0.5, float("nan"), float("inf"), "3", None, True])
+@pytest.mark.parametrize("loops", [0, -1, 0.5, float("nan"), float("inf"), "3", True])
 def test_a_loop_count_out_of_range_is_refused(loops: Any) -> None:
     model = decoder()
     plan = lt.verify(model, tokens())
     with pytest.raises(lt.InputError, match=r"loops is .*must be a number from 1 up"):
-        lt.rescale(model, loops=loops)
+        lt.rescale(model, tokens(), loops=loops)
     assert lt.verify(model, tokens()) == plan
 
 
-def test_rescale_of_a_model_that_did_not_loop_is_refused() -> None:
-    model = small_decoder(loops=1, prelude=1)
-    lt.parametrize(model, tokens())
-    with pytest.raises(lt.InputError, match="visited 1 times, which does not tell what a loop count of 4 means"):
-        lt.rescale(model, loops=4)
+@pytest.mark.parametrize("given", [(), (6,)])
+def test_a_loop_count_alone_is_answered_with_what_is_missing(given: tuple[Any, ...]) -> None:
+    model = decoder()
+    with pytest.raises(lt.InputError, match=r"set it on the model and give example inputs: rescale\(model, example_in"):
+        lt.rescale(model, *given)
 
 
-def test_rescale_of_loops_that_differ_is_refused() -> None:
-    model = nn.Sequential(models.ResidualMLP(2), models.ResidualMLP(5))
-    lt.parametrize(model, inputs(2, WIDTH).float())
-    with pytest.raises(lt.InputError, match=r"visited 2, 5 times.*run parametrize on a fresh model"):
-        lt.rescale(model, loops=4)
+def test_rescale_follows_loops_that_differ() -> None:
+    model = nn.Sequential(models.ResidualMLP(1), models.ResidualMLP(5)).double()
+    lt.parametrize(model, inputs(2, WIDTH))
+    model[0].loops = 4
+    assert [branch.visits for branch in lt.rescale(model, inputs(2, WIDTH)).branches] == [4, 5]
+
+
+def test_what_acts_on_the_stream_follows_the_loop_count() -> None:
+    model = Drawn((1,)).double()
+    assert lt.parametrize(model, inputs(2, WIDTH)).on_stream == {}
+    model.counts = (3,)
+    assert lt.rescale(model, inputs(2, WIDTH)).on_stream == {"norm.weight": 3, "norm.bias": 3}
+    scales = {group["name"]: group["lr"] for group in lt.param_groups(model, torch.optim.AdamW, lr=1.0)}
+    assert scales["outside, no decay, on the stream 3×"] == pytest.approx(1 / 3)
+
+
+def test_a_count_at_which_the_model_has_other_branches_is_refused() -> None:
+    class Growing(models.ResidualMLP):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.late = models.mlp()
+
+        def forward(self, h: Tensor) -> Tensor:
+            h = super().forward(h)
+            return h + self.late(h) if self.loops > 2 else h
+
+    model = Growing().double()
+    lt.parametrize(model, inputs(2, WIDTH))
+    model.loops = 3
+    with pytest.raises(lt.InputError, match=r"other branches than before \(late\); parametrize a fresh model"):
+        lt.rescale(model, inputs(2, WIDTH))
 
 
 def test_rescale_of_a_plain_model_is_refused() -> None:
     with pytest.raises(lt.InputError, match="not rewritten"):
-        lt.rescale(small_decoder(), loops=4)
+        lt.rescale(small_decoder(), tokens())
 
 
 # -- the plan as text
