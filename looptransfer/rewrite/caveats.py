@@ -74,8 +74,8 @@ def _shared(names: tuple[str, ...]) -> str | None:
         return None
     return (
         f"shared in part: {', '.join(names[:4])}{', …' * (len(names) > 4)} act in branches that have most of their "
-        "weights to themselves (a projection, a router or a block that layers share). Such branches do not point the same "
-        "way, and each counts its own visits"
+        "weights to themselves (a projection, a router or a block that layers share). Such branches do not point the "
+        "same way, and each counts its own visits"
     )
 
 
@@ -94,8 +94,9 @@ def _fixed(found: Trace, groups: list[Group]) -> str | None:
 def _post_norm(found: Trace) -> str | None:
     """A sum that goes on only through something without matrices: the stream itself is normalised."""
     leaves = found.of("leaf")
-    carried = {n for add in leaves for n in found.same(add.stream)}
-    carried |= {n for number in found.graph.outputs for n in found.same(number)}
+    carried = set[int]()
+    for number in [*(add.stream for add in leaves), *found.graph.outputs]:
+        found.origin(number, carried)
     normed = [add for n, add in enumerate(leaves) if _normed(found, add, leaves[n + 1 : n + 9], carried)]
     if not normed or len(normed) < len(leaves) // 2:  # no more than a norm at the end of each loop
         return None

@@ -128,7 +128,8 @@ def last_maps(model: nn.Module, found: Trace, group: Group) -> tuple[tuple[str, 
             return (), f"{', '.join(sorted(node.parameters & names))} of its last map is used elsewhere too"
     totals = {add.total for add in group.adds}
     route = totals.union(*(add.way for add in group.adds))
-    after = [n for end in own for n in route if n == end or found.graph.precedes(end, n)]
+    last = sum(1 << n for n in own)
+    after = [n for n in route if n in own or nodes[n].ancestors & last]
     if any(found.graph.users(n) - route for n in after if n not in totals):
         return (), "what its last map makes is used elsewhere too, and would change there"
     return tuple(sorted(names)), ""

@@ -87,6 +87,7 @@ class Node:
     picked: bool = False  # a choice made by numbers of the forward, and not by the inputs themselves
     backward: bool = False  # autograd computes a gradient here
     random: bool = False  # depends on random numbers
+    learned: bool = False  # depends on learned tensors, a choice by them included
     noise: bool = False  # random numbers and what is made of them alone: a dropout mask
     parameters: frozenset[str] = frozenset()  # learned tensors that enter here
     matrices: frozenset[str] = frozenset()  # those that act as matrices; "name+part" where only a part does
@@ -129,9 +130,10 @@ class Graph:
     sums: list[Sum]
     calls: Counter[Handle]  # how often a module ran (as a handle without output) or a mark was met
     outputs: tuple[int, ...]  # the nodes that the model handed back
-    results: list[Tensor]  # the tensors that it handed back, without gradients that it took itself
+    results: tuple[int, ...]  # which of the tensors that it handed back are no gradients that it took itself
     fused_kernels: tuple[str, ...]  # lines where one kernel adds a branch to its own input
-    steered: bool  # random numbers may have told Python what to do
+    chance_steers: bool  # random numbers may have told Python what to do
+    weights_steer: bool  # what learned tensors made may have
     watched: dict[int, Tensor]  # sums over the nodes that were asked for
 
     @functools.cached_property

@@ -50,7 +50,7 @@ class Operator:
     pointwise: bool
     reduces: bool  # a sum or a mean, or another reduction
     draws: bool  # random numbers
-    tells: bool  # hands a number to Python, which may steer by it
+    tells: bool  # hands numbers, or how many there are, to Python, which may steer by them
     view: bool  # the result is a part of the argument's memory, and nothing is written
     foreign: bool  # not one of torch's own
     passive: bool  # see MOVERS
@@ -89,7 +89,7 @@ def operator(func: Any) -> Operator:
         pointwise=pointwise,
         reduces=name in {"sum", "mean"} or getattr(torch.Tag, "reduction", None) in tags,
         draws=draws,
-        tells=name == "_local_scalar_dense",
+        tells=bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & tags),
         view=bool(aliases) and (not writing or torch.Tag.inplace_view in func.tags),
         foreign=foreign,
         passive=pointwise or relation in MOVERS,

@@ -15,7 +15,7 @@ from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multipli
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
 from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan
 from looptransfer.rewrite.planner import counts, make_plan
-from looptransfer.rewrite.proof import prove
+from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import ExampleInputs
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
@@ -89,21 +89,26 @@ def parametrize(
 
 
 def _draws(model: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None, meta: bool) -> list[Analysis]:
-    """The model as it stands, put to the proof with random weights, and drawn again where random numbers steer it."""
+    """Forwards of a copy with random weights, which is put to the proof.
+
+    Drawn again where random numbers steer the model, and first as the model stands where its weights do.
+    """
     check_ties(model)
-    draws = [analyse(twin_of(model), example_inputs, declared, copy_of=model)]
-    draws += [analyse(twin_of(model), example_inputs, declared, seed=seed) for seed in _seeds(draws[0])]
-    if not meta and draws[0].groups:
-        proof = prove(twin_of(model, randomised=True), example_inputs, declared)
-        draws.append(proof.analysis)
-        for draw in draws:
-            draw.hide(model, proof.hidden)
-    return draws
+    twin = twin_of(model, randomised=True)
+    analysis = analyse(twin_of(twin), example_inputs, declared, seed=SEED, copy_of=model)
+    draws = [analyse(twin_of(twin), example_inputs, declared, seed=seed) for seed in _seeds(analysis)]
+    if analysis.trace.graph.weights_steer:
+        draws.insert(0, analyse(twin_of(model), example_inputs, declared))
+    if not meta and analysis.groups:
+        hidden = prove(twin, example_inputs, analysis)
+        for draw in [*draws, analysis]:
+            draw.hide(model, hidden)
+    return [*draws, analysis]
 
 
 def _seeds(analysis: Analysis) -> range:
     """Of further forwards, where random numbers steer the model."""
-    return range(DRAWS if analysis.trace.graph.steered else 0)
+    return range(DRAWS if analysis.trace.graph.chance_steers else 0)
 
 
 def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:

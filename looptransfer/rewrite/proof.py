@@ -2,48 +2,42 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.analysis import Analysis, analyse
+from looptransfer.rewrite.analysis import Analysis
 from looptransfer.rewrite.branches import DECLARE, DECLARED, Group
 from looptransfer.rewrite.graph import ANY, Handle, Site
 from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.record import ExampleInputs, as_written, record, run
+from looptransfer.rewrite.record import ExampleInputs, as_written, run, run_scaled
 from looptransfer.rewrite.twin import twin_of
 
 SEED = 1  # of what a model draws while it is put to the proof
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What copies with random weights have shown."""
-
-    analysis: Analysis
-    hidden: frozenset[str]  # parameters of which the output depends on nothing where every ε is 0
-
-
-def prove(twin: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None) -> Proof:
-    """Run the proof on copies of `twin`, a randomised copy of a model without multipliers.
+def prove(twin: nn.Module, example_inputs: ExampleInputs, analysis: Analysis) -> frozenset[str]:
+    """Run the proof on copies of `twin`, a randomised copy of a model without multipliers that was analysed so.
 
     With a different ε on every branch, the rewritten copy must compute what the plain one computes when the operands of
     the traced additions are multiplied: the handles are those branches and nothing else. The weights are random, since
-    a zero-initialised branch end would make this vacuous. Beside that, with every ε at 0 it shows which parameters have
-    no effect but through branches.
+    a zero-initialised branch end would make this vacuous.
+
+    Returns:
+        The parameters that have no effect where every ε is 0, though data of theirs comes along on the stream.
 
     Raises:
         InputError: the two differ, so that no faithful rewrite is known.
     """
-    analysis = analyse(twin_of(twin), example_inputs, declared, seed=SEED)
     groups = analysis.groups
     if all(add.site.source != DECLARED for group in groups for add in group.adds):
-        _check_equality(twin, example_inputs, groups, Counter(total.site for total in analysis.trace.graph.sums))
-    whole, rest = (_effective(_with(twin, {group.handle: e for group in groups}), example_inputs) for e in (1.0, 0.0))
-    return Proof(analysis, whole - rest if whole is not None and rest is not None else frozenset())
+        _check_equality(twin, example_inputs, analysis)
+    inside = frozenset[str]().union(*(group.parameters for group in groups))
+    silent = _effective(_with(twin, {group.handle: 0.0 for group in groups}), example_inputs)
+    suspects = analysis.trace.graph.touched - inside - silent if silent is not None else frozenset[str]()
+    return suspects & (_effective(twin_of(twin), example_inputs) or frozenset()) if suspects else suspects
 
 
 def _effective(model: nn.Module, example_inputs: ExampleInputs) -> frozenset[str] | None:
@@ -75,7 +69,8 @@ def _with(twin: nn.Module, multipliers: dict[Handle, float]) -> nn.Module:
     return scaled
 
 
-def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, groups: list[Group], runs: Counter[Site]) -> None:
+def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, analysis: Analysis) -> None:
+    groups, graph = analysis.groups, analysis.trace.graph
     scale: dict[tuple[Site, int], tuple[int, float]] = {}
     multipliers: dict[Handle, float] = {}
     for number, together in enumerate(_added_together(groups)):
@@ -83,13 +78,16 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, groups: list
         for group in together:
             multipliers[group.handle] = multiplier
             scale |= {(add.site, add.occurrence): (add.position, multiplier) for add in group.adds}
-    for site, times in runs.items():  # other values may loop more often, and all runs of a site may be alike
-        alike = {scale.get((site, occurrence)) for occurrence in range(times)}
-        if len(alike) == 1 and (one := alike.pop()):
-            scale[site, ANY] = one
-    rewritten = record(_with(twin, multipliers), example_inputs, seed=SEED).results
-    wanted = record(twin_of(twin), example_inputs, seed=SEED, scale=scale).results
-    if not all_agree(rewritten, wanted, twin):
+    for site, times in Counter(total.site for total in graph.sums).items():
+        # other values may loop more often, and all runs of a site may be alike
+        factors = {scale.get((site, occurrence)) for occurrence in range(times)}
+        if len(factors) == 1 and (factor := factors.pop()):
+            scale[site, ANY] = factor
+    rewritten = dict(enumerate(run_scaled(_with(twin, multipliers), example_inputs, {}, SEED)))
+    wanted = dict(enumerate(run_scaled(twin_of(twin), example_inputs, scale, SEED)))
+    if len(rewritten) != len(wanted) or not all_agree(
+        [rewritten[n] for n in graph.results if n in rewritten], [wanted[n] for n in graph.results if n in wanted], twin
+    ):
         names = ", ".join(str(group.handle) for group in groups[:4])
         lines = list(dict.fromkeys(add.site.source for group in groups for add in group.adds))
         raise InputError(

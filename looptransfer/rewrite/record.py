@@ -36,6 +36,7 @@ from looptransfer.rewrite.names import homes, named_parameters, plain_names
 from looptransfer.rewrite.ops import GATHERED, GIVEN, Operator, operator
 from looptransfer.rewrite.twin import state_kept
 
+Scale = Mapping[tuple[Site, int], tuple[int, float]]  # additions -> which operand is multiplied, by what
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
@@ -124,7 +125,6 @@ class Recorder(SiteCounter):
         self,
         model: nn.Module,
         example: Any,
-        scale: Mapping[tuple[Site, int], tuple[int, float]],
         strangers: frozenset[int],
         watch: frozenset[int],
         change: Mapping[int, Callable[[Tensor], None]],
@@ -133,15 +133,13 @@ class Recorder(SiteCounter):
         self.nodes: list[Node] = []
         self.owner: dict[int, _Memory] = {}
         self.gathered: dict[tuple[int, ...], int] = {}
-        self.homes, self.scale, self.strangers, self.watch = homes(model), scale, strangers, watch
-        self.change = change
+        self.homes, self.strangers, self.watch, self.change = homes(model), strangers, watch, change
         self.calls: Counter[Handle] = Counter()
         self.sums: list[Sum] = []
         self.outputs: list[int | None] = []
-        self.results: list[Tensor] = []
         self.watched: dict[int, Tensor] = {}
         self.fused_kernels: list[str] = []
-        self.steered = False
+        self.chance_steers = self.weights_steer = False
         self.learned = named_parameters(model)
         for _, tensor in model.named_buffers():
             self._own(tensor, Node())
@@ -175,7 +173,8 @@ class Recorder(SiteCounter):
 
     def _parameter(self, name: str) -> Node:
         wide = frozenset([name]) if self.learned[name].ndim >= 2 else frozenset[str]()
-        return Node(parameters=frozenset([name]), weights_of=wide, shape=tuple(self.learned[name].shape))
+        shape = tuple(self.learned[name].shape)
+        return Node(parameters=frozenset([name]), weights_of=wide, learned=True, shape=shape)
 
     def leave(self, module: nn.Module, output: Any) -> None:
         super().leave(module, output)
@@ -184,14 +183,19 @@ class Recorder(SiteCounter):
             for index, tensor in parts_of(output):
                 self._handed_over(tensor, Handle(name, index))
         if name == "":
-            self.results = held(output)
-            self.outputs = [self._node_of(tensor) for tensor in self.results]
+            self.outputs = [self._node_of(tensor) for tensor in held(output)]
 
     def mark(self, tensor: Tensor, name: str) -> None:
         """Hook of `residual`."""
         handle = Handle(self.running[-1] if self.running else "", mark=name)
         self.calls[handle] += 1
         self._handed_over(tensor, handle)
+
+    def tell(self, *tensors: Tensor) -> None:
+        """Values of these go to Python."""
+        known = [self.nodes[n] for tensor in tensors if (n := self._node_of(tensor)) is not None]
+        self.chance_steers |= any(node.random for node in known)
+        self.weights_steer |= any(node.learned for node in known)
 
     def _handed_over(self, tensor: Tensor, handle: Handle) -> None:
         number = self._node_of(tensor)
@@ -220,19 +224,15 @@ class Recorder(SiteCounter):
                 self.nodes[number].followed = True
         if op.view:
             return func(*args, **kwargs)
-        self.steered |= op.tells and any(n is not None and self.nodes[n].random for n in before)
+        if op.tells and (op.name != "index" or any(tensor.dtype == torch.bool for tensor in inputs)):
+            self.tell(*inputs)
         call = Call(op, func, args, kwargs, inputs, before, versions(inputs))
         site = self.site(op, [tensor.shape for tensor in inputs])
-        scaled = self.scale.get(site, self.scale.get((site[0], ANY))) if site and self.scale else None
         written = [tensor for position in op.writes for tensor in tensors_in(_argument(position, args, kwargs))]
         node = self._derive(call, {id(tensor) for tensor in written} if op.overwrites else set())
         if op.foreign:
             self._look_into_kernel(call)
-        out = (
-            func(*_with_multiplier(args, *scaled, in_place=bool(written)), **kwargs)
-            if scaled
-            else func(*args, **kwargs)
-        )
+        out = func(*args, **kwargs)
         self._note_results(node, written, tensors_in(out))
         if site is not None and isinstance(out, Tensor) and not node.backward:
             self._note_sum(call, out, site)
@@ -250,6 +250,7 @@ class Recorder(SiteCounter):
         node.gradients_to = frozenset(n for n, t in reads if t.requires_grad or not torch.is_grad_enabled())
         node.data = any(nodes[n].data for n in node.sources)
         node.random = op.draws or any(nodes[n].random for n in node.sources)
+        node.learned = any(nodes[n].learned for n in node.sources)
         for number in node.sources:
             source = nodes[number]
             node.ancestors |= 0 if source.choice else source.ancestors | 1 << number
@@ -278,13 +279,13 @@ class Recorder(SiteCounter):
         keys = {_key(tensor) for tensor in written}
         fresh = {_key(tensor): (slot, tensor) for slot, tensor in enumerate(results) if _key(tensor) not in self.owner}
         places = [*enumerate(written), *((slot, t) for key, (slot, t) in fresh.items() if key not in keys)]
-        for slot, tensor in places:
-            part = replace(
-                node, slot=slot, shape=tuple(tensor.shape), choice=_chooses(tensor), handles=[], consumers=[]
-            )
-            part.ancestors = 0 if part.choice else node.ancestors
-            part.picked = part.choice and any(self.nodes[n].data for n in node.sources if not self.nodes[n].choice)
-            part.picked |= part.choice and any(self.nodes[n].picked for n in node.sources)
+        sources = [self.nodes[n] for n in node.sources]
+        ancestors, picked = node.ancestors, any(s.picked or (s.data and not s.choice) for s in sources)
+        for count, (slot, tensor) in enumerate(places):
+            part = node if count == 0 else replace(node, handles=[], consumers=[])
+            part.slot, part.shape, part.choice = slot, tuple(tensor.shape), _chooses(tensor)
+            part.ancestors = 0 if part.choice else ancestors
+            part.picked = part.choice and picked
             number = self._own(tensor, part)
             for source in node.sources:
                 self.nodes[source].consumers.append(number)
@@ -311,6 +312,7 @@ class Recorder(SiteCounter):
             part.gradients_to = frozenset(writers)
             part.data = any(self.nodes[n].data for n in writers)
             part.random = any(self.nodes[n].random for n in writers)
+            part.learned = any(self.nodes[n].learned for n in writers)
             part.ancestors = functools.reduce(lambda seen, n: seen | self.nodes[n].ancestors | 1 << n, writers, 0)
             self.gathered[writers] = len(self.nodes)
             for n in writers:
@@ -369,10 +371,11 @@ class Recorder(SiteCounter):
 
     def _spread(self, reads: list[tuple[int, Tensor]]) -> frozenset[str]:
         """A learned matrix that is multiplied into more numbers than it meets acts as one; their sum is to come."""
-        data = max((t.numel() for n, t in reads if self.nodes[n].data and not self.nodes[n].selected), default=0)
-        size = torch.broadcast_shapes(*(t.shape for _, t in reads)).numel()
         names = frozenset[str]().union(*(self._acting(n, tensor) for n, tensor in reads))
-        return names if size > data else frozenset()
+        if not names:
+            return names
+        data = max((t.numel() for n, t in reads if self.nodes[n].data and not self.nodes[n].selected), default=0)
+        return names if torch.broadcast_shapes(*(t.shape for _, t in reads)).numel() > data else frozenset()
 
     # -- proportions
 
@@ -459,18 +462,37 @@ class Recorder(SiteCounter):
         kernels = tuple(dict.fromkeys(self.fused_kernels))
         outputs = tuple(n for n in self.outputs if n is not None)
         backward = functools.reduce(lambda mask, n: mask | self.nodes[n].backward << n, range(len(self.nodes)), 0)
-        results = [
-            tensor
-            for tensor, n in zip(self.results, self.outputs, strict=True)
+        results = tuple(
+            place
+            for place, n in enumerate(self.outputs)
             if n is None or not (self.nodes[n].ancestors | 1 << n) & backward
-        ]
-        return Graph(self.nodes, self.sums, self.calls, outputs, results, kernels, self.steered, self.watched)
+        )
+        steers = self.chance_steers, self.weights_steer
+        return Graph(self.nodes, self.sums, self.calls, outputs, results, kernels, *steers, self.watched)
+
+
+class Scaler(SiteCounter):
+    """Multiplies one operand of some additions before it is added."""
+
+    def __init__(self, model: nn.Module, scale: Scale) -> None:
+        super().__init__(model)
+        self.scale = scale
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.inside(func, args, kwargs)
+        op = operator(func)
+        site = self.site(op, [tensor.shape for tensor in tensors_in(args)]) if op.relation == "sum" else None
+        if site is not None:
+            position, multiplier = self.scale.get(site, self.scale.get((site[0], ANY), (0, 1.0)))
+            args = _with_multiplier(args, position, multiplier, in_place=bool(op.writes)) if multiplier != 1 else args
+        return func(*args, **kwargs)
 
 
 def record(
     model: nn.Module,
     example_inputs: ExampleInputs,
-    scale: Mapping[tuple[Site, int], tuple[int, float]] | None = None,
     seed: int | None = None,
     copy_of: nn.Module | None = None,
     watch: frozenset[int] = frozenset(),
@@ -483,7 +505,6 @@ def record(
     Args:
         model: run in eager mode, also where it was compiled, and without the fused paths of torch's Transformer layers.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        scale: additions of which one operand, by position, is to be multiplied before it is added.
         seed: of all random numbers drawn in the forward; None leaves them to the random state as it is.
         copy_of: the model of which `model` is a copy; that none of its modules runs is checked.
         watch: nodes whose sums are wanted in `Graph.watched`.
@@ -496,23 +517,59 @@ def record(
     if any(tensor.is_nested for tensor in held((args, kwargs))):
         raise InputError("the example inputs hold a nested tensor, which the trace cannot follow; give a padded one")
     strangers = frozenset(map(id, copy_of.modules())) if copy_of is not None else frozenset()
-    recorder = Recorder(model, (args, kwargs), scale or {}, strangers, watch, change or {})
-    torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
+    recorder = Recorder(model, (args, kwargs), strangers, watch, change or {})
     try:
-        with as_written(), state_kept(model), module_hooks(recorder.enter, recorder.leave):
-            if seed is not None:
-                torch.manual_seed(seed)
-                random.seed(seed)
-                np.random.seed(seed)
+        with _as_seeded(model, recorder, seed), _values_told(recorder.tell), marker.observed(recorder.mark):
             drawn = random.getstate(), _numpy_state()
-            with marker.observed(recorder.mark), recorder:
+            with recorder:
                 model(*args, **kwargs)
-            recorder.steered |= drawn[0] != random.getstate() or not _same_state(drawn[1])
+            recorder.chance_steers |= drawn[0] != random.getstate() or not _same_state(drawn[1])
     except InputError:
         raise
     except Exception as error:
         raise _explained(model, example_inputs, error) from error
     return recorder.finish()
+
+
+def run_scaled(model: nn.Module, example_inputs: ExampleInputs, scale: Scale, seed: int) -> list[Tensor]:
+    """The tensors that a forward, run as `record` does, hands back where operands of some additions are multiplied."""
+    args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
+    scaler = Scaler(model, scale)
+    with _as_seeded(model, scaler, seed), scaler:
+        return held(model(*args, **kwargs))
+
+
+@contextmanager
+def _as_seeded(model: nn.Module, counter: SiteCounter, seed: int | None) -> Iterator[None]:
+    """Run as written, with modules counted, and give random state and buffers back."""
+    torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
+    with as_written(), state_kept(model), module_hooks(counter.enter, counter.leave):
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+        yield
+
+
+@contextmanager
+def _values_told(tell: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `tell` where values leave torch in a way that no operator shows."""
+    plain = {name: getattr(Tensor, name) for name in ("tolist", "numpy")}
+
+    def telling(method: Any) -> Any:
+        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            tell(tensor)
+            return method(tensor, *args, **kwargs)
+
+        return read
+
+    for name, method in plain.items():
+        setattr(Tensor, name, telling(method))
+    try:
+        yield
+    finally:
+        for name in plain:
+            delattr(Tensor, name)
 
 
 def _numpy_state() -> Any:
@@ -527,7 +584,7 @@ def _same_state(before: Any) -> bool:
 
 def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -> InputError:
     """Whose fault it is: the model runs without an observer, or it does not."""
-    cause = f"{type(error).__name__}: {error}{_raised_at(error)}"
+    cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}{_raised_at(error)}"
     try:
         with state_kept(model):
             run(model, example_inputs)

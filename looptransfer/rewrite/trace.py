@@ -7,7 +7,9 @@ come round to themselves only by way of the stream.
 """
 
 import functools
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -80,14 +82,22 @@ class Trace:
         """The user marked what is added there."""
         return any(h.mark is not None for n in self.proportional(add) for h in self.graph.nodes[n].handles)
 
-    def same(self, number: int) -> list[int]:
+    def same(self, number: int) -> Iterator[int]:
         """A node and those it is identical to but for branches and constants added, the nearest first."""
-        chain: list[int] = []
         step: int | None = number
         while step is not None:
-            chain.append(step)
-            step = self.streams.get(step, self.graph.same_but_constants(step))
-        return chain
+            yield step
+            step = self.streams[step] if step in self.streams else self.graph.same_but_constants(step)
+
+    def origin(self, number: int, seen: set[int]) -> int | None:
+        """The oldest node that one is identical to; None where the way there was seen before. Adds to what was seen."""
+        oldest: int | None = None
+        for n in self.same(number):
+            if n in seen:
+                return None
+            seen.add(n)
+            oldest = n
+        return oldest
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Trace:
@@ -135,7 +145,8 @@ def _candidates(graph: Graph, refused: set[int], composite: set[int]) -> Trace:
             add.kind = "composite" if add.total in composite else add.kind
             found.adds.append(add)
             found.streams[add.total] = add.branch if add.kind == "composite" else add.stream
-        added[total.site].update(n for operand in total.operands for n in found.same(operand))
+        for operand in total.operands:
+            found.origin(operand, added[total.site])
     return found
 
 
@@ -168,7 +179,7 @@ def _candidate(found: Trace, total: Sum, added: set[int]) -> ResidualAdd | None:
 
 def _holds_stream(found: Trace, branch: int, root: int) -> bool:
     """A branch is a stream itself, and one that did not begin inside it."""
-    chain = found.same(branch)
+    chain = list(found.same(branch))
     begun = chain[-1] != root and found.graph.precedes(root, chain[-1])
     return any(n in found.streams for n in chain) and not (
         begun and found.graph.matrices_on(found.graph.between(root, chain[-1]))
@@ -262,17 +273,17 @@ def _mark_nested(found: Trace) -> None:
     that branch: inner. Adds that follow each other make a stream of their own and are leaves; the outer add is one too
     if a matrix of its own comes after them, and else only hands that stream on: composite.
     """
-    followers: defaultdict[int, list[ResidualAdd]] = defaultdict(list)
+    followers: defaultdict[int | None, list[ResidualAdd]] = defaultdict(list)
     for add in found.adds:
-        for n in found.same(add.stream):
-            followers[n].append(add)
+        before = next((n for n in found.same(add.stream) if n in found.by_total), None)
+        followers[before].append(add)
     for outer in found.of("leaf"):
         inside = [add for add in found.inside(outer) if _feeds_only(found, add.total, outer)]
-        stream = [
-            add
-            for add in _streams_begun(found, outer, inside)
-            if all(any(later is one for one in inside) for later in followers[add.total])
-        ]
+        closed = set[int]()  # those on whose stream nothing is added but in this branch
+        for add in reversed(inside):
+            if all(later.total in closed for later in followers[add.total]):
+                closed.add(add.total)
+        stream = [add for add in _streams_begun(found, outer, inside) if add.total in closed]
         if any(_follows(found, a, b) for a, b in pairwise(stream)):
             within = frozenset[int]().union(*(add.way for add in inside))
             after = [n for n in outer.way - within if any(found.graph.precedes(add.total, n) for add in stream)]
@@ -307,8 +318,7 @@ def _streams_begun(found: Trace, outer: ResidualAdd, inside: list[ResidualAdd]) 
     own = {add.total for add in inside if add.kind != "leaf"} | {outer.root}
     begun = []
     for add in inside:
-        chain = found.same(add.stream)
-        met = next((n for n in chain if n in own or n in found.by_total or n not in outer.way), None)
+        met = next((n for n in found.same(add.stream) if n in own or n in found.by_total or n not in outer.way), None)
         if add.kind == "leaf" and (met is None or met in own):
             begun.append(add)
             own.add(add.total)
@@ -317,7 +327,7 @@ def _streams_begun(found: Trace, outer: ResidualAdd, inside: list[ResidualAdd]) 
 
 def _follows(found: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:
     """The second adds to the stream that the first added to, possibly normalised between."""
-    if first.total in found.same(then.stream):
+    if first.total in itertools.takewhile(lambda n: n >= first.total, found.same(then.stream)):
         return True
     if not found.graph.precedes(first.total, then.stream):
         return False
@@ -336,10 +346,10 @@ def _fixed_adds(found: Trace) -> list[ResidualAdd]:
     nodes = found.graph.nodes
     sums = {total.node: total for total in found.graph.sums if total.node not in found.by_total}
     fixed: dict[int, ResidualAdd] = {}
+    seen = set[int]()
     for leaf in found.of("leaf"):
         start: int | None = leaf.stream
-        while start is not None:
-            start = found.same(start)[-1]
+        while start is not None and (start := found.origin(start, seen)) is not None:
             if nodes[start].op.relation == "norm":
                 start = next((n for n in nodes[start].sources if nodes[n].data), None)
             elif start in sums.keys() - fixed.keys():

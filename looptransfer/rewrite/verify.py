@@ -15,7 +15,7 @@ from looptransfer.rewrite.insert import clear_multipliers
 from looptransfer.rewrite.names import compiled_modules
 from looptransfer.rewrite.parametrize import PLAN, planned
 from looptransfer.rewrite.plan import Branch, ScalingPlan
-from looptransfer.rewrite.proof import all_agree, prove
+from looptransfer.rewrite.proof import SEED, all_agree, prove
 from looptransfer.rewrite.record import ExampleInputs, RejectedInputsError, call_arguments, held
 from looptransfer.rewrite.trace import Trace
 from looptransfer.rewrite.twin import randomise, state_kept, twin_of
@@ -57,7 +57,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
     if not plan.proved and not meta:
         twin = twin_of(inner, randomised=True)
         clear_multipliers(twin)
-        prove(twin, example_inputs, plan.declared_modules)
+        prove(twin, example_inputs, analyse(twin_of(twin), example_inputs, plan.declared_modules, seed=SEED))
         plan = replace(plan, proved=True)
         setattr(inner, PLAN, plan)
     return plan
