@@ -19,6 +19,10 @@ def columns_of(texts: Sequence[str]) -> dict[str, str]:
     wrong = [text for text, (name, _, there) in zip(texts, pairs, strict=True) if not name or not there]
     if wrong:
         raise InputError(f"--columns {wrong[0]!r}; write NAME=THERE, such as lr=config.lr")
+    names = [name for name, _, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"--columns names {twice[0]!r} twice; give each once")
     return {name: there for name, _, there in pairs}
 
 

@@ -21,7 +21,13 @@ from tests import experiments
 def sweep_table(drift: float, seeds: int = 4) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = [
-        {"loops": n, "lr": 2.0**x, "seed": s, "loss": 2 + 0.05 * (x + 6.5 - drift * np.log2(n)) ** 2 + shift}
+        {
+            "rule": "factored",
+            "loops": n,
+            "lr": 2.0**x,
+            "seed": s,
+            "loss": 2 + 0.05 * (x + 6.5 - drift * np.log2(n)) ** 2 + shift,
+        }
         for s in range(seeds)
         for shift in [rng.normal(0, 0.01)]
         for n in (1, 2, 4, 8)

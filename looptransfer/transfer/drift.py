@@ -1,6 +1,7 @@
 """What becomes of the optimum from one loop count to the next: drift, displacement, curve shift, regret, shape.
 
-Distances are octaves of LR, the drift is octaves per doubling of N, the regret nats. Everything here is our extension.
+Distances are octaves of LR, the drift is octaves per doubling of N, the regret in the unit of the loss. All of it is
+our extension.
 """
 
 import math
@@ -109,7 +110,7 @@ def skew_trend(optima: Sequence[Optimum], confidence: float) -> Interval | None:
 
 
 def regret_by_seed(target: Optimum, table: pd.DataFrame, log2_lr: float) -> pd.Series | None:
-    """Loss at an LR minus loss at the optimum of the same N, per seed, in nats; the fit near by, the runs further away.
+    """Loss at an LR minus loss at the optimum of the same N, per seed; the fit near by, the runs further away.
 
     inf where runs on both sides of the LR, or on one, diverged. None where the optimum is not known or the LR lies
     outside those that were run.
@@ -126,7 +127,7 @@ def regret_by_seed(target: Optimum, table: pd.DataFrame, log2_lr: float) -> pd.S
 
 
 def regret_interval(target: Optimum, by_seed: pd.Series, log2_lr: float, confidence: float) -> Interval:
-    """The regret with its interval, in nats.
+    """The regret with its interval.
 
     Near the optimum the regret is about the square of the distance to it, which no t-interval of the regrets fits (at
     the optimum they all are 0): the interval is that of the distance, carried through the pooled curve.

@@ -38,7 +38,7 @@ def runs(
             for x in np.arange(-10.0, -2.9):
                 u = x + 6.3 - (moved if n == 16 else 0.0)
                 loss = 2 + 0.06 * u**2 + (worse if n == 16 else 0.0) + rng.normal(0, noise)
-                rows.append({"loops": n, "lr": 2.0**x, "seed": seed, "loss": loss, **columns})
+                rows.append({"rule": "factored", "loops": n, "lr": 2.0**x, "seed": seed, "loss": loss, **columns})
     return pd.DataFrame(rows)
 
 
@@ -351,4 +351,4 @@ def test_bad_use_of_a_baseline_is_told(
 ) -> None:
     assert main(["check", "results.csv", *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert (table / "results.csv").read_text().startswith("loops,lr")
+    assert (table / "results.csv").read_text().startswith("rule,loops,lr")
