@@ -111,7 +111,7 @@ def test_check_loads_no_torch(csv: Path) -> None:
         (["{csv}", "--lr", "0"], "transferred_lr is 0.0"),
         (["{csv}", "--html", "/no/such/folder/page.html"], "cannot write /no/such/folder/page.html"),
         (["{csv}", "--columns", "lr"], "--columns 'lr'; write NAME=THERE, such as lr=config.lr"),
-        (["{csv}", "--columns", "lr=eta"], "there is no column eta; there are loops, lr, seed, loss"),
+        (["{csv}", "--columns", "lr=eta"], "there is no column eta; there are rule, loops, lr, seed, loss"),
         (["{csv}", "--axis", "width"], "column width is missing"),
         (["sqlite:////no/such.db#study"], "cannot read sqlite:////no/such.db#study: there is no such file"),
     ],

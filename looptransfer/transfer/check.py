@@ -196,7 +196,7 @@ def _notes(runs: pd.DataFrame, terms: Terms) -> list[str]:
     grid = runs.groupby(["rule", terms.axis])
     for (rule, at), group in grid:
         seeds, per_lr = group["seed"].nunique(), group.groupby("lr")["seed"].nunique()
-        partial = [f"{lr:.3g}" for lr in per_lr.index[per_lr < seeds]]
+        partial = [f"{lr:.6g}" for lr in per_lr.index[per_lr < seeds]]
         if partial:
             named = ", ".join(partial[:MOST_NAMED]) + (
                 f" and {len(partial) - MOST_NAMED} more" if partial[MOST_NAMED:] else ""

@@ -626,7 +626,9 @@ def test_a_censored_optimum_lends_no_edge_to_a_drift() -> None:
 
 
 def test_the_markdown_holds_the_answer_the_tables_and_the_command() -> None:
-    verdict = check(pd.concat([made(seeds=1), made(0.5, "sqrt", loops=(1, 2, 4), draw=1)]))
+    runs = pd.concat([made(seeds=1), made(0.5, "sqrt", loops=(1, 2, 4), draw=1)])
+    runs.attrs |= {"source": "results.csv", "grows": "table"}
+    verdict = check(runs)
     text = verdict.to_markdown()
     assert text.startswith("### factored: INCONCLUSIVE\n")
     assert sum(line.startswith("|---") for line in text.splitlines()) == 3  # two rules and their difference
