@@ -19,7 +19,7 @@ import pandas as pd
 from looptransfer.errors import InputError
 from looptransfer.files import MOST_BYTES, open_file
 from looptransfer.rules import RULES
-from looptransfer.text import without_password
+from looptransfer.text import printable, without_password
 from looptransfer.transfer.results import COLUMNS, fingerprint, tidy
 from looptransfer.transfer.rows import choose, listing, once, short
 
@@ -50,7 +50,7 @@ def read_results(
     Raises:
         InputError: the source cannot be read, a column is not there, or `tidy` refuses what it holds.
     """
-    shown = without_password(str(source))
+    shown = printable(without_password(str(source)))
     with _blaming(shown):
         read = _read(str(source), shown)
     called = columns or {}
@@ -312,6 +312,8 @@ def _trials(study: Any, shown: str) -> pd.DataFrame:
     if len(study.directions) > 1:
         raise InputError(f"{shown} has {len(study.directions)} objectives; give a study of one")
     trials = study.get_trials(deepcopy=False)
+    if not trials:
+        raise InputError(f"the study {study.study_name} of {shown} has no rows: it has no trial; run it first")
     if [trial.number for trial in trials] != list(range(len(trials))):
         raise InputError(f"{shown} is damaged: trials are missing; restore it from a copy")
     made_by = _made_by(study)
