@@ -18,7 +18,7 @@ ELSEWHERE = "choose a file in a folder that exists and that you may write to"
 BESIDE = ".looptransfer-"  # the folder in which a file is made before it is renamed: this, the machine, the process
 MOST_BYTES = 2**28  # of a table: two million rows
 OLD = 24 * 3600.0  # seconds after which such a folder of another machine is nobody's any more
-PATIENCE = 60.0  # seconds that another process may take to write a table
+PATIENCE = 60.0  # seconds that another process may take to write a table or a database
 
 
 def open_file(path: str | Path) -> BinaryIO:
@@ -129,6 +129,7 @@ def locked(path: Path) -> Iterator[None]:
     lock_file = place.with_name(f".{place.name}.lock")
     lock = FileLock(lock_file, timeout=PATIENCE)
     try:
+        os.stat(place.parent)  # the lock would make the folder
         lock.acquire()
     except Timeout:
         raise InputError(f"{path} has been locked by another process for {PATIENCE:.0f} s; try again") from None

@@ -244,8 +244,8 @@ def headers() -> Iterator[Bad]:
 
 def numbers() -> Iterator[Bad]:
     no_number = (
-        "fast", "0,5", "1.234,5", "1_000", "0x1F", "1e", ".", "+-3", "--", "1.2.3", "٣", "½", "１２", "NA", "None", "null",
-        "#DIV/0!", "True", "2024-01-01", "1 000", "$3", "3%", "3 nats", "[1]", "{}", "'0.1'", "=1+1", "−1",
+        "fast", "0,5", "1.234,5", "1_000", "0x1F", "1e", ".", "+-3", "--", "1.2.3", "٣", "½", "１２", "NA", "None",
+        "null", "#DIV/0!", "True", "2024-01-01", "1 000", "$3", "3%", "3 nats", "[1]", "{}", "'0.1'", "=1+1", "−1",
     )  # fmt: skip
     for cell in no_number:
         quoted = f'"{cell}"' if "," in cell else cell
@@ -349,8 +349,11 @@ def parquet() -> Iterator[Bad]:
     for cut in [0, 3, 4, 8, len(data) - 1, *rng.sample(range(len(data)), 10)]:
         yield Bad("Parquet", f"cut off at byte {cut}", file(data[:cut], "runs.parquet"), "is not a Parquet table")
     for name, content in {
-        "text": TEXT.encode(), "noise": rng.randbytes(3000), "signs alone": b"PAR1PAR1", "length without end": b"PAR1" + b"\xff" * 40 + b"PAR1",
-    }.items():  # fmt: skip
+        "text": TEXT.encode(),
+        "noise": rng.randbytes(3000),
+        "signs alone": b"PAR1PAR1",
+        "length without end": b"PAR1" + b"\xff" * 40 + b"PAR1",
+    }.items():
         yield Bad("Parquet", name, file(content, "runs.parquet"), "is not a Parquet table")
     for place in rng.sample(range(len(data) - footer, len(data)), 20):
         spoilt = bytearray(data)
@@ -569,7 +572,9 @@ def baselines() -> Iterator[Bad]:
         ("{folder}", "Is a directory"),
         ("{folder}/none.json", "there is no baseline"),
     ]:
-        yield Bad("baselines", text, lambda at, text=text: [*file(TEXT)(at), "--baseline", text.format(folder=at)], phrase)
+        yield Bad(
+            "baselines", text, lambda at, text=text: [*file(TEXT)(at), "--baseline", text.format(folder=at)], phrase
+        )
     for options, phrase in [(["--moved", "0"], "tolerance is 0.0"), (["--moved", "inf"], "tolerance is inf")]:
         yield Bad("baselines", " ".join(options), baseline(lambda data: None, *options), phrase)
 

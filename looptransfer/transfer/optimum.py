@@ -289,7 +289,11 @@ def _fit(x: Array, losses: Array, centre: float, degree: int, root_weights: Arra
     degree = min(degree, len(u) - 1)
     design = u[:, None] ** np.arange(degree + 1) * root_weights
     # The normal equations: within a few octaves they are well conditioned, and four times as fast as an orthogonal fit.
-    return np.asarray(np.linalg.solve(design.T @ design, design.T @ (losses[used] * root_weights)))
+    right = losses[used] * root_weights
+    try:
+        return np.asarray(np.linalg.solve(design.T @ design, design.T @ right))
+    except np.linalg.LinAlgError:  # LRs that nearly coincide
+        return np.asarray(np.linalg.lstsq(design, right, rcond=None)[0])
 
 
 def _basin(x: Array, mean: Array, vertex: float, lowest: float, tolerance: float) -> Basin:

@@ -19,6 +19,7 @@ COLUMNS = ["rule", "layers", "loops", "width", "lr", "seed", "steps", "loss", "d
 OF_A_RUN = {"rule", "lr", "seed", "loss", "diverged", "step", "seconds", "last_loss"}
 ALL_RUNS = "all runs"  # the rule of a table that knows none
 MOST = 10**6  # the largest loop count, or value of another axis, that is believed
+BELIEVED_LRS = (1e-30, 1e30)
 LARGEST = 1e100  # loss, in size, that is believed
 SAME_LR = 1e-6  # relative distance up to which two LRs are one
 ROUNDED_LR = 5e-4  # the same for LRs that no seed ran both of: one LR, rounded to four digits by somebody
@@ -53,6 +54,7 @@ def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
     out["loss"] = _losses(raw)
     _in_range(out, axis, out[axis].between(1, MOST) & (out[axis] % 1 == 0), f"a whole number from 1 to {MOST}")
     _in_range(out, "lr", np.isfinite(out["lr"]) & (out["lr"] > 0), "a finite number above 0")
+    _in_range(out, "lr", out["lr"].between(*BELIEVED_LRS), "between {:g} and {:g}".format(*BELIEVED_LRS))
     out[axis] = out[axis].astype(int)
     out["diverged"] = ~np.isfinite(out["loss"])
     if out["diverged"].all():

@@ -150,6 +150,6 @@ def refuse_unfinished(frame: pd.DataFrame, loss: pd.Series, no_result: pd.Series
         cell = "" if is_missing(frame["loss"][row]) else str(frame["loss"][row]).strip()
         why, keep, mark = f"loss is {short(cell)}, which is not a number", f"loss!={cell}", f"loss={cell}"
     raise InputError(
-        f"row {row}: {why}: a run without a result, as in {int(unfinished.sum())} of {len(frame)} rows. Leave such rows "
-        f"out with --where {keep}, or count them as diverged with --diverged {mark}"
+        f"row {row}: {why}: a run without a result, as in {int(unfinished.sum())} of {len(frame)} rows. Leave such "
+        f"rows out with --where {keep}, or count them as diverged with --diverged {mark}"
     )

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 import pandas as pd
 
 from looptransfer.errors import InputError
-from looptransfer.files import MOST_BYTES, open_file
+from looptransfer.files import MOST_BYTES, PATIENCE, open_file
 from looptransfer.rules import RULES
 from looptransfer.text import printable, without_password
 from looptransfer.transfer.results import COLUMNS, fingerprint, tidy
@@ -81,7 +81,10 @@ def _blaming(shown: str, kind: str = "a table of runs", secrets: Sequence[str] =
         yield
     except InputError:
         raise
-    except Exception as error:
+    except Exception as raised:
+        error: BaseException = raised
+        while error.__cause__ is not None:  # what the driver said, below what libraries made of it
+            error = error.__cause__
         text = (str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__])[0]
         for secret in filter(None, secrets):
             text = text.replace(secret, "***")
@@ -145,12 +148,13 @@ def _csv(text: str, shown: str) -> pd.DataFrame:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip(" \t,"):
             continue
-        cells = _cells(line)
-        if cells is None:
+        try:
+            cells = cells_of(line)
+        except ValueError as error:
             raise InputError(
-                f"{shown} is not a CSV table: on line {number} a quote is not closed, or stands inside a cell; a cell "
-                'with commas or quotes is written "so, with ""quotes"" doubled", and has no line ends'
-            )
+                f"{shown} is not a CSV table: on line {number} {error}; a cell with commas or quotes is written "
+                '"so, with ""quotes"" doubled", and has no line ends'
+            ) from None
         if not header:
             header = cells
             _check_header(header, text, shown)
@@ -171,13 +175,13 @@ def _csv(text: str, shown: str) -> pd.DataFrame:
     return frame.loc[:, [name != "" for name in header]]
 
 
-def _cells(line: str) -> list[str] | None:
-    """The cells of a line without the blanks around them; None where quotes are astray."""
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of CSV without the blanks around them; quotes that are astray are a ValueError."""
     cells, place, more = [], 0, True
     while more:
         match = CELL.match(line, place)
         if match is None:
-            return None
+            raise ValueError("a quote is not closed, or stands inside a cell")
         quoted, bare, comma = match.groups()
         cells.append(bare.strip() if quoted is None else quoted.replace('""', '"').strip())
         place, more = match.end(), bool(comma)
@@ -298,11 +302,24 @@ def _sqlite(file: Path, shown: str) -> Callable[[], sqlite3.Connection]:
     if not file.is_file():
         raise InputError(f"cannot read {shown}: there is no such file; {FORMATS}")  # SQLite would make it
 
+    with open_file(file) as stream:
+        by_log = stream.read(19)[18:] == b"\x02"
+    # One that keeps a log and has none is open nowhere; told so, SQLite leaves no new log behind.
+    how = "mode=ro&immutable=1" if by_log and not Path(f"{file}-wal").exists() else "mode=ro"
+
     def connect() -> sqlite3.Connection:
-        return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+        return sqlite3.connect(f"{file.resolve().as_uri()}?{how}", uri=True, timeout=PATIENCE, check_same_thread=False)
 
     with _blaming(shown, "a whole database"), contextlib.closing(connect()) as database:
-        found = str(database.execute("pragma integrity_check(1)").fetchone()[0])
+        try:
+            found = str(database.execute("pragma integrity_check(1)").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error):
+                raise
+            raise InputError(
+                f"{shown} was left in the middle of a write by a process that was killed; what writes it, such as "
+                "sweep, puts that right when it is run again"
+            ) from None
         if found != "ok":
             raise InputError(f"{shown} is damaged: {found.splitlines()[0]}; restore it from a copy")
     return connect
