@@ -21,6 +21,7 @@ ORDERED = LinearSegmentedColormap.from_list(
 )  # dark: large N
 # Okabe and Ito's colours differ for every common kind of colour vision; the markers differ in print.
 MOST_IN_LEGEND = 16
+LONGEST = 24  # characters of a name
 RULE_STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v")]
 
 
@@ -45,12 +46,12 @@ def plot_curves(verdict: Verdict) -> Figure:
             axis.axvline(verdict.transferred_lr, color="0.35", linestyle="--", linewidth=1, zorder=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"$2^{{{math.log2(lr):.0f}}}$"))
-        axis.set(title=_plain(f"{one.rule}: {one.answer}"), xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
+        axis.set(title=f"{_plain(one.rule)}: {one.answer}", xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
         axis.grid(alpha=0.25)
     units = {METRIC: "metric, negated", NATS: "held-out loss (nats)", LOSS: "held-out loss"}
-    axes[0].set_ylabel(_plain(units.get(verdict.unit, f"held-out loss, {verdict.unit}")))
+    axes[0].set_ylabel(units.get(verdict.unit, f"held-out loss, {_plain(verdict.unit)}"))
     handles = [
-        axes[0].plot([], [], color=colours[n], marker="o", markersize=4, label=_plain(f"{verdict.axis_label} = {n}"))[0]
+        axes[0].plot([], [], color=colours[n], marker="o", markersize=4, label=f"{_plain(verdict.axis_label)} = {n}")[0]
         for n in some_of(counts)
     ]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -105,7 +106,7 @@ def plot_optima(verdict: Verdict) -> Figure:
     right.axhline(verdict.regret_tolerance, color="0.35", linestyle="--", linewidth=1, label="tolerance")
     names = [_plain(rule) for rule in verdict.rules]
     right.set_xticks(range(len(names)), names)
-    unit = _plain(f"{verdict.unit}, at the largest {verdict.axis_label}")
+    unit = f"{_plain(verdict.unit)}, at the largest {_plain(verdict.axis_label)}"
     right.set(xlim=(-0.6, len(names) - 0.4), ylabel=unit, title="Regret of the transferred LR")
     right.grid(alpha=0.25, axis="y")
     right.legend(frameon=False, fontsize="small")
@@ -138,7 +139,7 @@ def _optima(axis: Axes, one: RuleVerdict, colour: str, marker: str) -> None:
             [log2.estimate for _, log2 in known],
             color=colour,
             marker=marker,
-            label=_plain(f"{one.rule}: {one.answer}"),
+            label=f"{_plain(one.rule)}: {one.answer}",
         )
         axis.fill_between(
             loops, [i.low for _, i in known], [i.high for _, i in known], color=colour, alpha=0.18, linewidth=0
@@ -157,5 +158,6 @@ def _tolerance_band(axis: Axes, verdict: Verdict) -> None:
 
 
 def _plain(text: str) -> str:
-    """A user's words, which are no formula whatever signs they hold."""
-    return printable(text).replace("$", r"\$")
+    """A user's name, short enough for a figure, which is no formula whatever signs it holds."""
+    shown = printable(text)
+    return (shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…").replace("$", r"\$")

@@ -11,7 +11,7 @@ from looptransfer.errors import InputError
 
 SHOWN = 60  # characters of a cell in an error
 STATES = ("state", "status")  # what trackers call the column that says what became of a run
-FINISHED = ("finished", "complete", "completed")  # what they write there; --where tells of others
+FINISHED = ("finished", "complete", "completed", "status_success")  # what they write there; --where tells of others
 
 
 def short(cell: object) -> str:
@@ -144,7 +144,7 @@ def refuse_unfinished(frame: pd.DataFrame, loss: pd.Series, no_result: pd.Series
     if stopped[row]:
         name = next(name for name in states if not _finished(frame[name])[row])
         texts = _texts(frame[name])
-        over = next(iter(texts[_finished(frame[name])].unique()), FINISHED[0])
+        over = next(iter(texts[_finished(frame[name])].unique()), "VALUE")
         why, keep, mark = f"{name} is {short(texts[row])}", f"{name}={over}", f"{name}={texts[row]}"
     else:
         cell = "" if is_missing(frame["loss"][row]) else str(frame["loss"][row]).strip()
