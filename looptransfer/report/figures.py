@@ -77,7 +77,8 @@ def plot_optima(verdict: Verdict) -> Figure:
         colour, marker = RULE_STYLES[position % len(RULE_STYLES)]
         _optima(left, one, colour, marker)
         if one.regret is not None and math.isfinite(one.regret.estimate):
-            error = [[one.regret.estimate - one.regret.low], [one.regret.high - one.regret.estimate]]
+            ends = (one.regret.estimate - one.regret.low, one.regret.high - one.regret.estimate)
+            error = [[max(0.0, end)] for end in ends]  # an estimate of 0 may be below its low end by its last bit
             right.errorbar(position, one.regret.estimate, yerr=error, color=colour, marker=marker, capsize=4)
         else:
             right.text(

@@ -183,7 +183,9 @@ def curve_height(table: pd.DataFrame) -> float | None:
     x, mean = table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1)
     if len(x) < 2:
         return None
-    height = min(_sides(x, mean - mean.min(), float(x[int(np.argmin(mean))]), REACH), default=0.0)
+    vertex = _descend(x, mean, 3, REACH)
+    centre = float(x[int(np.argmin(mean))]) if vertex is None else vertex
+    height = min(_sides(x, mean - mean.min(), centre, REACH), default=0.0)
     return height if height > 0 else None
 
 
