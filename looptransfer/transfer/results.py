@@ -5,7 +5,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -48,7 +48,7 @@ def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
     raw = out.copy()
     out["rule"] = _names(out["rule"], "rule") if "rule" in out else ALL_RUNS
     _no_rules_alike(out["rule"])
-    out["seed"] = _names(out["seed"], "seed").map(_seed) if "seed" in out else "0"
+    out["seed"] = _names(out["seed"], "seed", _seed) if "seed" in out else "0"
     for name in (axis, "lr", *(["step"] if "step" in out else [])):
         out[name] = _numbers(out[name], name)
     out["loss"] = _losses(raw)
@@ -107,12 +107,21 @@ def _no_column_missing(frame: pd.DataFrame, axis: str) -> None:
 # -- cells
 
 
-def _names(column: pd.Series, name: str) -> pd.Series:
-    cells = column.astype(object)
-    missing = cells.map(lambda cell: is_missing(cell) or str(cell) == "nan")
-    if missing.any():
-        raise InputError(f"row {missing.idxmax()}: {name} is empty; fill it in, or drop the whole column")
-    return cells.map(str).str.strip()
+def _each(column: pd.Series, function: Callable[[Any], Any]) -> list[Any]:
+    """What a function makes of every cell; of text that recurs once."""
+    cells = list(column.astype(object))
+    if all(type(cell) is str for cell in cells):  # others may be equal and yet no number, as True is to 1
+        known = {cell: function(cell) for cell in set(cells)}
+        return [known[cell] for cell in cells]
+    return [function(cell) for cell in cells]
+
+
+def _names(column: pd.Series, name: str, spelled: Callable[[str], str] = str) -> list[str]:
+    names = _each(column, lambda cell: "" if is_missing(cell) or str(cell) == "nan" else spelled(str(cell).strip()))
+    if "" in names:
+        row = column.index[names.index("")]
+        raise InputError(f"row {row}: {name} is empty; fill it in, or drop the whole column")
+    return names
 
 
 def _no_rules_alike(rules: pd.Series) -> None:
@@ -140,7 +149,7 @@ def _seed(text: str) -> str:
 
 def _numbers(column: pd.Series, name: str) -> pd.Series:
     """The cells of a column as floats, every digit of them."""
-    numbers = [_number(cell) for cell in column.astype(object)]
+    numbers = _each(column, _number)
     if None in numbers:
         row = column.index[numbers.index(None)]
         cell = "" if is_missing(column[row]) else column[row]
@@ -168,10 +177,10 @@ def _losses(raw: pd.DataFrame) -> pd.Series:
     """The losses as numbers, inf where a run diverged."""
     diverged = _flags(raw["diverged"]) if "diverged" in raw else pd.Series(False, raw.index)
     cells = raw["loss"].astype(object).mask(diverged, math.inf)
-    numbers = [_number(cell) for cell in cells]
+    numbers = _each(cells, _number)
     no_result = pd.Series([number is None for number in numbers], raw.index)
-    commas = no_result & cells.map(lambda cell: bool(_hint(str(cell))))
-    if commas.any():
+    commas = [row for row, cell in cells[no_result].items() if _hint(str(cell))]
+    if commas:
         _numbers(cells[commas], "loss")
     loss = pd.Series(numbers, raw.index, dtype=float)
     refuse_unfinished(raw, loss, no_result)
@@ -206,7 +215,7 @@ def _one_spelling(frame: pd.DataFrame, run: list[str]) -> pd.Series:
         groups = lrs.map(_groups(np.sort(lrs.unique()), agreement))
         ran = frame[run].assign(group=groups, lr=lrs).drop_duplicates()
         both = ran.loc[ran.duplicated([*run, "group"]), "group"] if agreement == ROUNDED_LR else []
-        shortest = lrs.groupby(groups).transform(lambda group: min(group, key=lambda lr: (len(repr(lr)), lr)))
+        shortest = lrs.groupby(groups).transform(lambda group: min(group.unique(), key=lambda lr: (len(repr(lr)), lr)))
         lrs = lrs.where(groups.isin(both), shortest)
     return lrs
 
