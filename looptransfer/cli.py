@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -232,11 +233,11 @@ def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="table, ledger or study, such as results.csv; - is stdin")
     called = "what a column is called in SOURCE, such as lr=config.lr"
-    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=THERE", help=called)
+    parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="NAME=THERE", help=called)
     kept = "judge only rows such as State=finished or loss!= (not empty); VALUE,VALUE is either"
-    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help=kept)
+    parser.add_argument("--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=kept)
     lost = "runs that diverged whatever their loss, such as State=crashed or loss= (empty)"
-    parser.add_argument("--diverged", nargs="+", default=[], metavar="COLUMN=VALUE", help=lost)
+    parser.add_argument("--diverged", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=lost)
     parser.add_argument("--axis", default="loops", metavar="COLUMN", help="what grows: loops, width, layers, …")
     parser.add_argument("--maximize", action="store_true", help="loss is a metric of which more is better")
     unit = "of the loss (default: nats where the column is called …loss and its curve is not too flat for them)"
@@ -445,7 +446,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _keep_apart(arguments: argparse.Namespace) -> None:
     """Refuse to write over what is read, or twice to one place."""
-    reads = {"the table": arguments.source.partition("#")[0].removeprefix("sqlite:///")}
+    reads = {"the table": re.sub(r"^sqlite[^:]*:///", "", arguments.source.partition("#")[0])}
     writes = {"--html": arguments.html, "--todo": arguments.todo}
     (writes if arguments.update_baseline else reads)["--baseline"] = arguments.baseline
     places = [(option, path) for option, path in writes.items() if path is not None]

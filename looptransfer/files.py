@@ -61,8 +61,10 @@ def _write_into(path: str | Path, data: bytes | None) -> None:
     if not (stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)):
         raise OSError(None, "Is a directory" if stat.S_ISDIR(kind) else "Is no regular file")
     if data is not None:
-        target = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nobody reads is an error, and no wait
-        os.set_blocking(target, True)
+        now = getattr(os, "O_NONBLOCK", 0)  # a pipe that nobody reads is an error, and no wait
+        target = os.open(path, os.O_WRONLY | now)
+        if stat.S_ISFIFO(kind):
+            os.set_blocking(target, True)
         with open(target, "wb") as stream:
             stream.write(data)
 
@@ -79,7 +81,7 @@ def _replace(place: Path, data: bytes | None) -> None:
         fresh = Path(folder, place.name)
         fresh.write_bytes(data or b"")
         if before is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):  # not one's own to give; Windows has none
                 os.chown(fresh, before.st_uid, before.st_gid)
             shutil.copymode(place, fresh)
         if data is not None:

@@ -16,6 +16,8 @@ from looptransfer.transfer.verdict import LOSS, METRIC, NATS, Difference, RuleVe
 
 REGRET_NATS = 0.02
 REGRET_SHARE = 0.05  # of the curve's height, where the loss is not in nats: about what 0.02 nats are of the usual basin
+LARGE_OF_HEIGHT = 0.25  # a bowl is that high 1.25 octaves from its vertex, beyond which no fit is trusted
+LARGE_OF_LOSS = 0.1
 MOST_NAMED = 8  # LRs in a note
 HORIZONS = (0.5, 0.75)  # shares of the training at which the optimum is shown beside that at its end
 
@@ -51,7 +53,7 @@ def check(
         axis: the column that plays the part of N: loops, width, layers or another of positive whole numbers.
         maximize: the loss is a metric of which more is better; it is negated. A study's direction is known.
         unit: of the loss. Default "nats", unless it is maximized, was read from a column of another name than loss, or
-            its curve is no higher than 0.02, which would tell nothing then.
+            0.02 would be more than a quarter of its curve's height or a tenth of the lowest loss.
 
     Raises:
         InputError: `tidy` refuses the table, the rule is not in it, or a number is out of range.
@@ -69,8 +71,9 @@ def check(
         rule = "factored" if "factored" in present or len(present) > 1 else present[0]
     if rule not in present:
         raise InputError(f"rule {rule!r} is not in the table, which has {', '.join(present)}; choose one with --rule")
-    height = _height(_tables(runs[runs["rule"] == rule], axis))
-    unit = unit or (METRIC if maximize else results.attrs.get("unit")) or _unit(height)
+    tables = _tables(runs[runs["rule"] == rule], axis)
+    height = _height(tables)
+    unit = unit or (METRIC if maximize else results.attrs.get("unit")) or _unit(height, tables)
     regret_tolerance = regret_tolerance or _regret_tolerance(unit, height)
     terms = Terms(axis, transferred_lr, tolerance, regret_tolerance, confidence)
     order = [rule, *(name for name in present if name != rule)]
@@ -106,8 +109,14 @@ def _height(tables: Mapping[int, pd.DataFrame]) -> float | None:
     return next((height for height in heights if height is not None), None)
 
 
-def _unit(height: float | None) -> str:
-    return NATS if height is None or height > REGRET_NATS else LOSS
+def _unit(height: float | None, tables: Mapping[int, pd.DataFrame]) -> str:
+    """Nats, unless the tolerance in nats would be large against the curve or against the loss itself.
+
+    No loss of a language model has so flat a basin, or is so low: it is an MSE, an error rate, or the like.
+    """
+    lowest = min((float(table.mean(axis=1).min()) for table in tables.values() if len(table)), default=math.inf)
+    flat = height is not None and LARGE_OF_HEIGHT * height < REGRET_NATS
+    return LOSS if flat or 0 < lowest < REGRET_NATS / LARGE_OF_LOSS else NATS
 
 
 def _regret_tolerance(unit: str, height: float | None) -> float:

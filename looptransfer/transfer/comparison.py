@@ -123,7 +123,7 @@ class Comparison:
         """The comparison as Markdown, every foreign word escaped."""
         lines = [f"### {escaped(self.rule)} against {escaped(self.path)}: {self.answer}", ""]
         lines += [*markdown_table(self.rows()), "", *(f"- {escaped(line)}" for line in self._sentences())]
-        return "\n".join([*lines, "", self._terms(), ""])
+        return "\n".join([*lines, "", escaped(self._terms()), ""])
 
     def __str__(self) -> str:
         lines = [f"{self.rule} against {self.path}: {self.answer}"]

@@ -11,7 +11,8 @@ from looptransfer.errors import InputError
 
 SHOWN = 60  # characters of a cell in an error
 STATES = ("state", "status")  # what trackers call the column that says what became of a run
-FINISHED = ("finished", "complete", "completed", "status_success")  # what they write there; --where tells of others
+# What they write there of a run that finished; --where tells of other words.
+FINISHED = ("finished", "complete", "completed", "success", "succeeded", "done", "ok", "status_success")
 
 
 def short(cell: object) -> str:
