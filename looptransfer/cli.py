@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -305,6 +305,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _coordcheck(arguments: argparse.Namespace) -> int:
     loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8"), seeds_of(arguments.seeds)
+    source = arguments.experiment.partition(".py")[0] + ".py"
+    _keep_apart({"the experiment": source}, {"--html": arguments.html, "--output": arguments.output})
     for path in filter(None, (arguments.html, arguments.output)):
         write_file(path, None)  # before the training
     import torch  # noqa: PLC0415
@@ -408,7 +410,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from looptransfer.transfer.check import check  # noqa: PLC0415
     from looptransfer.transfer.sources import read_results  # noqa: PLC0415
 
-    _keep_apart(arguments)
+    reads = {"the table": re.sub(r"^sqlite[^:]*:///", "", arguments.source.partition("#")[0])}
+    writes = {"--html": arguments.html, "--todo": arguments.todo}
+    (writes if arguments.update_baseline else reads)["--baseline"] = arguments.baseline
+    _keep_apart(reads, writes)
     columns, where, diverged = columns_of(arguments.columns), arguments.where, arguments.diverged
     verdict = check(
         read_results(arguments.source, columns, arguments.axis, where, diverged),
@@ -444,11 +449,8 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if 1 in statuses else max(statuses)
 
 
-def _keep_apart(arguments: argparse.Namespace) -> None:
+def _keep_apart(reads: Mapping[str, str | Path | None], writes: Mapping[str, Path | None]) -> None:
     """Refuse to write over what is read, or twice to one place."""
-    reads = {"the table": re.sub(r"^sqlite[^:]*:///", "", arguments.source.partition("#")[0])}
-    writes = {"--html": arguments.html, "--todo": arguments.todo}
-    (writes if arguments.update_baseline else reads)["--baseline"] = arguments.baseline
     places = [(option, path) for option, path in writes.items() if path is not None]
     for number, (option, path) in enumerate(places):
         for name, other in [*reads.items(), *places[:number]]:

@@ -1,6 +1,7 @@
 """Text for people: aligned tables, Markdown, and foreign words that terminals, logs and pages show as what they are."""
 
 import re
+from urllib.parse import unquote
 
 
 def printable(text: str) -> str:
@@ -32,6 +33,14 @@ def without_password(text: str) -> str:
     if "://" not in text:
         return text
     return re.sub(r"\?[^#]*", "?***", re.sub(r"(://[^:/@?]*):.*@", r"\1:***@", text, flags=re.DOTALL))
+
+
+def without_secrets(text: str, url: str) -> str:
+    """What a driver says, without what `without_password` hides of the URL."""
+    hidden = re.findall(r"://[^:/@?]*:(.*)@", url) + re.findall(r"[?&][^=&#]*=([^&#]*)", url)
+    for secret in sorted({*hidden, *map(unquote, hidden)}, key=len, reverse=True):
+        text = text.replace(secret, "***") if len(secret) > 2 else text
+    return text
 
 
 def text_table(rows: list[dict[str, str]]) -> list[str]:

@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looptransfer.text import escaped, markdown_table, plain, plain_lines, printable, text_table, without_password
+from looptransfer.text import (
+    escaped,
+    markdown_table,
+    plain,
+    plain_lines,
+    printable,
+    text_table,
+    without_password,
+    without_secrets,
+)
 
 texts = settings(derandomize=True, deadline=None, max_examples=200)
 NASTY = st.text(st.characters(), max_size=30) | st.sampled_from(["::error::x", "##[error]x", "\x1b[31m", "\u202eabc"])
@@ -55,6 +64,13 @@ def test_markdown_calls_nobody_and_holds_no_html(text: str) -> None:
 )
 def test_a_url_shows_neither_password_nor_query(url: str, shown: str) -> None:
     assert without_password(url) == shown
+
+
+def test_what_a_driver_says_is_shown_without_what_the_url_hides() -> None:
+    url = "postgresql://user:se%40cret@host/db?passfile=/home/hidden&sslmode=no"
+    said = "no user with se@cret or se%40cret in /home/hidden on host"
+    assert without_secrets(said, url) == "no user with *** or *** in *** on host"
+    assert without_secrets("said", "sqlite:///results.db") == "said"
 
 
 def test_tables_leave_out_what_is_empty_and_stand_for_nothing_without_rows() -> None:

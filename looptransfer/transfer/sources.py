@@ -19,7 +19,7 @@ import pandas as pd
 from looptransfer.errors import InputError
 from looptransfer.files import MOST_BYTES, PATIENCE, open_file
 from looptransfer.rules import RULES
-from looptransfer.text import printable, without_password
+from looptransfer.text import printable, without_password, without_secrets
 from looptransfer.transfer.results import COLUMNS, fingerprint, tidy
 from looptransfer.transfer.rows import choose, listing, once, short
 
@@ -75,7 +75,7 @@ def _grows(table: pd.DataFrame) -> str | None:
 
 
 @contextlib.contextmanager
-def _blaming(shown: str, kind: str = "a table of runs", secrets: Sequence[str] = ()) -> Iterator[None]:
+def _blaming(shown: str, kind: str = "a table of runs", url: str = "") -> Iterator[None]:
     """Whatever a parser or a driver raises is one error that names the source, and no secret."""
     try:
         yield
@@ -86,8 +86,7 @@ def _blaming(shown: str, kind: str = "a table of runs", secrets: Sequence[str] =
         while error.__cause__ is not None:  # what the driver said, below what libraries made of it
             error = error.__cause__
         text = (str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__])[0]
-        for secret in filter(None, secrets):
-            text = text.replace(secret, "***")
+        text = without_secrets(text, url)
         if isinstance(error, OSError):
             raise InputError(f"cannot read {shown}: {text[:300]}; {FORMATS}") from None
         raise InputError(f"{shown} is not {kind}: {text[:300]}; {FORMATS}") from None
@@ -262,9 +261,9 @@ def _study(url: str, name: str, shown: str) -> pd.DataFrame:
     """A row per trial: its attributes, its parameters, its state, and its value as the loss."""
     import optuna  # noqa: PLC0415
 
-    options, secrets = _only_read(url, shown)
+    options = _only_read(url, shown)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with _blaming(shown, "an Optuna storage", secrets):
+    with _blaming(shown, "an Optuna storage", url):
         storage = optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
         try:
             names = optuna.get_all_study_names(storage)
@@ -278,8 +277,8 @@ def _study(url: str, name: str, shown: str) -> pd.DataFrame:
             storage.engine.dispose()
 
 
-def _only_read(url: str, shown: str) -> tuple[dict[str, Any], list[str]]:
-    """What keeps a database from being written to, and what its URL hides; a SQLite file is looked over first."""
+def _only_read(url: str, shown: str) -> dict[str, Any]:
+    """What keeps a database from being written to; a SQLite file is looked over first."""
     from sqlalchemy import make_url  # noqa: PLC0415
 
     password = re.search(r"://[^:/@?]*:(.*)@", url)  # as `without_password` has it
@@ -292,11 +291,9 @@ def _only_read(url: str, shown: str) -> tuple[dict[str, Any], list[str]]:
             f"{shown} is no URL of a database; write signs such as @ and / in a password as %40 and %2F"
         ) from None
     if address.get_backend_name() == "sqlite":
-        return {"creator": _sqlite(Path(address.database or ""), shown)}, []
-    secrets = [password[1], unquote(password[1])] if password is not None else []
-    secrets += [str(value) for value in address.query.values() if len(value) > 3]
+        return {"creator": _sqlite(Path(address.database or ""), shown)}
     read_only = {"postgresql_readonly": True} if address.get_backend_name() == "postgresql" else {}
-    return {"execution_options": read_only}, secrets
+    return {"execution_options": read_only}
 
 
 def _sqlite(file: Path, shown: str) -> Callable[[], sqlite3.Connection]:

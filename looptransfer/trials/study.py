@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from looptransfer.errors import InputError
 from looptransfer.rules import RULES
-from looptransfer.text import without_password
+from looptransfer.text import without_password, without_secrets
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.sources import finished_trials
 from looptransfer.trials.experiment import Experiment
@@ -117,7 +117,7 @@ def _open(url: str, name: str, identity: dict[str, Any]) -> optuna.Study:
         storage = _storage(url)
         study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
     except Exception as error:
-        why = str(error).replace(url, without_password(url)).splitlines()[0]
+        why = without_secrets(str(error), url).partition("\n")[0]
         raise InputError(
             f"cannot open the ledger {without_password(url)}: {why}; give a SQLite file of looptransfer's own"
         ) from error
