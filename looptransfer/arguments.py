@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from looptransfer.errors import InputError
+from looptransfer.text import plain_lines
 
 MOST_SEEDS = 1000
 T = TypeVar("T")
@@ -72,5 +73,5 @@ def centre_of(text: str, identity: Mapping[str, Any]) -> float:
     keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     if keys:
         what = ", ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys)
-        print(f"looptransfer: warning: {text} was tuned on another experiment ({what})", file=sys.stderr)
+        print(plain_lines(f"looptransfer: warning: {text} was tuned on another experiment ({what})"), file=sys.stderr)
     return float(tuned["lr"])

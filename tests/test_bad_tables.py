@@ -5,9 +5,12 @@ import pytest
 from tests.bad_tables import CLASSES, Bad, all_bad, fault
 
 BAD = all_bad()
+SLOWER = [
+    pytest.param(bad, marks=pytest.mark.slow if number % 4 else (), id=str(bad)) for number, bad in enumerate(BAD)
+]
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("bad", SLOWER)
 def test_a_bad_source_ends_as_its_row_says_and_never_in_a_verdict(
     bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,10 +281,13 @@ def test_an_lr_that_was_tuned_on_another_experiment_is_used_with_a_warning(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     identity = experiments.tiny_experiment(steps=7).identity()
-    record = {"schema_version": 1, "lr": 0.03, "loops": 1, "experiment": identity}
+    record = {"schema_version": 1, "lr": 0.03, "loops": 1, "experiment": {**identity, "\x1b[31m\n::error::x": 1}}
     Path("best.json").write_text(json.dumps(record))
     assert run("sweep", "--loops 1 --around best.json --octaves=0 --seeds 1 --workers 1 -o results.csv") == 0
-    assert "warning: best.json was tuned on another experiment (steps: 7 there, 6 here)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: best.json was tuned on another experiment (" in said
+    assert "steps: 7 there, 6 here" in said
+    assert not {"\x1b", "::"} & set(re.findall(r"\x1b|::", said))
     assert table()["lr"].tolist() == [0.03]
 
 

@@ -301,6 +301,15 @@ def test_nothing_is_written_over_what_is_read_or_twice(folder: Path, capsys: Cap
     assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
 
 
+def test_a_coordinate_check_writes_not_over_its_experiment(folder: Path, capsys: Capture) -> None:
+    Path("experiment.py").write_text("experiment = None\n")
+    for words in (["--html", "./experiment.py"], ["-o", "experiment.py"], ["--html", "new", "-o", "new"]):
+        assert main(["coordcheck", "experiment.py:experiment", *words]) == 2
+        assert "would overwrite" in capsys.readouterr().err
+    assert Path("experiment.py").read_text() == "experiment = None\n"
+    assert not Path("new").exists()
+
+
 def test_a_device_takes_a_page_and_a_baseline_and_stays_a_device(folder: Path) -> None:
     words = ["check", "runs.csv", "--html", os.devnull]
     assert main(words) == 0
@@ -370,6 +379,7 @@ def test_a_c_locale_is_no_reason_to_fail(folder: Path) -> None:
     assert run("check", b"\xff.csv".decode(errors="surrogateescape"), env=environment).returncode == 2
 
 
+@pytest.mark.slow
 def test_hundreds_of_values_of_n_are_drawn(folder: Path) -> None:
     counts = range(1, 261)
     rows = [(n, lr, seed, (np.log2(lr) + 5) ** 2) for n in counts for lr in (0.02, 0.03, 0.05) for seed in (0, 1)]
@@ -427,6 +437,7 @@ for seed in range(int(first), int(first) + 10):
 """
 
 
+@pytest.mark.slow
 def test_sweeps_that_append_at_once_lose_no_row(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     path.write_text("rule,layers,loops,width,lr,seed,steps,loss,diverged,seconds,fingerprint\n")

@@ -132,12 +132,10 @@ class Verdict:
 
     def to_do(self, one: RuleVerdict) -> list[str]:
         """What would settle the answer, in words, and the command or the rows to run; nothing where it is settled."""
-        if not one.advice:
-            return []
-        rows = (
-            "" if one.further_runs is None else f"{one.further_runs.words(self.axis_label)} (--todo FILE writes them)"
-        )
-        return [one.advice, *filter(None, [self.command(one) or rows])]
+        if not one.advice or one.further_runs is None:
+            return [one.advice] if one.advice else []
+        how = " (--todo FILE writes them)" if one.rule == self.rule else ""
+        return [one.advice, self.command(one) or one.further_runs.words(self.axis_label) + how]
 
     def rows_to_run(self) -> pd.DataFrame:
         """The further runs that would settle the answer for the rule asked for; no row where none would."""
