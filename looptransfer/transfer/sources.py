@@ -97,8 +97,8 @@ def _read(source: str, shown: str) -> pd.DataFrame:
     if "://" in source:
         return _study(place, name, shown)
     if source == "-":
-        if sys.stdin.isatty():
-            raise InputError("standard input is a terminal; send a table into it, such as by: … | looptransfer check -")
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InputError("standard input is closed or a terminal; send a table: … | looptransfer check -")
         return _table(sys.stdin.buffer.read(MOST_BYTES + 1), "", "standard input")
     path = Path(source) if Path(source).exists() else Path(place)
     with open_file(path) as stream:
