@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -90,8 +89,8 @@ def _replace(place: Path, data: bytes | None) -> None:
 
 def _is_stdout(before: os.stat_result) -> bool:
     try:
-        return os.path.samestat(before, os.fstat(sys.stdout.fileno()))
-    except (OSError, ValueError, AttributeError):  # there is none
+        return os.path.samestat(before, os.fstat(1))
+    except OSError:  # there is none
         return False
 
 
