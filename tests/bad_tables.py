@@ -467,7 +467,7 @@ def databases() -> Iterator[Bad]:
     yield Bad("databases", "maximized against its direction", with_study("--maximize"), "minimizes its value")
     pruned = sweep().assign(state="PRUNED")
     yield Bad("databases", "all pruned", with_study(trials=pruned), "no rows")
-    yield Bad("databases", "of no study", with_study(), "", (0,))
+    yield Bad("databases", "a whole study", with_study(), "FLAT", (0,))
     for name, text, phrase in [
         ("absent", "sqlite:///{folder}/none.db", "there is no such file"),
         ("in memory", "sqlite://", "there is no such file"),
