@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from looptransfer.errors import InputError
+from looptransfer.text import plain_lines
 
 MOST_SEEDS = 1000
 T = TypeVar("T")
@@ -19,6 +20,10 @@ def columns_of(texts: Sequence[str]) -> dict[str, str]:
     wrong = [text for text, (name, _, there) in zip(texts, pairs, strict=True) if not name or not there]
     if wrong:
         raise InputError(f"--columns {wrong[0]!r}; write NAME=THERE, such as lr=config.lr")
+    names = [name for name, _, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"--columns names {twice[0]!r} twice; give each once")
     return {name: there for name, _, there in pairs}
 
 
@@ -68,5 +73,5 @@ def centre_of(text: str, identity: Mapping[str, Any]) -> float:
     keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     if keys:
         what = ", ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys)
-        print(f"looptransfer: warning: {text} was tuned on another experiment ({what})", file=sys.stderr)
+        print(plain_lines(f"looptransfer: warning: {text} was tuned on another experiment ({what})"), file=sys.stderr)
     return float(tuned["lr"])

@@ -1,20 +1,23 @@
 """The command line. Commands import what they need when they run, so that help and `check` load no torch."""
 
 import argparse
+import io
 import json
 import os
+import re
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from looptransfer.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
 from looptransfer.errors import InputError
-from looptransfer.files import check_new, check_writable, write_file
+from looptransfer.files import check_new, check_writable, locked, same_file, write_file
+from looptransfer.text import plain_lines, without_password
 
 if TYPE_CHECKING:
     from looptransfer.transfer.comparison import Comparison
@@ -47,14 +50,18 @@ CHECK = """\
 Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains nothing.
 
   looptransfer check results.csv
-  looptransfer check wandb.jsonl --columns lr=config.lr loops=config.n_loops loss=summary.val_loss
+  looptransfer check wandb.csv --columns loops=n_loops loss=val_loss --where State=finished
+  looptransfer check mlflow.csv --columns lr=params.lr loss=metrics.loss --diverged status=FAILED,KILLED
   looptransfer check 'sqlite:///optuna.db#study' --axis width --markdown >> "$GITHUB_STEP_SUMMARY"
+  zcat runs.csv.gz | looptransfer check -
 
-SOURCE is a table in CSV, JSON lines or Parquet, a ledger of tune and sweep, or the URL of an Optuna study. It has one
-row per training run, with columns
+SOURCE is a table in CSV, JSON lines or Parquet, a pipe or - for standard input, a ledger of tune and sweep, or the URL
+of an Optuna study; it is only read. It has one row per training run, with columns
   loops     N, a whole number from 1 (or the column that --axis names)
   lr        absolute learning rate
-  loss      final loss in nats; inf or nan where the run diverged
+  loss      final loss, in nats unless --unit says otherwise; inf or nan where the run diverged. An empty cell, or a
+            column State or status that says crashed or running, is a run without a result: leave it out with --where,
+            or count it as diverged with --diverged
   seed      optional; runs of one seed are compared with each other, and one seed settles nothing
   rule      optional; the other rules serve as controls
   diverged  optional; true or false
@@ -105,13 +112,16 @@ CHECKED = "exit status: 0 passes, 1 fails, 2 bad usage or input, 3 inconclusive,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what its encoding lacks, as ε in a C locale, is no reason to fail
     arguments = _parser().parse_args(argv)
     try:
         status = int(arguments.run(arguments))
         sys.stdout.flush()
         return status
     except InputError as error:
-        print(f"looptransfer: {error}", file=sys.stderr)
+        print(plain_lines(f"looptransfer: {error}"), file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
@@ -221,22 +231,31 @@ def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="table, ledger or study, such as results.csv")
+    parser.add_argument("source", metavar="SOURCE", help="table, ledger or study, such as results.csv; - is stdin")
     called = "what a column is called in SOURCE, such as lr=config.lr"
-    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=THERE", help=called)
+    parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="NAME=THERE", help=called)
+    kept = "judge only rows such as State=finished or loss!= (not empty); VALUE,VALUE is either"
+    parser.add_argument("--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=kept)
+    lost = "runs that diverged whatever their loss, such as State=crashed or loss= (empty)"
+    parser.add_argument("--diverged", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=lost)
     parser.add_argument("--axis", default="loops", metavar="COLUMN", help="what grows: loops, width, layers, …")
     parser.add_argument("--maximize", action="store_true", help="loss is a metric of which more is better")
+    unit = "of the loss (default: nats where the column is called …loss and its curve is not too flat for them)"
+    parser.add_argument("--unit", help=unit)
     parser.add_argument("--rule", help="the rule to judge (default: factored, or the only one there)")
     parser.add_argument(
         "--lr", type=float, help="the transferred LR, absolute (default: the optimum at the smallest N)"
     )
     parser.add_argument("--tolerance", type=float, default=0.20, help="octaves per doubling of N (default: 0.20)")
-    parser.add_argument("--regret", type=float, default=0.02, help="tolerated regret in nats (default: 0.02)")
+    regret = "tolerated regret in the unit of the loss (default: 0.02 nats, else 5 %% of the curve's height)"
+    parser.add_argument("--regret", type=float, help=regret)
     parser.add_argument("--confidence", type=float, default=0.90, help="of the intervals (default: 0.90)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
     form.add_argument("--markdown", action="store_true", help="the verdict as Markdown on standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    todo = "write the runs that would settle the verdict as CSV, a row per run"
+    parser.add_argument("--todo", type=Path, metavar="FILE", help=todo)
     stored = "compare the optima with these: exit status 1 where one moved or its loss got worse"
     parser.add_argument("--baseline", type=Path, metavar="FILE", help=f"{stored} (such as lr-optima.json)")
     parser.add_argument("--update-baseline", action="store_true", help="write the optima into --baseline instead")
@@ -286,6 +305,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _coordcheck(arguments: argparse.Namespace) -> int:
     loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8"), seeds_of(arguments.seeds)
+    source = arguments.experiment.partition(".py")[0] + ".py"
+    _keep_apart({"the experiment": source}, {"--html": arguments.html, "--output": arguments.output})
     for path in filter(None, (arguments.html, arguments.output)):
         write_file(path, None)  # before the training
     import torch  # noqa: PLC0415
@@ -375,9 +396,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
         known=[Run(*run) for run in runs_there],
         **where,
     )
-    text = grown(path, results) if arguments.append else results.to_csv(index=False)
-    write_file(path, text)
-    print(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
+    with locked(path):
+        if arguments.output:
+            check_new(path)  # another sweep may have written it meanwhile
+        text = grown(path, results) if arguments.append else results.to_csv(index=False)
+        write_file(path, text)
+    print(plain_lines(f"{loss_table(text)}\nruns written to {path}: {len(results)}"))
     _print_next("check", path)
     return 0
 
@@ -386,10 +410,13 @@ def _check(arguments: argparse.Namespace) -> int:
     from looptransfer.transfer.check import check  # noqa: PLC0415
     from looptransfer.transfer.sources import read_results  # noqa: PLC0415
 
-    if arguments.html and arguments.html.resolve() == Path(arguments.source).resolve():
-        raise InputError(f"--html {arguments.html} would overwrite the table; choose another file")
+    reads = {"the table": re.sub(r"^sqlite[^:]*:///", "", arguments.source.partition("#")[0])}
+    writes = {"--html": arguments.html, "--todo": arguments.todo}
+    (writes if arguments.update_baseline else reads)["--baseline"] = arguments.baseline
+    _keep_apart(reads, writes)
+    columns, where, diverged = columns_of(arguments.columns), arguments.where, arguments.diverged
     verdict = check(
-        read_results(arguments.source, columns_of(arguments.columns), arguments.axis),
+        read_results(arguments.source, columns, arguments.axis, where, diverged),
         rule=arguments.rule,
         transferred_lr=arguments.lr,
         tolerance=arguments.tolerance,
@@ -397,19 +424,22 @@ def _check(arguments: argparse.Namespace) -> int:
         confidence=arguments.confidence,
         axis=arguments.axis,
         maximize=arguments.maximize,
+        unit=arguments.unit,
     )
+    told = _against_baseline(arguments, verdict)
     if arguments.html:
         from looptransfer.report.page import write_html  # noqa: PLC0415
         from looptransfer.transfer.baseline import fingerprint_of  # noqa: PLC0415
 
         made = {
-            "command": shlex.join(["looptransfer", *sys.argv[1:]]),
-            "source": arguments.source,
+            "command": shlex.join(["looptransfer", *map(without_password, sys.argv[1:])]),
+            "source": without_password(arguments.source),
             **{name: version(name) for name in ("looptransfer", "numpy", "scipy", "pandas")},
             **fingerprint_of(verdict.runs, verdict.axis),
         }
         write_html(verdict, arguments.html, provenance=made)
-    told = _against_baseline(arguments, verdict)
+    if arguments.todo:
+        write_file(arguments.todo, verdict.rows_to_run().to_csv(index=False))
     if arguments.json:
         extra = {} if told is None else {"baseline": told.to_dict()}
         print(json.dumps(verdict.to_dict() | extra, indent=2, allow_nan=False))
@@ -417,6 +447,15 @@ def _check(arguments: argparse.Namespace) -> int:
         print(*(one.to_markdown() if arguments.markdown else one for one in (verdict, told) if one), sep="\n")
     statuses = {verdict.exit_status} | (set() if told is None else {told.exit_status})
     return 1 if 1 in statuses else max(statuses)
+
+
+def _keep_apart(reads: Mapping[str, str | Path | None], writes: Mapping[str, Path | None]) -> None:
+    """Refuse to write over what is read, or twice to one place."""
+    places = [(option, path) for option, path in writes.items() if path is not None]
+    for number, (option, path) in enumerate(places):
+        for name, other in [*reads.items(), *places[:number]]:
+            if other is not None and same_file(path, other):
+                raise InputError(f"{option} {path} would overwrite {name}; choose another file")
 
 
 def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Comparison | None":
@@ -428,15 +467,8 @@ def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Com
     from looptransfer.transfer.comparison import compare  # noqa: PLC0415
 
     if arguments.update_baseline:
-        if arguments.baseline.resolve() in {
-            Path(arguments.source).resolve(),
-            arguments.html and arguments.html.resolve(),
-        }:
-            raise InputError(
-                f"--baseline {arguments.baseline} would overwrite the table or the page; choose another file"
-            )
         baseline_of(verdict, arguments.baseline).write(arguments.baseline)
-        print(f"optima written to {arguments.baseline}", file=sys.stderr)
+        print(plain_lines(f"optima written to {arguments.baseline}"), file=sys.stderr)
         return None
     return compare(verdict, read_baseline(arguments.baseline), arguments.moved)
 
@@ -458,4 +490,4 @@ def _gate(arguments: argparse.Namespace) -> int:
 
 
 def _print_next(*arguments: object) -> None:
-    print("next:", shlex.join(["looptransfer", *map(str, arguments)]))
+    print(plain_lines("next: " + shlex.join(["looptransfer", *(without_password(str(word)) for word in arguments)])))

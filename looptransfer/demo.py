@@ -115,8 +115,6 @@ def _answer(best: TunedLR, results: pd.DataFrame, verdict: Verdict, out: Path) -
 def _check_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
+    write_file(out / "report.html", None)

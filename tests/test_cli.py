@@ -21,7 +21,13 @@ from tests import experiments
 def sweep_table(drift: float, seeds: int = 4) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = [
-        {"loops": n, "lr": 2.0**x, "seed": s, "loss": 2 + 0.05 * (x + 6.5 - drift * np.log2(n)) ** 2 + shift}
+        {
+            "rule": "factored",
+            "loops": n,
+            "lr": 2.0**x,
+            "seed": s,
+            "loss": 2 + 0.05 * (x + 6.5 - drift * np.log2(n)) ** 2 + shift,
+        }
         for s in range(seeds)
         for shift in [rng.normal(0, 0.01)]
         for n in (1, 2, 4, 8)
@@ -105,7 +111,7 @@ def test_check_loads_no_torch(csv: Path) -> None:
         (["{csv}", "--lr", "0"], "transferred_lr is 0.0"),
         (["{csv}", "--html", "/no/such/folder/page.html"], "cannot write /no/such/folder/page.html"),
         (["{csv}", "--columns", "lr"], "--columns 'lr'; write NAME=THERE, such as lr=config.lr"),
-        (["{csv}", "--columns", "lr=eta"], "there is no column eta; there are loops, lr, seed, loss"),
+        (["{csv}", "--columns", "lr=eta"], "there is no column eta; there are rule, loops, lr, seed, loss"),
         (["{csv}", "--axis", "width"], "column width is missing"),
         (["sqlite:////no/such.db#study"], "cannot read sqlite:////no/such.db#study: there is no such file"),
     ],
@@ -275,10 +281,13 @@ def test_an_lr_that_was_tuned_on_another_experiment_is_used_with_a_warning(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     identity = experiments.tiny_experiment(steps=7).identity()
-    record = {"schema_version": 1, "lr": 0.03, "loops": 1, "experiment": identity}
+    record = {"schema_version": 1, "lr": 0.03, "loops": 1, "experiment": {**identity, "\x1b[31m\n::error::x": 1}}
     Path("best.json").write_text(json.dumps(record))
     assert run("sweep", "--loops 1 --around best.json --octaves=0 --seeds 1 --workers 1 -o results.csv") == 0
-    assert "warning: best.json was tuned on another experiment (steps: 7 there, 6 here)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: best.json was tuned on another experiment (" in said
+    assert "steps: 7 there, 6 here" in said
+    assert not {"\x1b", "::"} & set(re.findall(r"\x1b|::", said))
     assert table()["lr"].tolist() == [0.03]
 
 

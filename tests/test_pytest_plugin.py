@@ -39,7 +39,7 @@ def write_table(path: Path, drift: float = 0.0, at: float = -6.3, seeds: Sequenc
         for n in (1, 2, 4, 8):
             for x in np.arange(-10.0, -2.9):
                 loss = 2 + 0.06 * (x - at - drift * np.log2(n)) ** 2 + rng.normal(0, 0.002)
-                rows.append({"loops": n, "lr": 2.0**x, "seed": seed, "loss": loss})
+                rows.append({"rule": "factored", "loops": n, "lr": 2.0**x, "seed": seed, "loss": loss})
     pd.DataFrame(rows).to_csv(path, index=False)
 
 
@@ -90,7 +90,7 @@ def test_an_inconclusive_sweep_fails_with_the_runs_that_would_settle_it(project:
     write_table(project / "results.csv", seeds=[0])
     told = run_pytest(project, "-k", "flat")
     assert "there is one seed, so nothing tells noise from a shift" in told.stdout
-    assert "looptransfer sweep EXPERIMENT --loops 1,2,4,8" in told.stdout
+    assert "96 runs: N = 1, 2, 4, 8; LR 0.000976562, " in told.stdout
 
 
 def test_a_session_that_does_not_use_it_is_left_alone(tmp_path: Path) -> None:

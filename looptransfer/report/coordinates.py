@@ -9,14 +9,13 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from looptransfer.coordcheck.exponents import on_axis
 from looptransfer.coordcheck.verdict import CoordCheck, Finding
 from looptransfer.files import write_file
-from looptransfer.report.figures import ORDERED, RULE_STYLES
+from looptransfer.report.figures import RULE_STYLES, ordered_colours, some_of
 from looptransfer.report.page import render, svg
 
 # What a figure shows: statistic, which visit, step (0, 1 or the last), title.
@@ -36,7 +35,7 @@ def plot_stream(check: CoordCheck) -> Figure:
     A row for every rule; left at initialisation, right after the last step.
     """
     counts = sorted(check.frame["loops"].unique())
-    norm = BoundaryNorm(np.arange(len(counts) + 1) - 0.5, 256)
+    colours = dict(zip(counts, ordered_colours(len(counts)), strict=True))
     figure = Figure(figsize=(9.4, 0.9 + 2.3 * len(check.rules)), layout="constrained")
     axes = figure.subplots(len(check.rules), 2, sharex=True, sharey="col", squeeze=False)
     module = (check.context.looped or [check.context.branches[-1].module])[-1]
@@ -44,18 +43,15 @@ def plot_stream(check: CoordCheck) -> Figure:
         rows = _rows(check, rule)
         rows = rows[(rows["statistic"] == "stream_rms") & (rows["module"] == module)]
         for axis, step in zip(axes[row], (0, rows["step"].max()), strict=True):
-            for place, count in enumerate(counts):
+            for count in counts:
                 chosen = rows[(rows["loops"] == count) & (rows["step"] == step)]
-                _band(axis, chosen.groupby("visit")["value"], ORDERED(norm(place)), "o" if count == 1 else "")
+                _band(axis, chosen.groupby("visit")["value"], colours[count], "o" if count == 1 else "")
             _log_axes(axis)
             axis.set_title(f"{rule}, {'at initialisation' if step == 0 else f'after {step} steps'}", fontsize="medium")
         axes[row, 0].set_ylabel("stream RMS")
     for axis in axes[-1]:
         axis.set_xlabel("visit n")
-    handles = [
-        axes[0, 0].plot([], [], color=ORDERED(norm(i)), linewidth=2.5, label=f"N = {n}")[0]
-        for i, n in enumerate(counts)
-    ]
+    handles = [axes[0, 0].plot([], [], color=colours[n], linewidth=2.5, label=f"N = {n}")[0] for n in some_of(counts)]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
 

@@ -1,28 +1,32 @@
 """Figures of a verdict: loss against LR with N as an ordered colour scale, and what became of the optimum."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from looptransfer.text import printable
 from looptransfer.transfer.optimum import Optimum
-from looptransfer.transfer.verdict import RuleVerdict, Verdict
+from looptransfer.transfer.verdict import LOSS, METRIC, NATS, RuleVerdict, Verdict
 
 ORDERED = LinearSegmentedColormap.from_list(
     "ordered", colormaps["viridis_r"](np.linspace(0.12, 1, 256))
 )  # dark: large N
 # Okabe and Ito's colours differ for every common kind of colour vision; the markers differ in print.
+MOST_IN_LEGEND = 16
+LONGEST = 24  # characters of a name
 RULE_STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v")]
 
 
 def plot_curves(verdict: Verdict) -> Figure:
-    """Held-out loss (nats) against LR, one panel per rule, one colour per N; seeds' range shaded, optima starred.
+    """Held-out loss against LR, one panel per rule, one colour per N; seeds' range shaded, optima starred.
 
     Crosses at the top are LRs at which runs diverged, the dashed line is the transferred LR.
     """
@@ -30,30 +34,39 @@ def plot_curves(verdict: Verdict) -> Figure:
     rules = list(verdict.rules.values())
     figure = Figure(figsize=(1.2 + 3.4 * len(rules), 3.6), layout="constrained")
     axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
-    norm = BoundaryNorm(np.arange(len(counts) + 1) - 0.5, 256)
+    colours = dict(zip(counts, ordered_colours(len(counts)), strict=True))
     finite = verdict.runs.loc[~verdict.runs["diverged"], "loss"]
     low = float(finite.min())
     high = min(float(finite.max()), low + 4 * max(0.02, float(finite.median()) - low))
     for axis, one in zip(axes, rules, strict=True):
         for optimum in one.optima:
-            colour = ORDERED(norm(counts.index(optimum.at)))
             runs = verdict.runs[(verdict.runs["rule"] == one.rule) & (verdict.runs[verdict.axis] == optimum.at)]
-            _curve(axis, runs, optimum, colour, high)
+            _curve(axis, runs, optimum, colours[optimum.at], high)
         if verdict.transferred_lr is not None:
             axis.axvline(verdict.transferred_lr, color="0.35", linestyle="--", linewidth=1, zorder=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"$2^{{{math.log2(lr):.0f}}}$"))
-        axis.set(title=_plain(f"{one.rule}: {one.answer}"), xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
+        axis.set(title=f"{_plain(one.rule)}: {one.answer}", xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("metric, negated" if verdict.maximize else "held-out loss (nats)")
+    units = {METRIC: "metric, negated", NATS: "held-out loss (nats)", LOSS: "held-out loss"}
+    axes[0].set_ylabel(units.get(verdict.unit, f"held-out loss, {_plain(verdict.unit)}"))
     handles = [
-        axes[0].plot(
-            [], [], color=ORDERED(norm(i)), marker="o", markersize=4, label=_plain(f"{verdict.axis_label} = {n}")
-        )[0]
-        for i, n in enumerate(counts)
+        axes[0].plot([], [], color=colours[n], marker="o", markersize=4, label=f"{_plain(verdict.axis_label)} = {n}")[0]
+        for n in some_of(counts)
     ]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
+
+
+def ordered_colours(count: int) -> list[Any]:
+    """As many colours, from light to dark."""
+    return [ORDERED(place) for place in np.linspace(0, 1, count)] if count > 1 else [ORDERED(0.5)]
+
+
+def some_of(counts: Sequence[Any]) -> list[Any]:
+    """At most as many values as a legend has room for, the first and the last among them."""
+    places = np.linspace(0, len(counts) - 1, min(len(counts), MOST_IN_LEGEND)).round().astype(int)
+    return [counts[place] for place in places]
 
 
 def plot_optima(verdict: Verdict) -> Figure:
@@ -64,7 +77,8 @@ def plot_optima(verdict: Verdict) -> Figure:
         colour, marker = RULE_STYLES[position % len(RULE_STYLES)]
         _optima(left, one, colour, marker)
         if one.regret is not None and math.isfinite(one.regret.estimate):
-            error = [[one.regret.estimate - one.regret.low], [one.regret.high - one.regret.estimate]]
+            ends = (one.regret.estimate - one.regret.low, one.regret.high - one.regret.estimate)
+            error = [[max(0.0, end)] for end in ends]  # an estimate of 0 may be below its low end by its last bit
             right.errorbar(position, one.regret.estimate, yerr=error, color=colour, marker=marker, capsize=4)
         else:
             right.text(
@@ -93,7 +107,7 @@ def plot_optima(verdict: Verdict) -> Figure:
     right.axhline(verdict.regret_tolerance, color="0.35", linestyle="--", linewidth=1, label="tolerance")
     names = [_plain(rule) for rule in verdict.rules]
     right.set_xticks(range(len(names)), names)
-    unit = _plain(f"{verdict.unit}, at the largest {verdict.axis_label}")
+    unit = f"{_plain(verdict.unit)}, at the largest {_plain(verdict.axis_label)}"
     right.set(xlim=(-0.6, len(names) - 0.4), ylabel=unit, title="Regret of the transferred LR")
     right.grid(alpha=0.25, axis="y")
     right.legend(frameon=False, fontsize="small")
@@ -126,7 +140,7 @@ def _optima(axis: Axes, one: RuleVerdict, colour: str, marker: str) -> None:
             [log2.estimate for _, log2 in known],
             color=colour,
             marker=marker,
-            label=_plain(f"{one.rule}: {one.answer}"),
+            label=f"{_plain(one.rule)}: {one.answer}",
         )
         axis.fill_between(
             loops, [i.low for _, i in known], [i.high for _, i in known], color=colour, alpha=0.18, linewidth=0
@@ -145,5 +159,6 @@ def _tolerance_band(axis: Axes, verdict: Verdict) -> None:
 
 
 def _plain(text: str) -> str:
-    """A user's words, which are no formula whatever signs they hold."""
-    return text.replace("$", r"\$")
+    """A user's name, short enough for a figure, which is no formula whatever signs it holds."""
+    shown = printable(text)
+    return (shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…").replace("$", r"\$")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from looptransfer.files import write_file
 from looptransfer.report.figures import plot_curves, plot_optima
+from looptransfer.text import printable
 from looptransfer.transfer.verdict import Verdict
 
 
@@ -50,7 +51,11 @@ def write_html(
 def render(template: str, **values: Any) -> str:
     """Fill a template of this folder; every value is escaped."""
     environment = Environment(
-        loader=PackageLoader("looptransfer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("looptransfer.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
     )
     return environment.get_template(template).render(**values)
 

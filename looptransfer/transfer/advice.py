@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -27,14 +28,26 @@ class FurtherRuns:
     def __len__(self) -> int:
         return len(self.at) * len(self.lrs) * len(self.seeds)
 
-    def command(self, rule: str, table: str) -> str:
-        """What makes them, for an experiment of ours over loop counts; EXPERIMENT is the user's."""
+    def words(self, label: str) -> str:
+        """The combinations, in one line."""
+        at, lrs, seeds = (", ".join(map(str, each)) for each in (self.at, (f"{lr:.6g}" for lr in self.lrs), self.seeds))
+        return f"{len(self)} runs: {label} = {at}; LR {lrs}; seed {seeds}"
+
+    def rows(self, axis: str) -> pd.DataFrame:
+        """A row per run, with columns `axis`, lr and seed."""
+        return pd.DataFrame(product(self.at, self.lrs, self.seeds), columns=[axis, "lr", "seed"])
+
+    def command(self, rule: str, table: str, ledger: bool = False) -> str:
+        """What makes them, for an experiment of ours over loop counts, and adds them to a table or a ledger of ours.
+
+        EXPERIMENT is the user's.
+        """
         options = {
             "--loops": ",".join(map(str, self.at)),
             "--lrs": ",".join(f"{lr:.6g}" for lr in self.lrs),
             "--seeds": _ranges(self.seeds),
             "--rules": rule,
-            "--append": table,
+            **({"--ledger": table, "-o": "more.csv"} if ledger else {"--append": table}),
         }
         words = [word for name, value in options.items() for word in (name, value)]
         return "looptransfer sweep EXPERIMENT " + shlex.join(words)

@@ -6,7 +6,7 @@ linear in the losses: a t-interval over seeds holds for it, where the vertex its
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ import pandas as pd
 from looptransfer.transfer.baseline import Baseline, StoredOptimum, fingerprint_of
 from looptransfer.transfer.comparison import Comparison, Finding, Holding, change, differing, more_seeds
 from looptransfer.transfer.optimum import Array, Interval, curve, t_interval
+from looptransfer.transfer.verdict import decimals
 
 OCTAVES = (-1.0, 0.0, 1.0)
 MOVED = 0.5  # octaves from the stored optimum beyond which a neighbour's loss is the lower one
@@ -30,10 +31,14 @@ def bracket(
     runs: pd.DataFrame,
     baseline: Baseline,
     rule: str,
-    loss_tolerance: float,
+    loss_tolerance: float | None,
     confidence: float,
+    loops: Sequence[int] | None = None,
 ) -> Comparison:
     """Judge runs at `stored_lrs` of some N, a tidy table of one rule.
+
+    Every N of `loops`, or every N in the table where none are given, has a finding; one that was not run whole is
+    INCONCLUSIVE. The tolerance of the loss is by default the baseline's.
 
     MOVED: a neighbour is better than the stored optimum beyond noise, or a run at the stored optimum diverges; the
     optimum then lies more than half an octave away. WORSE: the interval of the change of the loss there lies above
@@ -41,9 +46,11 @@ def bracket(
     lies between them; a diverged neighbour bounds it as well. Otherwise INCONCLUSIVE.
     """
     stored = baseline.of_rule(rule)
+    loss_tolerance = baseline.loss_tolerance if loss_tolerance is None else loss_tolerance
+    tables = {int(str(at)): curve(group) for at, group in runs.groupby(baseline.axis)}
     findings = tuple(
-        bracket_one(stored[int(str(at))], curve(group), loss_tolerance, confidence)
-        for at, group in runs.groupby(baseline.axis)
+        bracket_one(stored[at], tables.get(at, pd.DataFrame()), loss_tolerance, confidence)
+        for at in (tables if loops is None else loops)
     )
     then = {name: value for name, value in baseline.fingerprint.items() if name not in BY_DESIGN}
     now = {name: value for name, value in fingerprint_of(runs, baseline.axis).items() if name not in BY_DESIGN}
@@ -65,8 +72,10 @@ def bracket_one(stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: floa
     """As `bracket`, for one N; `table` holds the losses at the three LRs, seeds across."""
     assert stored.log2_lr is not None
     assert stored.loss_by_seed is not None
-    lower, middle, higher = table.to_numpy(dtype=float)
     lr, seeds = 2.0**stored.log2_lr.estimate, table.shape[1]
+    if len(table) != len(OCTAVES) or not np.allclose(table.index, np.log2(stored_lrs(stored)), atol=1e-3):
+        return Finding(stored.at, "INCONCLUSIVE", "half, once and twice the stored LR were not run by every seed", lr)
+    lower, middle, higher = table.to_numpy(dtype=float)
     if not np.isfinite(middle).all():
         lost = int((~np.isfinite(middle)).sum())
         return Finding(stored.at, "MOVED", f"{lost} of {seeds} runs at the stored LR diverge", lr, seeds=seeds)
@@ -79,9 +88,11 @@ def bracket_one(stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: floa
     for cost, word in ((down, "half"), (up, "twice")):
         better = _interval(cost, confidence)
         if better.high < 0:
-            return finding("MOVED", f"{word} the stored LR is better by {-better.estimate:.3f}")
+            return finding(
+                "MOVED", f"{word} the stored LR is better by {-better.estimate:.{decimals(loss_tolerance)}f}"
+            )
     if loss.low > loss_tolerance:
-        return finding("WORSE", f"the loss at the stored LR is worse by {loss.estimate:.3f}")
+        return finding("WORSE", f"the loss at the stored LR is worse by {loss.estimate:.{decimals(loss_tolerance)}f}")
     slopes = {"half": _inwards(down, up), "twice": _inwards(up, down)}
     unsure = {word: slope for word, slope in slopes.items() if not _interval(slope, confidence).low > 0}
     if not unsure:
@@ -92,7 +103,7 @@ def bracket_one(stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: floa
 
 
 def _inwards(near: Array, far: Array) -> Array:
-    """Per seed the outward slope, in nats per octave, of the parabola at one neighbour, from what both neighbours cost.
+    """Per seed the outward slope, in loss per octave, of the parabola at one neighbour, from what both neighbours cost.
 
     Where the other neighbour diverged there is no parabola: the optimum is then asked to be within half an octave.
     """

@@ -10,10 +10,15 @@ import pandas as pd
 from looptransfer.errors import InputError
 from looptransfer.transfer import advice, drift
 from looptransfer.transfer.judge import Terms, judge_tables, outside, shape_changes
-from looptransfer.transfer.optimum import Interval, Optimum, curve, t_interval
+from looptransfer.transfer.optimum import Interval, Optimum, curve, curve_height, t_interval
 from looptransfer.transfer.results import at_horizon, tidy
-from looptransfer.transfer.verdict import Difference, RuleVerdict, Verdict
+from looptransfer.transfer.verdict import LOSS, METRIC, NATS, Difference, RuleVerdict, Verdict
 
+REGRET_NATS = 0.02
+REGRET_SHARE = 0.05  # of the curve's height, where the loss is not in nats: about what 0.02 nats are of the usual basin
+LARGE_OF_HEIGHT = 0.25  # a bowl is that high 1.25 octaves from its vertex, beyond which no fit is trusted
+LARGE_OF_LOSS = 0.1
+MOST_NAMED = 8  # LRs in a note
 HORIZONS = (0.5, 0.75)  # shares of the training at which the optimum is shown beside that at its end
 
 
@@ -22,10 +27,11 @@ def check(
     rule: str | None = None,
     transferred_lr: float | None = None,
     tolerance: float = 0.20,
-    regret_tolerance: float = 0.02,
+    regret_tolerance: float | None = None,
     confidence: float = 0.90,
     axis: str = "loops",
     maximize: bool = False,
+    unit: str | None = None,
 ) -> Verdict:
     """Judge a table of runs; nothing is trained. (Statistics: our extension; the paper reads its plot by eye.)
 
@@ -40,15 +46,22 @@ def check(
         rule: the rule that is judged, the others being its controls; default "factored", or the only rule there.
         transferred_lr: absolute LR that is carried to large N; default the optimum at the smallest N.
         tolerance: in octaves per doubling of N.
-        regret_tolerance: in nats; also the depth of the basins.
+        regret_tolerance: in the unit of the loss; also the depth of the basins. Default 0.02 where that is nats, else
+            5 % of the curve's height at the largest N, which is what leaving the best LR by 2.5 octaves costs. One that
+            is as large as the curve is high tells nothing: INCONCLUSIVE.
         confidence: of the two-sided intervals.
         axis: the column that plays the part of N: loops, width, layers or another of positive whole numbers.
-        maximize: the loss is a metric of which more is better; it is negated, and `regret_tolerance` is in its unit.
+        maximize: the loss is a metric of which more is better; it is negated. A study's direction is known.
+        unit: of the loss. Default "nats", unless it is maximized, was read from a column of another name than loss, or
+            0.02 would be more than a quarter of its curve's height or a tenth of the lowest loss.
 
     Raises:
         InputError: `tidy` refuses the table, the rule is not in it, or a number is out of range.
     """
     _check_terms(tolerance, regret_tolerance, confidence, transferred_lr)
+    if maximize and results.attrs.get("maximize") is False:
+        raise InputError("the study minimizes its value; leave out --maximize")
+    maximize = maximize or bool(results.attrs.get("maximize"))
     steps = tidy(results, axis)
     if maximize:
         steps["loss"] = (-steps["loss"]).mask(steps["diverged"], math.inf)
@@ -58,6 +71,10 @@ def check(
         rule = "factored" if "factored" in present or len(present) > 1 else present[0]
     if rule not in present:
         raise InputError(f"rule {rule!r} is not in the table, which has {', '.join(present)}; choose one with --rule")
+    tables = _tables(runs[runs["rule"] == rule], axis)
+    height = _height(tables)
+    unit = unit or (METRIC if maximize else results.attrs.get("unit")) or _unit(height, tables)
+    regret_tolerance = regret_tolerance or _regret_tolerance(unit, height)
     terms = Terms(axis, transferred_lr, tolerance, regret_tolerance, confidence)
     order = [rule, *(name for name in present if name != rule)]
     verdicts = {name: _judge(name, steps[steps["rule"] == name], runs[runs["rule"] == name], terms) for name in order}
@@ -78,16 +95,40 @@ def check(
         verdicts,
         differences,
         notes,
-        str(results.attrs.get("source", "results.csv")),
-        maximize,
-        runs,
+        unit=unit,
+        source=str(results.attrs.get("source", "")),
+        grows=results.attrs.get("grows"),
+        rows=len(steps),
+        runs=runs,
     )
 
 
-def _check_terms(tolerance: float, regret_tolerance: float, confidence: float, transferred_lr: float | None) -> None:
+def _height(tables: Mapping[int, pd.DataFrame]) -> float | None:
+    """The height of the curve at the largest N where it is known."""
+    heights = [curve_height(table) for _, table in sorted(tables.items(), reverse=True)]
+    return next((height for height in heights if height is not None), None)
+
+
+def _unit(height: float | None, tables: Mapping[int, pd.DataFrame]) -> str:
+    """Nats, unless the tolerance in nats would be large against the curve or against the loss itself.
+
+    No loss of a language model has so flat a basin, or is so low: it is an MSE, an error rate, or the like.
+    """
+    lowest = min((float(table.mean(axis=1).min()) for table in tables.values() if len(table)), default=math.inf)
+    flat = height is not None and LARGE_OF_HEIGHT * height < REGRET_NATS
+    return LOSS if flat or 0 < lowest < REGRET_NATS / LARGE_OF_LOSS else NATS
+
+
+def _regret_tolerance(unit: str, height: float | None) -> float:
+    return REGRET_NATS if unit == NATS or height is None else REGRET_SHARE * height
+
+
+def _check_terms(
+    tolerance: float, regret_tolerance: float | None, confidence: float, transferred_lr: float | None
+) -> None:
     for name, value, top in (
         ("tolerance", tolerance, math.inf),
-        ("regret_tolerance", regret_tolerance, math.inf),
+        ("regret_tolerance", REGRET_NATS if regret_tolerance is None else regret_tolerance, math.inf),
         ("confidence", confidence, 1.0),
         ("transferred_lr", 1.0 if transferred_lr is None else transferred_lr, math.inf),
     ):
@@ -164,11 +205,12 @@ def _notes(runs: pd.DataFrame, terms: Terms) -> list[str]:
     grid = runs.groupby(["rule", terms.axis])
     for (rule, at), group in grid:
         seeds, per_lr = group["seed"].nunique(), group.groupby("lr")["seed"].nunique()
-        partial = [f"{lr:.3g}" for lr in per_lr.index[per_lr < seeds]]
+        partial = [f"{lr:.6g}" for lr in per_lr.index[per_lr < seeds]]
         if partial:
-            notes.append(
-                f"{rule}, {terms.label} = {at}: LR {', '.join(partial)} is left out, not being run by all {seeds} seeds"
+            named = ", ".join(partial[:MOST_NAMED]) + (
+                f" and {len(partial) - MOST_NAMED} more" if partial[MOST_NAMED:] else ""
             )
+            notes.append(f"{rule}, {terms.label} = {at}: LR {named} is left out, not being run by all {seeds} seeds")
     return notes
 
 

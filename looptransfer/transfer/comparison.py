@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,12 +10,13 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from looptransfer.errors import InputError
+from looptransfer.text import escaped, markdown_table, plain, text_table
 from looptransfer.transfer.advice import seeds_needed
 from looptransfer.transfer.baseline import REMAKE, Baseline, StoredOptimum, fingerprint_of, loss_at_optimum
 from looptransfer.transfer.judge import CENSORED, inside, outside
 from looptransfer.transfer.optimum import Interval, Optimum, t_interval
 from looptransfer.transfer.results import axis_label
-from looptransfer.transfer.verdict import Verdict, escaped, interval_dict, markdown_table, text_table
+from looptransfer.transfer.verdict import LOSS, NATS, Verdict, decimals, interval_dict
 
 SCHEMA_VERSION = 1
 TOLERANCE = 0.5  # octaves: half of what costs about 0.06 nats at the reference model
@@ -31,7 +32,7 @@ class Finding:
         at: the loop count N, or the value of another axis.
         stored_lr: where it was, absolute.
         shift: of the optimum, now minus then, in octaves.
-        loss: at the optimum, now minus then, in nats.
+        loss: at the optimum, now minus then.
         seeds: how many; `paired` where the same seeds were compared one by one.
     """
 
@@ -69,8 +70,8 @@ class Comparison:
 
     @property
     def answer(self) -> Holding:
-        """The worst of the findings; what is certain goes before what is not."""
-        answers = [finding.answer for finding in self.findings]
+        """The worst of the findings; what is certain goes before what is not. Without any nothing holds."""
+        answers = [finding.answer for finding in self.findings] or ["INCONCLUSIVE"]
         order: tuple[Holding, ...] = ("MOVED", "WORSE", "INCONCLUSIVE")
         return next((answer for answer in order if answer in answers), "HOLDS")
 
@@ -87,7 +88,7 @@ class Comparison:
                 "answer": finding.answer,
                 "stored LR": f"{finding.stored_lr:.3g}",
                 "shift, octaves": str(finding.shift or ""),
-                f"loss, {self.unit}": str(finding.loss or ""),
+                f"loss, {self.unit}": finding.loss.text(self._decimals) if finding.loss else "",
                 "seeds": f"{finding.seeds} {'paired' if finding.paired else 'unpaired'}" if finding.seeds else "",
             }
             for finding in self.findings
@@ -122,14 +123,20 @@ class Comparison:
         """The comparison as Markdown, every foreign word escaped."""
         lines = [f"### {escaped(self.rule)} against {escaped(self.path)}: {self.answer}", ""]
         lines += [*markdown_table(self.rows()), "", *(f"- {escaped(line)}" for line in self._sentences())]
-        return "\n".join([*lines, "", self._terms(), ""])
+        return "\n".join([*lines, "", escaped(self._terms()), ""])
 
     def __str__(self) -> str:
         lines = [f"{self.rule} against {self.path}: {self.answer}"]
         lines += [f"  {line}" for line in [*text_table(self.rows()), *self._sentences(), self._terms()]]
-        return "\n".join(lines)
+        return "\n".join(map(plain, lines))
+
+    @property
+    def _decimals(self) -> int:
+        return decimals(self.loss_tolerance)
 
     def _sentences(self) -> Iterable[str]:
+        if not self.findings:
+            yield "no optimum of the baseline could be compared"
         for finding in self.findings:
             if finding.reason:
                 yield f"{axis_label(self.axis)} = {finding.at}: {finding.reason}"
@@ -139,7 +146,7 @@ class Comparison:
 
     def _terms(self) -> str:
         return (
-            f"{self.method}; tolerances {self.tolerance:g} octave and {self.loss_tolerance:g} {self.unit}; "
+            f"{self.method}; tolerances {self.tolerance:g} octave and {self.loss_tolerance:.3g} {self.unit}; "
             f"intervals {self.confidence:.0%}"
         )
 
@@ -149,7 +156,8 @@ def compare(verdict: Verdict, baseline: Baseline, tolerance: float = TOLERANCE) 
 
     MOVED: the interval of the shift lies outside ±tolerance. WORSE: that of the change of the loss at the optimum lies
     above the verdict's regret tolerance. HOLDS: both lie inside. Otherwise INCONCLUSIVE, as is an optimum that can no
-    longer be told. Seeds are compared one by one where one side has all of the other's, else by Welch's interval.
+    longer be told, a baseline with nothing to compare, and a tolerance of the loss as large as the curve is high. Seeds
+    are compared one by one where one side has all of the other's, else by Welch's interval.
 
     Args:
         verdict: of the runs now.
@@ -162,12 +170,14 @@ def compare(verdict: Verdict, baseline: Baseline, tolerance: float = TOLERANCE) 
     if not 0 < tolerance < math.inf:
         raise InputError(f"tolerance is {tolerance!r}; it must be a finite number of octaves above 0")
     for name, then, here in (("axis", baseline.axis, verdict.axis), ("unit", baseline.unit, verdict.unit)):
-        if then != here:
+        if then != here and {then, here} != {NATS, LOSS}:  # a curve's height may tell these two differently
             raise InputError(f"{baseline.path} was made with {name} {then!r}, not {here!r}; give the same, or {REMAKE}")
     stored = baseline.of_rule(verdict.rule)
     now = {optimum.at: optimum for optimum in verdict.judged.optima}
     terms = (tolerance, verdict.regret_tolerance, verdict.confidence)
     findings = tuple(compare_one(one, now.get(at), *terms) for at, one in stored.items() if one.log2_lr is not None)
+    if verdict.judged.height is not None and verdict.regret_tolerance >= verdict.judged.height:
+        findings = tuple(map(_not_told_by_loss, findings))
     made_by = fingerprint_of(verdict.runs, verdict.axis)
     return Comparison(
         baseline.path,
@@ -243,7 +253,7 @@ def compare_one(
     if outside(shift, tolerance):
         return finding("MOVED", f"the optimum moved by {shift.estimate:+.2f} octave")
     if loss.low > loss_tolerance:
-        return finding("WORSE", f"the loss at the optimum is worse by {loss.estimate:.3f}")
+        return finding("WORSE", f"the loss at the optimum is worse by {loss.estimate:.{decimals(loss_tolerance)}f}")
     if not inside(shift, tolerance):
         advice = more_seeds(gaps, shift, tolerance, confidence)
         return finding("INCONCLUSIVE", f"the interval of the shift reaches across the tolerance; {advice}")
@@ -251,6 +261,11 @@ def compare_one(
         advice = more_seeds(loss_gaps, loss, loss_tolerance, confidence)
         return finding("INCONCLUSIVE", f"the loss may be worse by the tolerance; {advice}")
     return finding("HOLDS")
+
+
+def _not_told_by_loss(finding: Finding) -> Finding:
+    reason = "the tolerance of the loss is as large as the whole curve is high; give a smaller one, with --regret"
+    return replace(finding, answer="INCONCLUSIVE", reason=reason) if finding.answer == "HOLDS" else finding
 
 
 def more_seeds(gaps: pd.Series | None, interval: Interval, tolerance: float, confidence: float) -> str:

@@ -1,6 +1,7 @@
 """What becomes of the optimum from one loop count to the next: drift, displacement, curve shift, regret, shape.
 
-Distances are octaves of LR, the drift is octaves per doubling of N, the regret nats. Everything here is our extension.
+Distances are octaves of LR, the drift is octaves per doubling of N, the regret in the unit of the loss. All of it is
+our extension.
 """
 
 import math
@@ -109,7 +110,7 @@ def skew_trend(optima: Sequence[Optimum], confidence: float) -> Interval | None:
 
 
 def regret_by_seed(target: Optimum, table: pd.DataFrame, log2_lr: float) -> pd.Series | None:
-    """Loss at an LR minus loss at the optimum of the same N, per seed, in nats; the fit near by, the runs further away.
+    """Loss at an LR minus loss at the optimum of the same N, per seed; the fit near by, the runs further away.
 
     inf where runs on both sides of the LR, or on one, diverged. None where the optimum is not known or the LR lies
     outside those that were run.
@@ -126,7 +127,7 @@ def regret_by_seed(target: Optimum, table: pd.DataFrame, log2_lr: float) -> pd.S
 
 
 def regret_interval(target: Optimum, by_seed: pd.Series, log2_lr: float, confidence: float) -> Interval:
-    """The regret with its interval, in nats.
+    """The regret with its interval.
 
     Near the optimum the regret is about the square of the distance to it, which no t-interval of the regrets fits (at
     the optimum they all are 0): the interval is that of the distance, carried through the pooled curve.
@@ -176,7 +177,10 @@ def curve_shift(table: pd.DataFrame, reference: pd.DataFrame, confidence: float)
         return None
     x, losses = here.index.to_numpy(dtype=float), here[seeds].to_numpy()
     excess = losses.mean(axis=1) - losses.mean(axis=1).min()
-    weight = 1 / (excess + np.median(excess) + 1e-12) ** 2
+    usual = float(np.median(excess)) + 1e-12 * float(excess.max())
+    if usual == 0:
+        return None
+    weight = (usual / (excess + usual)) ** 2
     shape = PchipInterpolator(there.index.to_numpy(dtype=float), there[seeds].to_numpy(), extrapolate=False)
 
     def misfit(shift: float) -> float:
@@ -189,15 +193,20 @@ def curve_shift(table: pd.DataFrame, reference: pd.DataFrame, confidence: float)
     if not 0 < best < len(tried) - 1:
         return None
     shift = float(minimize_scalar(misfit, bounds=(tried[best - 1], tried[best + 1]), method="bounded").x)
-    return t_interval(_shift_by_seed(shift, x, losses, weight, shape), confidence)
+    by_seed = _shift_by_seed(shift, x, losses, weight, shape)
+    return t_interval(by_seed, confidence) if by_seed is not None else None
 
 
-def _shift_by_seed(shift: float, x: Array, losses: Array, weight: Array, shape: PchipInterpolator) -> Array:
+def _shift_by_seed(shift: float, x: Array, losses: Array, weight: Array, shape: PchipInterpolator) -> Array | None:
+    """One Newton step for each seed; None where the curves hardly overlap, or the reference has no slope."""
     slope = shape(x - shift, 1).mean(axis=1)
     inside = np.isfinite(slope)
+    if inside.sum() < 3:
+        return None
     slope, gap, weight = slope[inside], (losses - shape(x - shift))[inside], weight[inside]
     slope = slope - np.average(slope, weights=weight)
-    return np.asarray(shift - (weight * slope) @ gap / float(weight @ slope**2))
+    stiffness = float(weight @ slope**2)
+    return np.asarray(shift - (weight * slope) @ gap / stiffness) if stiffness > 0 else None
 
 
 def _variance(values: Array, weight: Array) -> float:

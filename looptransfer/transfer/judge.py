@@ -8,7 +8,7 @@ import pandas as pd
 
 from looptransfer.transfer import advice, drift
 from looptransfer.transfer.advice import FurtherRuns
-from looptransfer.transfer.optimum import Censored, Interval, Optimum, t_interval
+from looptransfer.transfer.optimum import Censored, Interval, Optimum, curve_height, t_interval
 from looptransfer.transfer.results import axis_label
 from looptransfer.transfer.verdict import Answer, Cause, RuleVerdict
 
@@ -63,6 +63,7 @@ def judge_tables(rule: str, tables: Mapping[int, pd.DataFrame], terms: Terms) ->
         regret=regret,
         drift_by_seed=drifts,
         regret_by_seed=regrets,
+        height=curve_height(tables[target.at]),
     )
     answer, cause, reason, (words, further) = _decide(facts, tables, terms)
     return replace(facts, answer=answer, cause=cause, reason=reason, advice=words, further_runs=further)
@@ -114,6 +115,12 @@ def _decide_regret(
     if facts.regret is None:
         reason = f"The transferred LR lies outside the LRs run at the largest {terms.label}."
         return "INCONCLUSIVE", "regret", reason, ("run LRs around the transferred LR", None)
+    if facts.height is not None and terms.regret_tolerance >= facts.height:
+        reason = (
+            f"The tolerance of the regret, {terms.regret_tolerance:.3g}, is as large as the whole curve is high, "
+            f"{facts.height:.3g}: any LR would pass."
+        )
+        return "INCONCLUSIVE", "tolerance", reason, ("give a smaller tolerance, with --regret", None)
     if facts.regret.low > terms.regret_tolerance:
         reason = "The optimum stays, but the transferred LR costs more than the tolerance."
         return "INCONCLUSIVE", "regret", reason, ("tune the proxy again, nearer to its optimum", None)
@@ -148,6 +155,10 @@ def _censored(
     """Why the optima of some N cannot be told, and what to run."""
     why = next(iter(hidden.values()))
     at = ", ".join(str(n) for n, reason in hidden.items() if reason == why)
+    empty = ", ".join(str(n) for n, table in tables.items() if table.empty)
+    if empty:
+        words = f"run every LR with every seed at {terms.label} = {empty}, or write one LR alike for all of them"
+        return "too few LRs", f"At {terms.label} = {empty} no LR was run by every seed.", (words, None)
     further = advice.uncensor(tables, hidden)
     lrs = ", ".join(f"{lr:.3g}" for lr in further.lrs)
     words = {
@@ -166,7 +177,7 @@ def _shared_basin(facts: RuleVerdict, terms: Terms) -> str:
     if low >= high:
         return ""
     return (
-        f"; any LR from {2**low:.3g} to {2**high:.3g} is within {terms.regret_tolerance:g} of the best at every "
+        f"; any LR from {2**low:.3g} to {2**high:.3g} is within {terms.regret_tolerance:.3g} of the best at every "
         f"{terms.label}"
     )
 

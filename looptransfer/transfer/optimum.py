@@ -1,7 +1,7 @@
 """The LR optimum of one loop count, from paired seeds: its place, its basin, and when it cannot be told.
 
-x is log2 of the LR, so distances are octaves; losses are in nats. Everything here is our extension: the paper reads
-its optima off a plot.
+x is log2 of the LR, so distances are octaves; losses are in the table's unit. Everything here is our extension: the
+paper reads its optima off a plot.
 """
 
 import math
@@ -32,8 +32,12 @@ class Interval:
     low: float
     high: float
 
+    def text(self, decimals: int) -> str:
+        """The estimate, and the interval in brackets."""
+        return f"{self.estimate:+.{decimals}f} [{self.low:+.{decimals}f}, {self.high:+.{decimals}f}]"
+
     def __str__(self) -> str:
-        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return self.text(3)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Optimum:
         return 0 if self.curves is None else self.curves.shape[1] - 1
 
     def loss(self, log2_lr: float) -> pd.Series:
-        """The fitted loss per seed, in nats; to be trusted within 1.25 octaves of the vertex."""
+        """The fitted loss per seed; to be trusted within 1.25 octaves of the vertex."""
         assert self.curves is not None
         assert self.log2_lr is not None
         u = log2_lr - self.log2_lr.estimate
@@ -134,7 +138,7 @@ def find_optimum(
         at: N, for the record.
         table: losses from `curve`; inf where a run diverged. An LR at which any seed diverged takes no part in the fit.
         confidence: of the two-sided interval, such as 0.9.
-        basin_tolerance: nats above the lowest mean loss that still count as the basin.
+        basin_tolerance: loss above the lowest mean that still counts as the basin.
         degree: 2 fits a parabola in any case.
     """
     finite = np.isfinite(table.to_numpy(dtype=float)).all(axis=1)
@@ -166,6 +170,23 @@ def find_optimum(
     basin = _basin(x, mean, vertex, float(fitted[0].mean()), basin_tolerance)
     log2_lr = t_interval(by_seed, confidence)
     return Optimum(at, table.shape[1], None, stable_up_to, diverges, log2_lr, by_seed, curves, basin, walled)
+
+
+def curve_height(table: pd.DataFrame) -> float | None:
+    """What leaving the best LR by 2.5 octaves costs, on the cheaper side, in the unit of the loss.
+
+    It is to the loss what an octave is to the LR: a loss that is scaled or shifted has the height scaled. None where
+    fewer than two LRs are stable, or nothing rises.
+    """
+    losses = table.to_numpy(dtype=float)
+    finite = np.isfinite(losses).all(axis=1)
+    x, mean = table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1)
+    if len(x) < 2:
+        return None
+    vertex = _descend(x, mean, 3, REACH)
+    centre = float(x[int(np.argmin(mean))]) if vertex is None else vertex
+    height = min(_sides(x, mean - mean.min(), centre, REACH), default=0.0)
+    return height if height > 0 else None
 
 
 def pooled_vertex(table: pd.DataFrame, degree: int, reach: float) -> float | None:
@@ -252,13 +273,15 @@ def _root_weights(x: Array, mean: Array, centre: float, reach: float) -> Array:
     finite stands many times higher than that, and has no part in where the basin is lowest.
     """
     height = mean - mean.min()
-    sides = []
-    for end in (max(centre - reach, x[0]), min(centre + reach, x[-1])):
-        if abs(end - centre) > 0.5:
-            sides.append(float(np.interp(end, x, height)) * (reach / (end - centre)) ** 2)
-    highest = max(WALL * min(sides, default=math.inf), 1e-12)
+    highest = max(WALL * min(_sides(x, height, centre, reach), default=math.inf), 1e-12)
     near = np.maximum(1 - ((x - centre) / reach) ** 2, 0)
     return np.asarray(near * np.maximum(1 - (height / highest) ** 2, 0))
+
+
+def _sides(x: Array, height: Array, centre: float, reach: float) -> list[float]:
+    """The height of the curve at each end of the reach; where fewer octaves were run, by the square of the distance."""
+    ends = [end for end in (max(centre - reach, x[0]), min(centre + reach, x[-1])) if abs(end - centre) > 0.5]
+    return [float(np.interp(end, x, height)) * (reach / (end - centre)) ** 2 for end in ends]
 
 
 def _fit(x: Array, losses: Array, centre: float, degree: int, root_weights: Array) -> Array:
@@ -268,7 +291,11 @@ def _fit(x: Array, losses: Array, centre: float, degree: int, root_weights: Arra
     degree = min(degree, len(u) - 1)
     design = u[:, None] ** np.arange(degree + 1) * root_weights
     # The normal equations: within a few octaves they are well conditioned, and four times as fast as an orthogonal fit.
-    return np.asarray(np.linalg.solve(design.T @ design, design.T @ (losses[used] * root_weights)))
+    right = losses[used] * root_weights
+    try:
+        return np.asarray(np.linalg.solve(design.T @ design, design.T @ right))
+    except np.linalg.LinAlgError:  # LRs that nearly coincide
+        return np.asarray(np.linalg.lstsq(design, right, rcond=None)[0])
 
 
 def _basin(x: Array, mean: Array, vertex: float, lowest: float, tolerance: float) -> Basin:

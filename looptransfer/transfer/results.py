@@ -3,17 +3,26 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from looptransfer.errors import InputError
+from looptransfer.transfer.rows import is_missing, listing, refuse_unfinished, short
 
 COLUMNS = ["rule", "layers", "loops", "width", "lr", "seed", "steps", "loss", "diverged", "seconds", "fingerprint"]
+OF_A_RUN = {"rule", "lr", "seed", "loss", "diverged", "step", "seconds", "last_loss"}
+ALL_RUNS = "all runs"  # the rule of a table that knows none
 MOST = 10**6  # the largest loop count, or value of another axis, that is believed
-SHOWN = 60  # characters of a cell in an error
+BELIEVED_LRS = (1e-30, 1e30)
+LARGEST = 1e100  # loss, in size, that is believed
+SAME_LR = 1e-6  # relative distance up to which two LRs are one
+ROUNDED_LR = 5e-4  # the same for LRs that no seed ran both of: one LR, rounded to four digits by somebody
 ENDS_TOGETHER = 0.95  # share of the longest run that a run must have lasted, unless it diverged
 
 
@@ -22,35 +31,39 @@ def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
 
     A row is called by its index label in errors.
 
-    Needed are loops, or the axis in its place (whole numbers from 1), lr (absolute, above 0) and loss (nats; a run that
-    diverged has inf or nan, or true in a column `diverged`). Missing columns `rule` and `seed` become "factored" and
-    "0". With a column `step` there is a row per run and step, and all runs of one rule and N end together unless they
-    diverged. Losses of diverged runs come back as inf: they are data, since they bound the basin.
+    Needed are loops, or the axis in its place (whole numbers from 1), lr (absolute, above 0) and loss (a run that
+    diverged has inf or nan, or true in a column `diverged`; an empty cell is no result). Missing columns `rule` and
+    `seed` become "all runs" and "0". With a column `step` there is a row per run and step, and all runs of one rule and
+    N end together unless they diverged. Losses of diverged runs come back as inf: they are data, since they bound the
+    basin. LRs that agree to 1e-6 are one, as are seeds 0 and 0.0.
 
     Raises:
         InputError: a missing column, a cell that is no number or out of range, no finite loss, duplicate runs, runs
-            that end early.
+            that end early or did not finish, rules that differ by case or blanks.
     """
     _no_column_missing(frame, axis)
     out = frame.copy() if frame.index.is_unique else frame.reset_index(drop=True)
-    out["rule"] = out["rule"].map(str).str.strip() if "rule" in out else "factored"
-    out["seed"] = out["seed"].map(str).str.strip() if "seed" in out else "0"
-    diverged = _flags(out["diverged"]) if "diverged" in out else pd.Series(False, index=out.index)
-    out["loss"] = out["loss"].mask(diverged, math.inf)  # its cell may be empty, as pandas writes nan
-    for name in (axis, "lr", "loss", *(["step"] if "step" in out else [])):
-        out[name] = _numbers(out[name], name)
-    _in_range(out, axis, out[axis].between(1, MOST) & (out[axis] % 1 == 0), f"a whole number from 1 to {MOST}")
-    _in_range(out, "lr", np.isfinite(out["lr"]) & (out["lr"] > 0), "a finite number above 0")
-    out[axis] = out[axis].astype(int)
-    out["loss"] = out["loss"].where(np.isfinite(out["loss"]), math.inf)
-    out["diverged"] = ~np.isfinite(out["loss"])
     if out.empty:
         raise InputError("the table has no rows; give one row per training run")
+    raw = out.copy()
+    out["rule"] = _names(out["rule"], "rule") if "rule" in out else ALL_RUNS
+    _no_rules_alike(out["rule"])
+    out["seed"] = _names(out["seed"], "seed", _seed) if "seed" in out else "0"
+    for name in (axis, "lr", *(["step"] if "step" in out else [])):
+        out[name] = _numbers(out[name], name)
+    out["loss"] = _losses(raw)
+    _in_range(out, axis, out[axis].between(1, MOST) & (out[axis] % 1 == 0), f"a whole number from 1 to {MOST}")
+    _in_range(out, "lr", np.isfinite(out["lr"]) & (out["lr"] > 0), "a finite number above 0")
+    _in_range(out, "lr", out["lr"].between(*BELIEVED_LRS), "between {:g} and {:g}".format(*BELIEVED_LRS))
+    out[axis] = out[axis].astype(int)
+    out["diverged"] = ~np.isfinite(out["loss"])
     if out["diverged"].all():
         raise InputError(f"none of the {len(out)} rows has a finite loss; run lower LRs")
-    _no_duplicates(out, axis, "seed" in frame)
     if "step" in out:
         _in_range(out, "step", np.isfinite(out["step"]) & (out["step"] >= 0), "a number from 0 up")
+    out["lr"] = _one_spelling(out, ["rule", axis, "seed", *(["step"] if "step" in out else [])])
+    _no_duplicates(out, axis, raw)
+    if "step" in out:
         _all_end_together(out, axis)
     return out.reset_index(drop=True)
 
@@ -82,24 +95,99 @@ def _no_column_missing(frame: pd.DataFrame, axis: str) -> None:
         raise InputError(f"axis is {axis!r}; it must be a column such as loops, width or layers")
     twice = frame.columns[frame.columns.duplicated()]
     if len(twice):
-        raise InputError(f"there are two columns {_short(twice[0])}; rename or drop one of them")
+        raise InputError(f"there are two columns {short(twice[0])}; rename or drop one of them")
     missing = [name for name in (axis, "lr", "loss") if name not in frame.columns]
     if missing:
-        there = ", ".join(map(_short, frame.columns[:40])) or "no columns"
         raise InputError(
-            f"column {', '.join(missing)} is missing; there are {there}. Needed are {axis}, lr and loss, optional are "
-            "seed, rule, diverged and step; other names are mapped with --columns lr=NAME …"
+            f"column {', '.join(missing)} is missing; there are {listing(frame)}. Needed are {axis}, lr and loss, "
+            "optional are seed, rule, diverged and step; other names are mapped with --columns lr=NAME …"
         )
 
 
+# -- cells
+
+
+def _each(column: pd.Series, function: Callable[[Any], Any]) -> list[Any]:
+    """What a function makes of every cell; of text that recurs once."""
+    cells = list(column.astype(object))
+    if all(type(cell) is str for cell in cells):  # others may be equal and yet no number, as True is to 1
+        known = {cell: function(cell) for cell in set(cells)}
+        return [known[cell] for cell in cells]
+    return [function(cell) for cell in cells]
+
+
+def _names(column: pd.Series, name: str, spelled: Callable[[str], str] = str) -> list[str]:
+    names = _each(column, lambda cell: "" if is_missing(cell) or str(cell) == "nan" else spelled(str(cell).strip()))
+    if "" in names:
+        row = column.index[names.index("")]
+        raise InputError(f"row {row}: {name} is empty; fill it in, or drop the whole column")
+    return names
+
+
+def _no_rules_alike(rules: pd.Series) -> None:
+    first: dict[str, str] = {}
+    for rule in rules.unique():
+        same = first.setdefault("".join(unicodedata.normalize("NFKC", rule).casefold().split()), rule)
+        if same != rule:
+            raise InputError(
+                f"the rules {short(same)} and {short(rule)} differ by case or blanks only; write them alike"
+            )
+
+
+def _seed(text: str) -> str:
+    """A seed by its name: 0 also where it is written as 0.0."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return text
+    return (
+        str(int(number))
+        if "_" not in text and number.is_finite() and number.adjusted() < 40 and number == int(number)
+        else text
+    )
+
+
 def _numbers(column: pd.Series, name: str) -> pd.Series:
-    numbers = pd.to_numeric(column, errors="coerce")
-    text = column[numbers.isna()].map(lambda cell: str(cell).strip().lower())
-    bad = text[text != "nan"]
-    if len(bad):
-        row = bad.index[0]
-        raise InputError(f"row {row}: {name} is {_short(column[row])}, which is not a number")
-    return numbers.astype(float)
+    """The cells of a column as floats, every digit of them."""
+    numbers = _each(column, _number)
+    if None in numbers:
+        row = column.index[numbers.index(None)]
+        cell = "" if is_missing(column[row]) else column[row]
+        raise InputError(f"row {row}: {name} is {short(cell)}, which is not a number{_hint(str(cell))}")
+    return pd.Series(numbers, column.index, dtype=float)
+
+
+def _number(cell: Any) -> float | None:
+    """A cell as a float; None where it is no number."""
+    if isinstance(cell, bool | np.bool_ | bytes) or is_missing(cell):
+        return None
+    if isinstance(cell, str) and ("_" in cell or not cell.isascii()):
+        return None
+    try:
+        return float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _hint(text: str) -> str:
+    return "; write decimals with a point" if re.fullmatch(r"\s*[+-]?\d+,\d+([eE][+-]?\d+)?\s*", text) else ""
+
+
+def _losses(raw: pd.DataFrame) -> pd.Series:
+    """The losses as numbers, inf where a run diverged."""
+    diverged = _flags(raw["diverged"]) if "diverged" in raw else pd.Series(False, raw.index)
+    cells = raw["loss"].astype(object).mask(diverged, math.inf)
+    numbers = _each(cells, _number)
+    no_result = pd.Series([number is None for number in numbers], raw.index)
+    commas = [row for row, cell in cells[no_result].items() if _hint(str(cell))]
+    if commas:
+        _numbers(cells[commas], "loss")
+    loss = pd.Series(numbers, raw.index, dtype=float)
+    refuse_unfinished(raw, loss, no_result)
+    loss = loss.where(np.isfinite(loss), math.inf)
+    believed = np.isinf(loss) | (loss.abs() < LARGEST)
+    _in_range(pd.DataFrame({"loss": loss}), "loss", believed, f"within ±{LARGEST:g}, or inf where the run diverged")
+    return loss
 
 
 def _in_range(frame: pd.DataFrame, name: str, good: pd.Series, allowed: str) -> None:
@@ -113,25 +201,62 @@ def _flags(column: pd.Series) -> pd.Series:
     flags = column.map(lambda cell: words.get(str(cell).strip().lower()))
     if flags.isna().any():
         row = flags.isna().idxmax()
-        raise InputError(f"row {row}: diverged is {_short(column[row])}; it must be true or false")
+        raise InputError(f"row {row}: diverged is {short(column[row])}; it must be true or false")
     return flags.astype(bool)
 
 
-def _no_duplicates(frame: pd.DataFrame, axis: str, has_seed: bool) -> None:
+# -- rows
+
+
+def _one_spelling(frame: pd.DataFrame, run: list[str]) -> pd.Series:
+    """The LRs, each written in one way: last digits differ between a formula, a log and what somebody typed."""
+    lrs = frame["lr"]
+    for agreement in (SAME_LR, ROUNDED_LR):
+        groups = lrs.map(_groups(np.sort(lrs.unique()), agreement))
+        ran = frame[run].assign(group=groups, lr=lrs).drop_duplicates()
+        both = ran.loc[ran.duplicated([*run, "group"]), "group"] if agreement == ROUNDED_LR else []
+        shortest = lrs.groupby(groups).transform(lambda group: min(group.unique(), key=lambda lr: (len(repr(lr)), lr)))
+        lrs = lrs.where(groups.isin(both), shortest)
+    return lrs
+
+
+def _groups(lrs: np.ndarray[Any, Any], agreement: float) -> dict[float, int]:
+    """The number of the group of each LR; those of one group agree with its lowest."""
+    numbers: dict[float, int] = {}
+    lowest, number = 0.0, 0
+    for lr in lrs:
+        if lr > lowest * (1 + agreement):
+            lowest, number = lr, number + 1
+        numbers[float(lr)] = number
+    return numbers
+
+
+def _no_duplicates(frame: pd.DataFrame, axis: str, raw: pd.DataFrame) -> None:
     key = ["rule", axis, "lr", "seed", *(["step"] if "step" in frame else [])]
     twice = frame[frame.duplicated(key, keep=False)]
     if twice.empty:
         return
     row = twice.iloc[0]
     same = twice[(twice[key] == row[key]).all(axis=1)]
-    cell = f"rule {_short(row['rule'])[1:-1]}, {axis} {row[axis]}, lr {row['lr']:g}"
-    telling = [name for name in ("loops", "layers", "width") if name in frame and same[name].nunique() > 1]
+    telling = [name for name in frame.columns if name not in {*key, *OF_A_RUN} and _tells(raw, same.index, name)]
     if telling:
-        fix = f"they differ in {telling[0]}: keep one value of it, or make it the axis"
+        value = raw[telling[0]][same.index[0]]
+        fix = (
+            f"they differ in {' and '.join(map(str, telling[:3]))}: keep one value of it, or make it the axis "
+            f"(--where {telling[0]}={value})"
+        )
     else:
-        fix = "drop the repeated rows" if has_seed else "add a column seed that tells them apart"
+        fix = "drop the repeated rows" if "seed" in raw else "add a column seed that tells them apart"
+    cell = f"{axis} {row[axis]}, lr {row['lr']:g}" + (f", seed {short(row['seed'])[1:-1]}" if "seed" in raw else "")
+    rule = f"rule {short(row['rule'])[1:-1]}, " if "rule" in raw else ""
     rows = ", ".join(map(str, same.index[:5]))
-    raise InputError(f"rows {rows} are the same run ({cell}, seed {_short(row['seed'])[1:-1]}); {fix}")
+    raise InputError(f"rows {rows} are the same run ({rule}{cell}); {fix}")
+
+
+def _tells(raw: pd.DataFrame, same: pd.Index, name: str) -> bool:
+    """Whether a column could tell repeated rows apart: it differs there, and is no name of every single row."""
+    texts = raw[name].map(str)
+    return texts[same].nunique() > 1 and (name in COLUMNS or texts.nunique() <= len(texts) / 2)
 
 
 def _all_end_together(frame: pd.DataFrame, axis: str) -> None:
@@ -145,8 +270,3 @@ def _all_end_together(frame: pd.DataFrame, axis: str) -> None:
             f"{run['step']:g} of {longest[early.index[0]]:g} with a finite loss; give its last loss as nan if it "
             "diverged, else drop its rows"
         )
-
-
-def _short(cell: object) -> str:
-    text = str(cell)
-    return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")

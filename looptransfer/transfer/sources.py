@@ -1,145 +1,340 @@
-"""Where a table of runs comes from: CSV, JSON lines, Parquet, an Optuna study, our ledger, a tracker's export."""
+"""Where a table of runs comes from: CSV, JSON lines, Parquet, an Optuna study, our ledger, a tracker's export.
 
+A table is read as it is, once and from one open stream, or not at all; nothing that is read is written to.
+"""
+
+import contextlib
+import io
 import json
+import re
 import sqlite3
-import warnings
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pandas as pd
 
 from looptransfer.errors import InputError
-from looptransfer.transfer.results import fingerprint, tidy
+from looptransfer.files import MOST_BYTES, PATIENCE, open_file
+from looptransfer.rules import RULES
+from looptransfer.text import printable, without_password, without_secrets
+from looptransfer.transfer.results import COLUMNS, fingerprint, tidy
+from looptransfer.transfer.rows import choose, listing, once, short
 
 SWEEP = "sweep"  # the study of a ledger that holds its sweep
-FORMATS = "CSV, JSON lines (.jsonl), Parquet, or an Optuna study such as sqlite:///file.db#study"
+FORMATS = "give CSV, JSON lines (.jsonl), Parquet, or an Optuna study such as sqlite:///file.db#study"
 SQLITE = b"SQLite format 3\0"
+CELL = re.compile(r' *(?:"([^"]*(?:""[^"]*)*)" *|([^",]*))(,|$)')
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-def read_results(source: str | Path, columns: Mapping[str, str] | None = None, axis: str = "loops") -> pd.DataFrame:
+def read_results(
+    source: str | Path,
+    columns: Mapping[str, str] | None = None,
+    axis: str = "loops",
+    where: Sequence[str] = (),
+    diverged: Sequence[str] = (),
+) -> pd.DataFrame:
     """Read a table of runs and check it as `tidy` does; a row in an error is the line of the file, or the trial.
 
     Args:
-        source: a .csv, .jsonl or .parquet file, a ledger, or the URL of an Optuna study with #NAME behind it. Objects
-            within the lines of a .jsonl file give columns with dots, such as config.lr.
+        source: a .csv, .jsonl or .parquet file, a pipe, "-" for standard input, a ledger, or the URL of an Optuna study
+            with #NAME behind it. Objects within JSON lines give columns with dots, such as config.lr.
         columns: what a needed column is called there, such as {"lr": "config.lr", "loss": "summary.val_loss"}.
         axis: the column that plays the part of N.
+        where: conditions such as "State=finished" or "loss!=" that a row must meet; others are left out and counted.
+        diverged: conditions such as "State=crashed"; runs that meet one diverged, whatever their loss.
 
     Raises:
         InputError: the source cannot be read, a column is not there, or `tidy` refuses what it holds.
     """
-    frame = _renamed(_read(str(source)), columns or {})
+    shown = printable(without_password(str(source)))
+    with _blaming(shown):
+        read = _read(str(source), shown)
+    called = columns or {}
+    frame = choose(_renamed(read, called), where, diverged, called)
     table = tidy(frame, axis)
-    table.attrs |= {**frame.attrs, "source": str(source)}
+    table.attrs |= {**frame.attrs, "source": shown}
+    if shown == str(source) and "#" not in shown and Path(shown).is_file():  # what a command could add to
+        table.attrs["grows"] = _grows(table)
+    metric = called.get("loss", "loss")
+    if not metric.casefold().endswith("loss"):
+        table.attrs["unit"] = f"of {metric}"
     return table
 
 
-def _read(source: str) -> pd.DataFrame:
-    file, _, name = source.partition("#")
-    if "://" in source:
-        return _study(file, name, source)
-    path = Path(source) if Path(source).exists() else Path(file)
+def _grows(table: pd.DataFrame) -> str | None:
+    """What `sweep` can add runs to: "table" or "ledger" where it wrote one, else None."""
+    if not set(table["rule"]) <= set(RULES) or not table["seed"].str.isdecimal().all():
+        return None
+    if "study" in table.attrs:
+        return "ledger" if table.attrs["study"] == SWEEP and "experiment" in table.attrs else None
+    return "table" if list(table.columns) == COLUMNS else None
+
+
+@contextlib.contextmanager
+def _blaming(shown: str, kind: str = "a table of runs", url: str = "") -> Iterator[None]:
+    """Whatever a parser or a driver raises is one error that names the source, and no secret."""
     try:
-        with path.open("rb") as stream:
-            head = stream.read(16)
-    except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror}; give {FORMATS}") from None
-    if head == SQLITE:
-        return _study(f"sqlite:///{path.resolve()}", name, source)
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet,
-    }  # fmt: skip
-    return readers.get(path.suffix.lower(), _csv)(path)
+        yield
+    except InputError:
+        raise
+    except Exception as raised:
+        error: BaseException = raised
+        while error.__cause__ is not None:  # what the driver said, below what libraries made of it
+            error = error.__cause__
+        text = (str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__])[0]
+        text = without_secrets(text, url)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot read {shown}: {text[:300]}; {FORMATS}") from None
+        raise InputError(f"{shown} is not {kind}: {text[:300]}; {FORMATS}") from None
+
+
+def _read(source: str, shown: str) -> pd.DataFrame:
+    place, _, name = source.partition("#")
+    if "://" in source:
+        return _study(place, name, shown)
+    if source == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InputError("standard input is closed or a terminal; send a table: … | looptransfer check -")
+        return _table(sys.stdin.buffer.read(MOST_BYTES + 1), "", "standard input")
+    path = Path(source) if Path(source).exists() else Path(place)
+    with open_file(path) as stream:
+        head = stream.read(len(SQLITE))
+        if head == SQLITE and path.is_file():
+            return _study(f"sqlite:///{path.resolve()}", name, shown)
+        return _table(head + stream.read(MOST_BYTES + 1), path.suffix.lower(), shown)
+
+
+def _table(data: bytes, suffix: str, shown: str) -> pd.DataFrame:
+    """The table in the bytes of a file; what they are decides, where they tell."""
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{shown} has more than {MOST_BYTES >> 20} MiB, which no table of runs has; {FORMATS}")
+    if data.startswith(SQLITE):
+        raise InputError(f"{shown} sends a database, which must be opened where it lies; give its path")
+    if data.startswith(b"PAR1") or suffix == ".parquet":
+        return _parquet(data, shown)
+    text = _text(data, shown)
+    if suffix in (".jsonl", ".ndjson") or text.lstrip().startswith("{"):
+        return _json_lines(text, shown)
+    return _csv(text, shown)
+
+
+def _text(data: bytes, shown: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        what = "UTF-16" if wide else f"byte {data[error.start]:#04x} on line {line}"
+        raise InputError(
+            f"{shown} is not a CSV table or JSON lines: it is not UTF-8 text ({what}); save it as UTF-8, or {FORMATS}"
+        ) from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    control = CONTROL.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        raise InputError(f"{shown}, line {line} holds the control character {control[0]!r}; save it without")
+    return text
+
+
+def _csv(text: str, shown: str) -> pd.DataFrame:
+    """A line is a row with as many cells as the header; commas alone are no row."""
+    header: list[str] = []
+    rows: dict[int, list[str]] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip(" \t,"):
+            continue
+        try:
+            cells = cells_of(line)
+        except ValueError as error:
+            raise InputError(
+                f"{shown} is not a CSV table: on line {number} {error}; a cell with commas or quotes is written "
+                '"so, with ""quotes"" doubled", and has no line ends'
+            ) from None
+        if not header:
+            header = cells
+            _check_header(header, text, shown)
+        elif len(cells) != len(header):
+            fix = (
+                "remove comment lines"
+                if "#" in (line.lstrip()[0], header[0][:1])
+                else "put cells with commas in quotes"
+            )
+            raise InputError(
+                f"{shown} is not a CSV table: line {number} has {len(cells)} cells, the header {len(header)}; {fix}"
+            )
+        elif any(cells):
+            rows[number] = cells
+    if not header:
+        raise InputError(f"{shown} is not a CSV table: it is empty; {FORMATS}")
+    frame = pd.DataFrame(list(rows.values()), index=pd.Index(list(rows)), columns=header, dtype=object)
+    return frame.loc[:, [name != "" for name in header]]
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of CSV without the blanks around them; quotes that are astray are a ValueError."""
+    if '"' not in line:
+        return [cell.strip() for cell in line.split(",")]
+    cells, place, more = [], 0, True
+    while more:
+        match = CELL.match(line, place)
+        if match is None:
+            raise ValueError("a quote is not closed, or stands inside a cell")
+        quoted, bare, comma = match.groups()
+        cells.append(bare.strip() if quoted is None else quoted.replace('""', '"').strip())
+        place, more = match.end(), bool(comma)
+    return cells
+
+
+def _check_header(header: list[str], text: str, shown: str) -> None:
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+        mark = ";" if ";" in header[0] else "tabs"
+        decimals = (
+            " and has decimal commas; save it with points in numbers and"
+            if re.search(r"\d,\d", text)
+            else "; save it with"
+        )
+        raise InputError(f"{shown} is separated by {mark}{decimals} commas between cells")
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{shown}: there are two columns {short(twice)}; rename or drop one of them")
+
+
+def _json_lines(text: str, shown: str) -> pd.DataFrame:
+    rows: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=once)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{shown}, line {number} is not JSON: {error}; write one object per run and line"
+                ) from None
+            if not isinstance(row, dict):
+                raise InputError(f"{shown}, line {number} holds no JSON object; write one object per run and line")
+            rows[number] = row
+    return _frame(rows)
+
+
+def _frame(rows: Mapping[int, Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as they are, None where one lacks a name; objects within give names with dots."""
+    flat = {number: once(list(_flat(row))) for number, row in rows.items()}
+    names = list(dict.fromkeys(name for row in flat.values() for name in row))
+    cells = [[row.get(name) for name in names] for row in flat.values()]
+    return pd.DataFrame(cells, index=pd.Index(list(flat)), columns=names, dtype=object)
+
+
+def _flat(row: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _parquet(data: bytes, shown: str) -> pd.DataFrame:
+    try:
+        from pyarrow.parquet import ParquetFile  # noqa: PLC0415
+    except ImportError:
+        raise InputError("reading Parquet needs pyarrow; run: pip install 'looptransfer[parquet]'") from None
+    with _blaming(shown, "a Parquet table"):
+        table = ParquetFile(io.BytesIO(data)).read()
+        once([(name, None) for name in table.column_names])
+        return _frame(dict(enumerate(table.to_pylist())))
 
 
 def _renamed(frame: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     missing = [name for name in columns.values() if name not in frame.columns]
     if missing:
-        there = ", ".join(str(name)[:60] for name in frame.columns[:60])
-        raise InputError(f"there is no column {missing[0]}; there are {there}")
-    hidden = [name for name in columns if name in frame.columns and columns[name] != name]
-    renamed = frame.drop(columns=[name for name in hidden if name not in columns.values()])
-    return renamed.rename(columns={there: name for name, there in columns.items()})
+        raise InputError(f"there is no column {missing[0]}; there are {listing(frame)}")
+    others = frame.drop(columns=list({*columns, *columns.values()} & set(frame.columns)))
+    return others.assign(**{name: frame[called] for name, called in columns.items()})
 
 
-def _csv(path: Path) -> pd.DataFrame:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            frame = pd.read_csv(
-                path,
-                dtype=str,
-                keep_default_na=False,
-                skipinitialspace=True,
-                skip_blank_lines=False,
-                index_col=False,
-                compression=None,
-            )
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; give {FORMATS}") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a CSV table: {str(error).strip()[:300]}; give {FORMATS}") from None
-    frame.columns = [str(name).strip() for name in frame.columns]
-    if len(frame.columns) == 1 and any(mark in frame.columns[0] for mark in ";\t"):
-        raise InputError(f"{path} is separated by {';' if ';' in frame.columns[0] else 'tabs'}; save it with commas")
-    frame.index += 2  # the line in the file
-    return frame[(frame != "").any(axis=1)]
+# -- studies
 
 
-def _json_lines(path: Path) -> pd.DataFrame:
-    rows: dict[int, dict[str, Any]] = {}
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number} holds no JSON object; write one object per run and line")
-                rows[number] = row
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason}; give {FORMATS}") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}, line {number} is not JSON: {error}; write one object per run and line") from None
-    frame = pd.json_normalize(list(rows.values()))
-    frame.index = pd.Index(list(rows))
-    return frame
-
-
-def _parquet(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except ImportError:
-        raise InputError("reading Parquet needs pyarrow; run: pip install 'looptransfer[parquet]'") from None
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise InputError(f"{path} is not a Parquet table: {str(error)[:300]}; give {FORMATS}") from None
-
-
-def _study(url: str, name: str, source: str) -> pd.DataFrame:
-    """A row per finished trial: its attributes, its parameters and its value as the loss."""
+def _study(url: str, name: str, shown: str) -> pd.DataFrame:
+    """A row per trial: its attributes, its parameters, its state, and its value as the loss."""
     import optuna  # noqa: PLC0415
 
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
-        raise InputError(f"cannot read {source}: there is no such file; give {FORMATS}")  # SQLite would make it
+    options = _only_read(url, shown)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with _blaming(shown, "an Optuna storage", url):
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
+        try:
+            names = optuna.get_all_study_names(storage)
+            wanted = name or (SWEEP if SWEEP in names else names[0] if len(names) == 1 else "")
+            if wanted not in names:
+                listed = ", ".join(map(repr, names)) or "none"
+                raise InputError(f"{shown} has the studies {listed}; name one by #NAME behind it")
+            return _trials(optuna.load_study(study_name=wanted, storage=storage), shown)
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+
+
+def _only_read(url: str, shown: str) -> dict[str, Any]:
+    """What keeps a database from being written to; a SQLite file is looked over first."""
+    from sqlalchemy import make_url  # noqa: PLC0415
+
+    password = re.search(r"://[^:/@?]*:(.*)@", url)  # as `without_password` has it
     try:
-        storage = optuna.storages.RDBStorage(url)
-        names = optuna.get_all_study_names(storage)
-    except (Exception, sqlite3.Error) as error:
-        raise InputError(f"{source} is no Optuna storage: {str(error)[:300]}; give {FORMATS}") from None
-    wanted = name or (SWEEP if SWEEP in names else names[0] if len(names) == 1 else "")
-    if wanted not in names:
-        there = ", ".join(map(repr, names)) or "none"
-        raise InputError(f"{source} has the studies {there}; name one by #NAME behind it")
-    study = optuna.load_study(study_name=wanted, storage=storage)
-    frame = finished_trials(study)
-    left = len(study.get_trials(deepcopy=False)) - len(frame)
-    if left:
-        frame.attrs["left_out"] = (
-            f"{left} trials that failed, were pruned or still run are left out; a run that diverged should end with "
-            "the value inf"
-        )
+        address = make_url(url)
+        if password is not None and unquote(password[1]) != address.password:
+            raise ValueError
+    except Exception:
+        raise InputError(
+            f"{shown} is no URL of a database; write signs such as @ and / in a password as %40 and %2F"
+        ) from None
+    if address.get_backend_name() == "sqlite":
+        return {"creator": _sqlite(Path(address.database or ""), shown)}
+    read_only = {"postgresql_readonly": True} if address.get_backend_name() == "postgresql" else {}
+    return {"execution_options": read_only}
+
+
+def _sqlite(file: Path, shown: str) -> Callable[[], sqlite3.Connection]:
+    """What opens a SQLite file for reading, once it has been looked over."""
+    if not file.is_file():
+        raise InputError(f"cannot read {shown}: there is no such file; {FORMATS}")  # SQLite would make it
+
+    with open_file(file) as stream:
+        by_log = stream.read(19)[18:] == b"\x02"
+    # One that keeps a log and has none is open nowhere; told so, SQLite leaves no new log behind.
+    how = "mode=ro&immutable=1" if by_log and not Path(f"{file}-wal").exists() else "mode=ro"
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(f"{file.resolve().as_uri()}?{how}", uri=True, timeout=PATIENCE, check_same_thread=False)
+
+    with _blaming(shown, "a whole database"), contextlib.closing(connect()) as database:
+        try:
+            found = str(database.execute("pragma integrity_check(1)").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error):
+                raise
+            raise InputError(
+                f"{shown} was left in the middle of a write by a process that was killed; what writes it, such as "
+                "sweep, puts that right when it is run again"
+            ) from None
+        if found != "ok":
+            raise InputError(f"{shown} is damaged: {found.splitlines()[0]}; restore it from a copy")
+    return connect
+
+
+def _trials(study: Any, shown: str) -> pd.DataFrame:
+    if len(study.directions) > 1:
+        raise InputError(f"{shown} has {len(study.directions)} objectives; give a study of one")
+    trials = study.get_trials(deepcopy=False)
+    if not trials:
+        raise InputError(f"the study {study.study_name} of {shown} has no rows: it has no trial; run it first")
+    if [trial.number for trial in trials] != list(range(len(trials))):
+        raise InputError(f"{shown} is damaged: trials are missing; restore it from a copy")
+    made_by = _made_by(study)
+    frame = _frame({trial.number: {**_row(trial, made_by), "state": trial.state.name} for trial in trials})
+    frame.attrs |= made_by | {"study": study.study_name, "maximize": study.direction.name == "MAXIMIZE"}
     return frame
 
 
@@ -148,14 +343,19 @@ def finished_trials(study: Any) -> pd.DataFrame:
 
     In a study of ours also the fingerprint of the experiment, whose identity is in the frame's attrs.
     """
-    identity = study.user_attrs.get("identity")
-    known = {} if identity is None else {"fingerprint": fingerprint(json.loads(identity))}
-    rows = {}
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.name == "COMPLETE":
-            ours = {**trial.user_attrs.get("run", {}), **trial.user_attrs.get("outcome", {})}
-            rows[trial.number] = {**(ours or {**trial.user_attrs, **trial.params}), "loss": trial.value, **known}
-    frame = pd.DataFrame(list(rows.values()), index=pd.Index(list(rows)))
-    if identity is not None:
-        frame.attrs["experiment"] = json.loads(identity)
+    made_by = _made_by(study)
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    frame = pd.DataFrame([_row(trial, made_by) for trial in trials], index=pd.Index([trial.number for trial in trials]))
+    frame.attrs |= made_by
     return frame
+
+
+def _row(trial: Any, made_by: Mapping[str, Any]) -> dict[str, Any]:
+    ours = {**(trial.user_attrs.get("run") or {}), **trial.user_attrs.get("outcome", {})}
+    known = {"fingerprint": fingerprint(made_by["experiment"])} if made_by else {}
+    return {**(ours or {**trial.user_attrs, **trial.params}), "loss": trial.value, **known}
+
+
+def _made_by(study: Any) -> dict[str, Any]:
+    identity = study.user_attrs.get("identity")
+    return {} if identity is None else {"experiment": json.loads(identity)}

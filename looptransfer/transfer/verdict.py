@@ -1,23 +1,24 @@
 """What a verdict holds, and how it reads in words and as JSON."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
 
+from looptransfer.text import escaped, markdown_table, plain, text_table
 from looptransfer.transfer.advice import FurtherRuns
 from looptransfer.transfer.optimum import Basin, Interval, Optimum
-from looptransfer.transfer.results import axis_label
+from looptransfer.transfer.results import ALL_RUNS, axis_label
 
 SCHEMA_VERSION = 2
+NATS, LOSS, METRIC = "nats", "of the loss", "of the metric"  # units; the last one of what is maximized, and negated
 Answer = Literal["FLAT", "DRIFTS", "INCONCLUSIVE"]
 EXIT_STATUS: dict[Answer, int] = {"FLAT": 0, "DRIFTS": 1, "INCONCLUSIVE": 3}
 Cause = Literal[
     "flat", "drifts", "one N", "low edge", "high edge", "diverged", "plateau", "flat bottom", "one seed",
-    "too few seeds", "too few LRs", "no shared seeds", "shape", "regret", "no power",
+    "too few seeds", "too few LRs", "no shared seeds", "shape", "tolerance", "regret", "no power",
 ]  # fmt: skip
 
 
@@ -33,7 +34,8 @@ class RuleVerdict:
         drift: of the optimum, in octaves per doubling of N, over every N whose optimum is known.
         drift_by_reach: the drift by a narrower and a wider fit, where those have a minimum.
         displacement: the N whose optimum lies furthest from that of the first, and how far, in octaves.
-        regret: of the transferred LR at the largest N, in nats.
+        regret: of the transferred LR at the largest N, in the unit of the loss.
+        height: of the curve at the largest N: what leaving the best LR by 2.5 octaves costs there.
         horizons: the optima at earlier shares of the training, where the table has curves over steps.
     """
 
@@ -51,6 +53,7 @@ class RuleVerdict:
     regret: Interval | None = None
     drift_by_seed: pd.Series | None = None
     regret_by_seed: pd.Series | None = None
+    height: float | None = None
     horizons: Mapping[float, tuple[Optimum, ...]] = field(default_factory=dict)
 
 
@@ -60,12 +63,19 @@ class Difference:
 
     control: str
     drift: Interval | None  # octaves per doubling of N, over the loop counts that both have
-    regret: Interval | None  # nats, at the largest loop count, where both have the same
+    regret: Interval | None  # in the unit of the loss, at the largest loop count, where both have the same
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of a table of results. `print(verdict)` says it in words."""
+    """The judgement of a table of results. `print(verdict)` says it in words.
+
+    Attributes:
+        unit: of the losses, and so of the regret.
+        source: of the table, as it may be shown.
+        grows: what `sweep` can add further runs to: its table, or its ledger; None where it wrote neither.
+        rows: how many were read; `runs` has one for each run.
+    """
 
     rule: str
     axis: str
@@ -76,8 +86,10 @@ class Verdict:
     rules: Mapping[str, RuleVerdict]
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
-    source: str = "results.csv"
-    maximize: bool = False
+    unit: str = NATS
+    source: str = ""
+    grows: Literal["table", "ledger"] | None = None
+    rows: int = 0
     runs: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False, compare=False)
 
     @property
@@ -101,15 +113,37 @@ class Verdict:
         return axis_label(self.axis)
 
     @property
-    def unit(self) -> str:
-        """Of the losses, and so of the regret."""
-        return "of the metric" if self.maximize else "nats"
+    def counts(self) -> str:
+        """How many rows were read, and what they hold."""
+        runs = "" if self.rows == len(self.runs) else f" of {len(self.runs)} runs"
+        return f"{self.rows} rows{runs}, {int(self.runs['diverged'].sum())} of them diverged"
+
+    def regret_text(self, interval: Interval | None) -> str:
+        """A regret, with as many decimals as its tolerance asks for."""
+        if interval is None:
+            return "not known"
+        return interval.text(decimals(self.regret_tolerance))
 
     def command(self, one: RuleVerdict) -> str | None:
         """What makes the further runs; None where there are none, or none that our sweeps could make."""
-        if one.further_runs is None or self.axis != "loops":
+        if one.further_runs is None or self.axis != "loops" or self.grows is None:
             return None
-        return one.further_runs.command(one.rule, self.source)
+        return one.further_runs.command(one.rule, self.source, self.grows == "ledger")
+
+    def to_do(self, one: RuleVerdict) -> list[str]:
+        """What would settle the answer, in words, and the command or the rows to run; nothing where it is settled."""
+        if not one.advice or one.further_runs is None:
+            return [one.advice] if one.advice else []
+        how = " (--todo FILE writes them)" if one.rule == self.rule else ""
+        return [one.advice, self.command(one) or one.further_runs.words(self.axis_label) + how]
+
+    def rows_to_run(self) -> pd.DataFrame:
+        """The further runs that would settle the answer for the rule asked for; no row where none would."""
+        runs = self.judged.further_runs
+        rows = pd.DataFrame(columns=[self.axis, "lr", "seed"]) if runs is None else runs.rows(self.axis)
+        if self.rule != ALL_RUNS:
+            rows.insert(0, "rule", self.rule)
+        return rows
 
     def optima_rows(self, one: RuleVerdict) -> list[dict[str, str]]:
         """A table of the optima of one rule, as text: a row per N, the columns in their order."""
@@ -122,7 +156,7 @@ class Verdict:
             row |= {"best LR": f"none: {optimum.censored}", "log2(LR)": ""}
         else:
             row |= {"best LR": f"{2**optimum.log2_lr.estimate:.3g}", "log2(LR)": str(optimum.log2_lr)}
-        row[f"within {self.regret_tolerance:g}"] = "" if optimum.basin is None else _basin_text(optimum.basin)
+        row[f"within {self.regret_tolerance:.3g}"] = "" if optimum.basin is None else _basin_text(optimum.basin)
         row["stable up to"] = _edge_text(optimum)
         shift = one.shifts[position] if one.shifts else None
         row["curve shift"] = "" if shift is None or position == 0 else str(shift)
@@ -168,6 +202,7 @@ class Verdict:
             "drift_by_reach_of_the_fit": list(one.drift_by_reach),
             "worst_displacement_octaves": worst and {self.axis: worst[0], **(interval_dict(worst[1]) or {})},
             "regret": interval_dict(one.regret),
+            "curve_height": one.height,
             "optima": [self._optimum_dict(one, position) for position in range(len(one.optima))],
         }
 
@@ -194,16 +229,16 @@ class Verdict:
             lines.append(f"{one.rule}: {one.answer}. {one.reason}")
             lines += [f"  {line}" for line in text_table(self.optima_rows(one))]
             lines += [f"  {line}" for line in self.sentences(one)]
-            command = self.command(one)
-            lines += [f"  to settle it: {one.advice}"] if one.advice else []
-            lines += [f"    {command}"] if command else []
+            advice, *runs = self.to_do(one) or [""]
+            lines += [f"  to settle it: {advice}"] if advice else []
+            lines += [f"    {line}" for line in runs]
         for difference in self.differences:
             lines.append(f"{difference.control} minus {self.rule}, paired by seed:")
-            drift, regret = difference.drift or "unknown", difference.regret or "unknown"
+            drift, regret = difference.drift or "unknown", self.regret_text(difference.regret)
             lines.append(f"  drift {drift} octaves per doubling, regret {regret} {self.unit}")
         lines += [f"note: {note}" for note in self.notes]
-        lines.append(f"Intervals: {self.confidence:.0%}, Student's t over seeds.")
-        return "\n".join(lines)
+        lines.append(f"{self.counts}. Intervals: {self.confidence:.0%}, Student's t over seeds.")
+        return "\n".join(map(plain, lines))
 
     def to_markdown(self) -> str:
         """The verdict as Markdown with every foreign word escaped, such as for the step summary of a CI run."""
@@ -212,22 +247,22 @@ class Verdict:
             lines += [f"### {escaped(one.rule)}: {one.answer}", "", escaped(one.reason), ""]
             lines += [*markdown_table(self.optima_rows(one)), ""]
             lines += [f"- {escaped(sentence)}" for sentence in self.sentences(one)]
-            command = self.command(one)
-            lines += [f"- to settle it: {escaped(one.advice)}"] if one.advice else []
-            lines += ["", *(f"    {part}" for part in command.splitlines())] if command else []
+            advice, *runs = self.to_do(one) or [""]
+            lines += ["", f"To settle it: {escaped(advice)}"] if advice else []  # no item: code below one is no code
+            lines += ["", *(f"    {plain(line)}" for line in runs)] if runs else []
             lines.append("")
         if self.differences:
             rows = [
                 {
                     "paired by seed": f"{difference.control} − {self.rule}",
                     "drift, octaves per doubling": str(difference.drift or "unknown"),
-                    f"regret, {self.unit}": str(difference.regret or "unknown"),
+                    f"regret, {self.unit}": self.regret_text(difference.regret),
                 }
                 for difference in self.differences
             ]
             lines += [*markdown_table(rows), ""]
         lines += [f"> {escaped(note)}" for note in self.notes]
-        return "\n".join([*lines, f"Intervals: {self.confidence:.0%}, Student's t over seeds.", ""])
+        return "\n".join([*lines, f"{self.counts}. Intervals: {self.confidence:.0%}, Student's t over seeds.", ""])
 
     def sentences(self, one: RuleVerdict) -> list[str]:
         """The figures across N of one rule, a line each."""
@@ -243,30 +278,16 @@ class Verdict:
             lines.append(f"furthest from {self.axis_label} = {first}: {gap} octaves at {self.axis_label} = {at}")
         if one.regret is not None:
             largest = f"{self.axis_label} = {one.optima[-1].at}"
-            lines.append(f"regret {one.regret} {self.unit} at {largest} (tolerance {self.regret_tolerance:g})")
+            told = f"tolerance {self.regret_tolerance:.3g}"
+            if one.height is not None:
+                told += f", {100 * self.regret_tolerance / one.height:.2g} % of the curve's height"
+            lines.append(f"regret {self.regret_text(one.regret)} {self.unit} at {largest} ({told})")
         return lines
 
 
-def text_table(rows: list[dict[str, str]]) -> list[str]:
-    """Rows as aligned lines under their header; columns that are empty throughout are left out."""
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-    cells = [dict(zip(names, names, strict=True)), *rows]
-    return ["  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in cells]
-
-
-def markdown_table(rows: list[dict[str, str]]) -> list[str]:
-    """Rows as a Markdown table, every cell escaped; columns that are empty throughout are left out."""
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    cells = [names, *([row[name] for name in names] for row in rows)]
-    head, *body = [f"| {' | '.join(map(escaped, row))} |" for row in cells]
-    return [head, "|" + "---|" * len(names), *body]
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    marks = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
-    return marks.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def decimals(tolerance: float) -> int:
+    """Those of a loss that is held against a tolerance."""
+    return max(3, 1 + math.ceil(-math.log10(tolerance)))
 
 
 def interval_dict(interval: Interval | None) -> dict[str, float | str] | None:

@@ -24,7 +24,7 @@ def gate(
     rule: Rule = "factored",
     ledger: str | Path | None = None,
     workers: int | None = None,
-    loss_tolerance: float = 0.02,
+    loss_tolerance: float | None = None,
     confidence: float = 0.90,
 ) -> Comparison:
     """Train at half, once and twice the stored LR optimum of some N, and say whether the optimum is still bracketed.
@@ -37,7 +37,7 @@ def gate(
         rule: the scaling rule.
         ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
         workers: processes of one thread; default one per core, 1 trains in this process.
-        loss_tolerance: nats by which the loss at the stored LR may become worse.
+        loss_tolerance: by how much the loss at the stored LR may become worse; default as the baseline has it.
         confidence: of the two-sided intervals.
 
     Raises:
@@ -58,7 +58,7 @@ def gate(
         done = run_search(experiment, Grid(tuple(runs)), ledger or Path(folder, "gate.db"), "gate", workers)
     table = tidy(done[[run in set(runs) for run in runs_of(done)]])
     table.attrs["experiment"] = experiment.identity()
-    return bracket(table, stored_in, rule, loss_tolerance, confidence)
+    return bracket(table, stored_in, rule, loss_tolerance, confidence, wanted)
 
 
 def _wanted(there: Sequence[int], loops: Sequence[int] | None, path: str) -> list[int]:

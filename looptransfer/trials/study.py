@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from looptransfer.errors import InputError
 from looptransfer.rules import RULES
+from looptransfer.text import without_password, without_secrets
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.sources import finished_trials
 from looptransfer.trials.experiment import Experiment
@@ -116,7 +117,10 @@ def _open(url: str, name: str, identity: dict[str, Any]) -> optuna.Study:
         storage = _storage(url)
         study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
     except Exception as error:
-        raise InputError(f"cannot open the ledger {url}: {error}; give a SQLite file of looptransfer's own") from error
+        why = without_secrets(str(error), url).partition("\n")[0]
+        raise InputError(
+            f"cannot open the ledger {without_password(url)}: {why}; give a SQLite file of looptransfer's own"
+        ) from error
     text = json.dumps(identity, sort_keys=True)
     if "identity" not in study.user_attrs:
         study.set_user_attr("identity", text)
@@ -125,7 +129,8 @@ def _open(url: str, name: str, identity: dict[str, Any]) -> optuna.Study:
         differing = sorted(k for k in stored.keys() | identity.keys() if stored.get(k) != json.loads(text).get(k))
         what = ", ".join(f"{key}: {stored.get(key)!r} there, {identity.get(key)!r} here" for key in differing)
         raise InputError(
-            f"the ledger {url} holds another experiment ({what}); choose another ledger or remove this one"
+            f"the ledger {without_password(url)} holds another experiment ({what}); choose another ledger or remove "
+            "this one"
         )
     return study
 

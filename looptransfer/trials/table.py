@@ -1,6 +1,5 @@
 """The table that a sweep writes: read again, grown by another sweep, and shown."""
 
-import csv
 import io
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,15 @@ import pandas as pd
 
 from looptransfer.errors import InputError
 from looptransfer.transfer.results import COLUMNS
+from looptransfer.transfer.sources import cells_of
 
 
 def read_table(path: Path) -> tuple[str, list[tuple[Any, ...]]]:
     """The text of a table that `sweep` wrote, and its runs as rule, loops, lr, seed."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        header, *rows = csv.reader(text.splitlines() or [""])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        header, *rows = (cells_of(line) if line.strip() else [] for line in text.splitlines() or [""])
+    except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no CSV"
         raise InputError(f"cannot read {path}: {why}; give a table that sweep wrote, or a new file with -o") from None
     if header != COLUMNS:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def runs(
             for x in np.arange(-10.0, -2.9):
                 u = x + 6.3 - (moved if n == 16 else 0.0)
                 loss = 2 + 0.06 * u**2 + (worse if n == 16 else 0.0) + rng.normal(0, noise)
-                rows.append({"loops": n, "lr": 2.0**x, "seed": seed, "loss": loss, **columns})
+                rows.append({"rule": "factored", "loops": n, "lr": 2.0**x, "seed": seed, "loss": loss, **columns})
     return pd.DataFrame(rows)
 
 
@@ -242,6 +243,49 @@ def test_an_optimum_that_was_censored_then_is_a_note(tmp_path: Path) -> None:
     assert "N = 16 was censored in the baseline (high edge)" in str(told)
 
 
+def test_nothing_holds_where_nothing_is_left_to_compare(tmp_path: Path) -> None:
+    table = runs()
+    cut = table[table["lr"] < 2.0**-7]
+    verdict = check(pd.concat([cut, table.assign(rule="sqrt")]), rule="sqrt")
+    path = tmp_path / "optima.json"
+    baseline_of(verdict, path).write(path)
+    told = compare(check(cut), read_baseline(path))
+    assert (told.findings, told.answer, told.exit_status) == ((), "INCONCLUSIVE", 3)
+    assert "no optimum of the baseline could be compared" in str(told)
+    assert "no optimum of the baseline could be compared" in told.to_markdown()
+
+
+def test_a_tolerance_of_the_loss_above_the_whole_curve_holds_nothing(tmp_path: Path) -> None:
+    told = compare(check(runs(), regret_tolerance=0.5), stored(tmp_path))
+    assert (answers(told), told.exit_status) == (["INCONCLUSIVE"] * 3, 3)
+    assert "as large as the whole curve is high" in str(told)
+
+
+def test_a_loss_in_a_small_unit_has_a_small_tolerance(tmp_path: Path) -> None:
+    def small(table: pd.DataFrame, by: float = 1.0) -> Any:
+        return check(table.assign(loss=1e-3 * by * table["loss"]))
+
+    path = tmp_path / "optima.json"
+    baseline_of(small(runs()), path).write(path)
+    before = read_baseline(path)
+    assert before.unit == "of the loss"
+    assert before.loss_tolerance == pytest.approx(0.05 * 6.25 * 0.06e-3, rel=0.1)
+    assert compare(small(runs()), before).answer == "HOLDS"
+    told = compare(small(runs(), by=1.5), before)
+    assert (told.answer, told.unit) == ("WORSE", "of the loss")
+    assert "nats" not in str(told)
+    assert "is worse by 0.00100" in str(told)
+
+
+def test_what_only_the_height_of_the_curve_tells_is_no_other_unit(tmp_path: Path) -> None:
+    """The same loss, against which 0.02 was small then and is large now."""
+    path = tmp_path / "optima.json"
+    baseline_of(check(runs().assign(loss=lambda t: 0.5 * t["loss"])), path).write(path)
+    before, verdict = read_baseline(path), check(runs().assign(loss=lambda t: 0.08 * t["loss"]))
+    assert {before.unit, verdict.unit} == {"nats", "of the loss"}
+    assert compare(verdict, before).findings
+
+
 def test_words_markdown_and_json_come_from_one_result_and_escape_what_is_foreign(tmp_path: Path) -> None:
     path = tmp_path / "lr-optima.json"
     baseline_of(check(runs(tag="<b>old|</b>")), path).write(path)
@@ -306,6 +350,37 @@ def test_noise_is_inconclusive_and_says_how_many_seeds(tmp_path: Path) -> None:
     assert "seeds" in str(told)
 
 
+def test_every_n_that_was_asked_for_has_a_finding_also_where_it_was_not_run(tmp_path: Path) -> None:
+    before = stored(tmp_path)
+    lrs = stored_lrs(before.of_rule("factored")[1])
+    rows = [(1, lr, seed, 2 + 0.06 * (np.log2(lr) + 6.3) ** 2) for lr in lrs for seed in range(4)]
+    table = tidy(pd.DataFrame(rows, columns=["loops", "lr", "seed", "loss"]))
+    told = bracket(table, before, "factored", None, 0.90, [1, 16])
+    assert (answers(told), told.exit_status) == (["HOLDS", "INCONCLUSIVE"], 3)
+    assert "N = 16: half, once and twice the stored LR were not run by every seed" in str(told)
+    assert bracket(table, before, "factored", None, 0.90, []).exit_status == 3
+    lacking = table[(table["seed"] != "2") | (table["lr"] != table["lr"].max())]
+    assert bracket(lacking, before, "factored", None, 0.90).exit_status == 3
+    elsewhere = table.assign(lr=2 * table["lr"])
+    assert bracket(elsewhere, before, "factored", None, 0.90).exit_status == 3
+
+
+def test_the_loss_may_become_worse_by_what_the_baseline_allows(tmp_path: Path) -> None:
+    before = stored(tmp_path)
+    assert answers(looked(before, worse=0.03)) == ["HOLDS", "WORSE"]
+    lenient = replace(before, loss_tolerance=0.1)
+    lrs = {at: stored_lrs(one) for at, one in before.of_rule("factored").items() if at != 4}
+    rows = [
+        (at, lr, seed, 2.03 + 0.06 * (np.log2(lr) + 6.3) ** 2)
+        for at, some in lrs.items()
+        for lr in some
+        for seed in range(4)
+    ]
+    table = tidy(pd.DataFrame(rows, columns=["loops", "lr", "seed", "loss"]))
+    assert bracket(table, before, "factored", None, 0.90).answer == "WORSE"
+    assert bracket(table, lenient, "factored", None, 0.90).answer == "HOLDS"
+
+
 def test_a_stored_lr_is_what_the_optimum_is(tmp_path: Path) -> None:
     one = StoredOptimum(1, None, Interval(-6.0, -6.1, -5.9))
     assert stored_lrs(one) == (2.0**-7, 2.0**-6, 2.0**-5)
@@ -351,4 +426,4 @@ def test_bad_use_of_a_baseline_is_told(
 ) -> None:
     assert main(["check", "results.csv", *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert (table / "results.csv").read_text().startswith("loops,lr")
+    assert (table / "results.csv").read_text().startswith("rule,loops,lr")

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from looptransfer.errors import InputError
 from looptransfer.transfer.check import check
-from looptransfer.transfer.optimum import Interval
+from looptransfer.transfer.optimum import Interval, curve, curve_height
 from looptransfer.transfer.results import tidy
 from looptransfer.transfer.verdict import Verdict
 
@@ -626,7 +627,9 @@ def test_a_censored_optimum_lends_no_edge_to_a_drift() -> None:
 
 
 def test_the_markdown_holds_the_answer_the_tables_and_the_command() -> None:
-    verdict = check(pd.concat([made(seeds=1), made(0.5, "sqrt", loops=(1, 2, 4), draw=1)]))
+    runs = pd.concat([made(seeds=1), made(0.5, "sqrt", loops=(1, 2, 4), draw=1)])
+    runs.attrs |= {"source": "results.csv", "grows": "table"}
+    verdict = check(runs)
     text = verdict.to_markdown()
     assert text.startswith("### factored: INCONCLUSIVE\n")
     assert sum(line.startswith("|---") for line in text.splitlines()) == 3  # two rules and their difference
@@ -642,3 +645,115 @@ def test_no_name_breaks_a_table_or_enters_the_page_as_html(rule: str) -> None:
     assert "<" not in text
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     assert len({line.replace("\\|", "").count("|") for line in tables}) == 1
+
+
+# -- units of the loss
+
+
+def scaled(runs: pd.DataFrame, by: float, shift: float = 0.0) -> pd.DataFrame:
+    return runs.assign(loss=by * runs["loss"] + shift)
+
+
+def test_the_curves_height_is_what_leaving_the_best_lr_by_two_and_a_half_octaves_costs() -> None:
+    exact = curve(tidy(made(loops=(1,), centre=-6.0, noise=0.0, wander=0.0)))
+    assert curve_height(exact) == pytest.approx(0.1 * 2.5**2, rel=0.05)
+    assert curve_height(exact[np.abs(exact.index + 6.0) < 1.6]) == pytest.approx(0.1 * 2.5**2, rel=0.05)
+    lopsided = exact.assign(**{"0": np.where(exact.index > -6.0, 30.0, exact["0"])})
+    assert curve_height(lopsided[["0"]]) == pytest.approx(0.1 * 2.5**2, rel=0.05)  # a wall is no height
+    assert curve_height(exact.iloc[:1]) is None
+    assert curve_height(exact * 0) is None
+
+
+@reproducible
+@given(power=st.integers(-12, 12), shift=st.floats(-5, 5), draw=st.integers(0, 1000))
+def test_a_metric_of_another_unit_is_judged_alike_however_it_is_scaled_and_shifted(
+    power: int, shift: float, draw: int
+) -> None:
+    runs = made(0.1, draw=draw)
+    before, after = check(runs, unit="points"), check(scaled(runs, 2.0**power, shift), unit="points")
+    assert after.regret_tolerance == pytest.approx(before.regret_tolerance * 2.0**power, rel=1e-6)
+    assert limits(after.judged.drift) == pytest.approx(limits(before.judged.drift), abs=1e-6)
+    assert (after.answer, after.judged.cause) == (before.answer, before.judged.cause)
+
+
+def test_a_curve_lower_than_the_tolerance_in_nats_is_not_in_nats() -> None:
+    nats, small = check(made()), check(scaled(made(), 1e-3))
+    assert (nats.unit, nats.regret_tolerance) == ("nats", 0.02)
+    assert small.unit == "of the loss"
+    assert small.judged.height is not None
+    assert small.regret_tolerance == pytest.approx(0.05 * small.judged.height)
+    assert (nats.answer, small.answer) == ("FLAT", "FLAT")
+    assert "nats" not in str(small) + small.to_markdown() + json.dumps(small.to_dict())
+    assert re.search(r"regret \+0\.0000\d* .* \(tolerance [23]\.\d+e-05, 5 % of the curve's height\)", str(small))
+
+
+@pytest.mark.parametrize("best", [1e-9, 7e-4, 7e-3, 0.03, 0.15])
+def test_an_lr_with_three_times_the_best_loss_is_never_said_to_lose_nothing(best: float) -> None:
+    runs = made(noise=0.0, wander=0.01).assign(loss=lambda t: best * (1 + 0.5 * (np.log2(t["lr"]) + 6.1) ** 2))
+    runs["loss"] *= 1 + np.random.default_rng(0).normal(0, 1e-3, len(runs))
+    assert check(runs).unit == "of the loss"
+    assert check(runs, transferred_lr=2.0**-4.1).answer == "INCONCLUSIVE"
+    if best < 0.005:  # the whole curve is lower than 0.02, whoever asks for it
+        assert check(runs, transferred_lr=2.0**-4.1, regret_tolerance=0.02).answer == "INCONCLUSIVE"
+        assert check(runs, transferred_lr=2.0**-4.1, unit="nats").answer == "INCONCLUSIVE"
+    assert check(runs).answer == "FLAT"
+    blind = check(runs, regret_tolerance=4 * best).judged
+    assert (blind.answer, blind.cause) == ("INCONCLUSIVE", "tolerance")
+    assert "as large as the whole curve is high" in blind.reason
+    assert "--regret" in blind.advice
+
+
+def test_a_unit_that_is_given_is_kept_and_nats_keep_their_tolerance() -> None:
+    assert check(made(), unit="bits").unit == "bits"
+    assert check(scaled(made(), 0.05), unit="nats").regret_tolerance == 0.02
+    named = made()
+    named.attrs["unit"] = "of best_mse"
+    assert check(named).unit == "of best_mse"
+    assert check(named, unit="nats").regret_tolerance == 0.02
+
+
+def test_a_study_that_is_maximized_is_and_one_that_is_minimized_is_not_turned_round() -> None:
+    runs = scaled(made(), -1)
+    runs.attrs["maximize"] = True
+    assert check(runs).answer == check(runs, maximize=True).answer == "FLAT"
+    runs.attrs["maximize"] = False
+    with pytest.raises(InputError, match="minimizes its value; leave out --maximize"):
+        check(runs, maximize=True)
+
+
+# -- tables in which hardly anything is shared
+
+
+def test_lrs_that_no_two_seeds_share_are_said_to_be_so() -> None:
+    runs = made(loops=(1, 4), seeds=2)
+    apart = runs.assign(lr=runs["lr"] * (1 + 1e-3 * runs["seed"]))
+    one = check(apart).judged
+    assert (one.answer, one.cause, one.further_runs) == ("INCONCLUSIVE", "too few LRs", None)
+    assert one.reason == "At N = 1, 4 no LR was run by every seed."
+    assert "write one LR alike" in one.advice
+    some = check(apart.assign(lr=apart["lr"].where(apart["loops"] == 4, runs["lr"]))).judged
+    assert some.reason == "At N = 4 no LR was run by every seed."
+
+
+@reproducible
+@given(st.integers(0, 10_000))
+def test_no_table_however_odd_is_an_error_of_ours(draw: int) -> None:
+    rng = np.random.default_rng(draw)
+    lrs = rng.choice([0.01 * (1 + 3e-6 * np.arange(5)), np.exp(rng.uniform(-60, 60, 5)), 2.0 ** np.arange(-9.0, -4.0)])
+    losses = [lambda u: 2.0, lambda u: 1e90 * rng.random(), lambda u: rng.normal(), lambda u: 1e-30 * u * u]
+    loss = losses[draw % len(losses)]
+    rows = [
+        (n, lr, seed, math.inf if rng.random() < 0.1 else loss(math.log2(lr) + 6))
+        for n in (1, 3, 10**6)
+        for seed in range(1 + draw % 3)
+        for lr in lrs[: 1 + draw % 5]
+        if rng.random() < 0.9
+    ]
+    try:
+        verdict = check(pd.DataFrame(rows, columns=["loops", "lr", "seed", "loss"]))
+    except InputError:
+        return
+    assert json.dumps(verdict.to_dict(), allow_nan=False)
+    assert str(verdict)
+    assert verdict.to_markdown()
+    assert verdict.rows_to_run() is not None

@@ -2,8 +2,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from looptransfer.errors import InputError
 from looptransfer.transfer.results import at_horizon, fingerprint, tidy
@@ -40,7 +43,7 @@ def test_all_missing_columns_are_named_at_once() -> None:
 
 def test_a_cell_that_is_no_number_is_named_by_its_line_in_the_file_and_its_value(tmp_path: Path) -> None:
     path = csv_file(tmp_path, "loops,lr,loss\n1,0.01,2.0\n2,0.01,fast\n4,0.01,1.0\n")
-    with pytest.raises(InputError, match=r"^row 3: loss is 'fast', which is not a number$"):
+    with pytest.raises(InputError, match=r"^row 3: loss is 'fast', which is not a number"):
         read_results(path)
 
 
@@ -55,11 +58,23 @@ def test_the_row_in_an_error_is_called_by_its_label() -> None:
         tidy(frame)
 
 
-@pytest.mark.parametrize(("line", "column"), [("1,,2.0", "lr"), (",0.01,2.0", "loops"), ("1,0.01,", "loss")])
+@pytest.mark.parametrize(("line", "column"), [("1,,2.0", "lr"), (",0.01,2.0", "loops")])
 def test_an_empty_cell_is_refused_and_not_taken_for_a_diverged_run(tmp_path: Path, line: str, column: str) -> None:
     path = csv_file(tmp_path, f"loops,lr,loss\n2,0.01,2.0\n{line}\n")
     with pytest.raises(InputError, match=rf"^row 3: {column} is '', which is not a number$"):
         read_results(path)
+
+
+@pytest.mark.parametrize("cell", ["", "-", "N/A", "fast"])
+def test_a_loss_that_is_none_is_refused_with_the_ways_out(tmp_path: Path, cell: str) -> None:
+    path = csv_file(tmp_path, f"loops,lr,loss\n2,0.01,2.0\n1,0.01,{cell}\n")
+    with pytest.raises(InputError) as raised:
+        read_results(path)
+    assert str(raised.value).startswith(f"row 3: loss is {cell!r}, which is not a number: a run without a result")
+    assert f"--where loss!={cell}, " in str(raised.value)
+    assert str(raised.value).endswith(f"--diverged loss={cell}")
+    assert len(read_results(path, where=[f"loss!={cell}"])) == 1
+    assert read_results(path, diverged=[f"loss={cell}"])["loss"].tolist() == [2.0, math.inf]
 
 
 @pytest.mark.parametrize("value", [0.0, -0.01, math.inf, math.nan])
@@ -94,7 +109,7 @@ def test_repeated_runs_are_named_by_row_and_coordinates(tmp_path: Path) -> None:
     path = csv_file(tmp_path, "loops,lr,seed,loss\n1,0.01,5,2.0\n1,0.02,5,2.0\n1,0.010,5,1.9\n")
     with pytest.raises(InputError) as raised:
         read_results(path)
-    assert str(raised.value).startswith("rows 2, 4 are the same run (rule factored, loops 1, lr 0.01, seed 5)")
+    assert str(raised.value).startswith("rows 2, 4 are the same run (loops 1, lr 0.01, seed 5)")
     assert str(raised.value).endswith("drop the repeated rows")
 
 
@@ -139,9 +154,9 @@ def test_a_loss_that_is_not_finite_is_diverged_even_where_the_flag_says_false() 
     assert runs["diverged"].tolist() == [False, True, True]
 
 
-def test_a_missing_rule_is_factored_and_a_missing_seed_is_one_seed(tmp_path: Path) -> None:
+def test_a_table_that_knows_no_rule_is_called_after_none_and_a_missing_seed_is_one_seed(tmp_path: Path) -> None:
     runs = read_results(csv_file(tmp_path, "loops,lr,loss\n1,0.01,2.0\n2,0.01,1.0\n"))
-    assert runs["rule"].tolist() == ["factored", "factored"]
+    assert runs["rule"].tolist() == ["all runs", "all runs"]
     assert runs["seed"].tolist() == ["0", "0"]
 
 
@@ -246,3 +261,79 @@ def test_a_step_that_is_no_number_from_zero_up_is_refused(step: float) -> None:
 
 def test_the_fingerprint_depends_on_values_and_not_on_their_order() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+# -- one thing written in several ways
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_lrs_that_agree_to_a_millionth_are_one_whatever_wrote_them(typed: list[float], random: Any) -> None:
+    typed = [typed[0] * (1 + 0.01 * place) ** 3 for place in range(len(typed))]
+    writers = [
+        float,
+        lambda lr: float(np.nextafter(lr, 1)),
+        lambda lr: float(np.float32(lr)),
+        lambda lr: f"{lr:.20f}",
+        lambda lr: lr * (1 + 4e-7),
+    ]
+    rows = [(1, random.choice(writers)(lr), seed, 2.0) for seed in range(4) for lr in typed]
+    frame = pd.DataFrame(rows, columns=["loops", "lr", "seed", "loss"], dtype=object)
+    runs = tidy(frame)
+    assert runs["lr"].nunique() == len(typed)
+    assert runs.groupby("lr")["seed"].nunique().eq(4).all()
+    pd.testing.assert_frame_equal(tidy(runs), runs)
+    again = tidy(frame.iloc[::-1])
+    assert set(again["lr"]) == set(runs["lr"])
+
+
+def test_an_lr_that_somebody_rounded_is_that_lr_unless_a_seed_ran_both() -> None:
+    lrs = [0.0003, 0.0003001, 0.001, 0.0010004]
+    frame = pd.DataFrame({"loops": 1, "lr": lrs, "seed": [0, 1, 0, 1], "loss": 2.0})
+    assert tidy(frame)["lr"].tolist() == [0.0003, 0.0003, 0.001, 0.001]
+    assert tidy(frame.assign(seed=0))["lr"].tolist() == lrs
+    assert tidy(frame.assign(lr=[0.001, 0.001001] * 2, loops=[1, 1, 2, 2]))["lr"].nunique() == 2
+
+
+@pytest.mark.parametrize(
+    "names", [[0, 1, 2], [0.0, 1.0, 2.0], ["0", "1.0", "2.00"], ["0e0", " 1", 2], ["+0", "1", "2"]]
+)
+def test_a_seed_has_one_name_however_it_is_written(names: list[Any]) -> None:
+    frame = table(rule=["a"] * 3, loops=[1] * 3, seed=names)
+    assert tidy(frame)["seed"].tolist() == ["0", "1", "2"]
+
+
+def test_seeds_of_twenty_digits_and_of_words_stay_as_they_are() -> None:
+    names = ["12345678901234567890", "12345678901234567891", "fold-a"]
+    assert tidy(table(rule=["a"] * 3, loops=[1] * 3, seed=names))["seed"].tolist() == names
+    assert tidy(table(rule=["a"] * 3, loops=[1] * 3, seed=[int(names[0]), int(names[1]), 5]))["seed"].nunique() == 3
+
+
+@pytest.mark.parametrize("other", ["Factored", "fac tored", "FACTORED", "ｆactored"])
+def test_rules_that_differ_by_case_or_blanks_are_told(other: str) -> None:
+    with pytest.raises(InputError, match=r"rules 'factored' and .* differ by case or blanks only; write them alike"):
+        tidy(table(rule=["factored", "factored", other]))
+
+
+def test_repeats_that_differ_in_something_else_are_told_as_that() -> None:
+    grid = pd.DataFrame(
+        [(n, lr, decay, f"run-{decay}-{lr}-{n}") for n in (1, 2) for lr in (0.1, 0.2) for decay in (0.0, 0.1)],
+        columns=["loops", "lr", "weight_decay", "name"],
+    ).assign(loss=2.0)
+    with pytest.raises(InputError, match=r"they differ in weight_decay: keep one .* \(--where weight_decay=0.0\)$"):
+        tidy(grid)
+
+
+@pytest.mark.parametrize(("name", "word"), [("State", "crashed"), ("run.status", "FAILED"), ("state", "")])
+def test_a_run_that_did_not_finish_is_neither_judged_nor_taken_for_diverged(name: str, word: str) -> None:
+    frame = table(**{name: ["finished", word, "FINISHED"]})
+    with pytest.raises(InputError, match=rf"^row 1: {name} is '{word}': a run without a result, as in 1 of 3 rows"):
+        tidy(frame)
+    assert len(tidy(frame.assign(loss=[2.0, math.inf, 1.0]))) == 3
+    assert len(tidy(frame.assign(diverged=[False, True, False]))) == 3
+
+
+def test_a_digit_that_pandas_would_lose_stays(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "loops,lr,loss\n1,0.00029999999999999997,1.2345678901234567890\n")
+    runs = read_results(path)
+    assert (runs["lr"][0], runs["loss"][0]) == (0.0003, 1.2345678901234567)

@@ -1,0 +1,63 @@
+"""Text for people: aligned tables, Markdown, and foreign words that terminals, logs and pages show as what they are."""
+
+import re
+from urllib.parse import unquote
+
+
+def printable(text: str) -> str:
+    """Text on one line, in which control characters, line ends and marks that turn the direction are written out."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def plain(text: str) -> str:
+    """A printable line that a CI log takes for no command, as GitHub's takes `::error::` and `##[error]`."""
+    return re.sub(r":(?=:)|##(?=\[|vso)", r"\g<0> ", printable(text))
+
+
+def plain_lines(text: str) -> str:
+    """Text whose line ends are meant, each line plain."""
+    return "\n".join(map(plain, text.split("\n")))
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line, and that calls nobody and links nowhere."""
+    marks = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", plain(" ".join(text.split())))
+    marks = marks.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"@|#|://|www\.", r"\g<0>&#8203;", marks)  # a space of no width, which breaks mentions and links
+
+
+def without_password(text: str) -> str:
+    """Text in which a URL shows neither its password nor its query, which may hold one."""
+    if "://" not in text:
+        return text
+    return re.sub(r"\?[^#]*", "?***", re.sub(r"(://[^:/@?]*):.*@", r"\1:***@", text, flags=re.DOTALL))
+
+
+def without_secrets(text: str, url: str) -> str:
+    """What a driver says, without what `without_password` hides of the URL."""
+    hidden = re.findall(r"://[^:/@?]*:(.*)@", url) + re.findall(r"[?&][^=&#]*=([^&#]*)", url)
+    for secret in sorted({*hidden, *map(unquote, hidden)}, key=len, reverse=True):
+        text = text.replace(secret, "***") if len(secret) > 2 else text
+    return text
+
+
+def text_table(rows: list[dict[str, str]]) -> list[str]:
+    """Rows as aligned lines under their header; columns that are empty throughout are left out."""
+    if not rows:
+        return []
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    cells = [dict(zip(names, names, strict=True)), *rows]
+    return ["  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in cells]
+
+
+def markdown_table(rows: list[dict[str, str]]) -> list[str]:
+    """Rows as a Markdown table, every cell escaped; columns that are empty throughout are left out."""
+    if not rows:
+        return []
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    cells = [names, *([row[name] for name in names] for row in rows)]
+    head, *body = [f"| {' | '.join(map(escaped, row))} |" for row in cells]
+    return [head, "|" + "---|" * len(names), *body]

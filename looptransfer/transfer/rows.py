@@ -1,0 +1,156 @@
+"""Which rows of a table count: those that are left out, and those of runs that diverged or did not finish."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from looptransfer.errors import InputError
+
+SHOWN = 60  # characters of a cell in an error
+STATES = ("state", "status")  # what trackers call the column that says what became of a run
+# What they write there of a run that finished; --where tells of other words.
+FINISHED = ("finished", "complete", "completed", "success", "succeeded", "done", "ok", "status_success")
+
+
+def short(cell: object) -> str:
+    """A cell in quotes, for an error."""
+    text = str(cell)
+    return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
+
+
+def is_missing(cell: Any) -> bool:
+    """Whether a cell is empty, null or absent; nan is a number."""
+    return cell is None or cell is pd.NA or cell is pd.NaT or (isinstance(cell, str) and not cell.strip())
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of pairs whose names all differ, for JSON; a name that stands there twice is a ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{short(max(names, key=names.count))} stands there twice")
+    return found
+
+
+def choose(
+    frame: pd.DataFrame, where: Sequence[str], diverged: Sequence[str], names: Mapping[str, str]
+) -> pd.DataFrame:
+    """The rows that meet every condition of `where`, with true in a column `diverged` where one of `diverged` is met.
+
+    A condition is COLUMN=VALUE, COLUMN=VALUE,VALUE or COLUMN!=VALUE; values are compared as numbers where they are
+    numbers. What is left out is counted in `attrs`. A state that a condition of `where` is about is dropped, since it
+    has been seen to.
+
+    Args:
+        frame: what was read, with the needed columns named as here.
+        names: what columns are called in the source, such as {"loss": "summary.val_loss"}; conditions may use both.
+
+    Raises:
+        InputError: a condition that is none, a column that is not there, or no row is left.
+    """
+    out = frame.copy()
+    seen_to: list[str] = []
+    for text in where:
+        column, met = _met(out, text, "--where", names)
+        if not met.any():
+            counts = ", ".join(
+                f"{short(value)} ({count})" for value, count in _texts(out[column]).value_counts()[:8].items()
+            )
+            raise InputError(f"--where {text} leaves no row; {column} is {counts or 'empty'}")
+        if not met.all():
+            _note(out, f"{int((~met).sum())} of {len(out)} rows are left out by --where {text}")
+        out, seen_to = out[met], [*seen_to, *([column] if _is_state(column) else [])]
+    marks = [_met(out, text, "--diverged", names)[1] for text in diverged]
+    if marks:
+        before = out["diverged"] if "diverged" in out else pd.Series(False, out.index, dtype=object)
+        out = out.assign(diverged=before.mask(pd.concat(marks, axis=1).any(axis=1), True))
+    if out.attrs.get("study") and not seen_to:
+        flagged = _texts(out["diverged"]).str.lower() == "true" if marks else pd.Series(False, out.index)
+        counts = _finished(out["state"]) | flagged
+        if not counts.all():
+            _note(
+                out,
+                f"{int((~counts).sum())} trials that failed, were pruned or still run are left out; a run that "
+                "diverged should end with the value inf, or be counted by --diverged state=FAIL",
+            )
+        out = out[counts]
+    return out.drop(columns=seen_to)
+
+
+def _note(frame: pd.DataFrame, text: str) -> None:
+    frame.attrs["left_out"] = "; ".join(filter(None, [frame.attrs.get("left_out"), text]))
+
+
+def _met(frame: pd.DataFrame, text: str, option: str, names: Mapping[str, str]) -> tuple[str, pd.Series]:
+    """The column that a condition is about, and which rows meet it."""
+    parts = re.fullmatch(r"(.+?)(!?)=(.*)", text, flags=re.DOTALL)
+    if parts is None:
+        raise InputError(f"{option} {text!r}; write COLUMN=VALUE or COLUMN!=VALUE, such as State=finished")
+    called = parts[1].strip()
+    column = called if called in frame.columns else next((here for here, at in names.items() if at == called), called)
+    if column not in frame.columns:
+        raise InputError(f"{option} {text}: there is no column {called}; there are {listing(frame)}")
+    values = {_value(part) for part in (parts[3], *parts[3].split(","))}
+    met = _texts(frame[column]).map(lambda cell: _value(cell) in values)
+    return column, ~met if parts[2] else met
+
+
+def _value(text: str) -> str | float:
+    try:
+        number = float(text)
+    except ValueError:
+        return text.strip()
+    return "nan" if math.isnan(number) else number
+
+
+def _texts(column: pd.Series) -> pd.Series:
+    return column.map(lambda cell: "" if is_missing(cell) else str(cell).strip()).astype(object)
+
+
+def listing(frame: pd.DataFrame) -> str:
+    """The names of columns, for an error."""
+    return ", ".join(short(name)[1:-1] for name in frame.columns[:40]) or "no columns"
+
+
+def _is_state(column: object) -> bool:
+    return str(column).rpartition(".")[2].strip().casefold() in STATES
+
+
+def _finished(column: pd.Series) -> pd.Series:
+    return _texts(column).str.casefold().isin(FINISHED)
+
+
+def refuse_unfinished(frame: pd.DataFrame, loss: pd.Series, no_result: pd.Series) -> None:
+    """Refuse rows of runs that did not finish: neither a result, nor known to have diverged.
+
+    Args:
+        frame: the table as it was given.
+        loss: as numbers; inf where a run is known to have diverged.
+        no_result: the loss is missing.
+
+    Raises:
+        InputError: with the ways out.
+    """
+    states = [name for name in frame.columns if _is_state(name)]
+    stopped = pd.Series(False, frame.index)
+    for name in states:
+        stopped |= ~_finished(frame[name])
+    unfinished = no_result | (stopped & (loss.abs() < float("inf")))
+    if not unfinished.any():
+        return
+    row = unfinished.idxmax()
+    if stopped[row]:
+        name = next(name for name in states if not _finished(frame[name])[row])
+        texts = _texts(frame[name])
+        over = next(iter(texts[_finished(frame[name])].unique()), "VALUE")
+        why, keep, mark = f"{name} is {short(texts[row])}", f"{name}={over}", f"{name}={texts[row]}"
+    else:
+        cell = "" if is_missing(frame["loss"][row]) else str(frame["loss"][row]).strip()
+        why, keep, mark = f"loss is {short(cell)}, which is not a number", f"loss!={cell}", f"loss={cell}"
+    raise InputError(
+        f"row {row}: {why}: a run without a result, as in {int(unfinished.sum())} of {len(frame)} rows. Leave such "
+        f"rows out with --where {keep}, or count them as diverged with --diverged {mark}"
+    )
