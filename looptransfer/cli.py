@@ -1,7 +1,9 @@
 """The command line. Commands import what they need when they run, so that help and `check` load no torch."""
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import shlex
 import sys
@@ -9,18 +11,21 @@ import time
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from looptransfer.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
 from looptransfer.errors import InputError
 from looptransfer.files import check_new, check_writable, write_file
+from looptransfer.user_code import end_with_parent
 
 if TYPE_CHECKING:
     from looptransfer.transfer.comparison import Comparison
     from looptransfer.transfer.verdict import Verdict
 
 USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
+LEAVE = 5.0  # seconds in which a process has to end that has answered or was interrupted
 LEDGER, OPTIMA = "looptransfer.db", "lr-optima.json"
 STATUS = "exit status: 0 flat, 1 drifts or moved, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 HELD = "exit status: 0 holds, 1 moved or worse, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
@@ -103,26 +108,84 @@ looptransfer.Experiment, or a function of no arguments that returns one."""
 CHECKED = "exit status: 0 passes, 1 fails, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 
 
+Answer = tuple[str, int]  # what a command prints on standard output, and its exit status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status."""
+    """Run a command and return its exit status: 0, 1 and 3 only with an answer that was printed.
+
+    While a command runs, standard output is standard error: what the user's code prints is not part of the answer.
+
+    Args:
+        argv: words of a command line, to be run in this process. Where left out, those of this process; a command that
+            runs the user's code then does so in a process of its own, which may end as it likes.
+    """
     arguments = _parser().parse_args(argv)
+    apart = argv is None and arguments.user_code
+    return _print(*(_answer_apart() if apart else _answer(arguments)))
+
+
+def _answer(arguments: argparse.Namespace) -> Answer:
     try:
-        status = int(arguments.run(arguments))
-        sys.stdout.flush()
-        return status
+        with contextlib.redirect_stdout(sys.stderr):
+            answer: Answer = arguments.run(arguments)
+            return answer
     except InputError as error:
         print(f"looptransfer: {error}", file=sys.stderr)
-        return USAGE
+        return "", USAGE
     except KeyboardInterrupt:
         print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # `looptransfer check … | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
-    except Exception:
+        return "", INTERRUPTED
+    except BaseException:
         traceback.print_exc()
         print("looptransfer: this is unexpected; please report it with the lines above", file=sys.stderr)
-        return UNEXPECTED
+        return "", UNEXPECTED
+
+
+def _answer_apart() -> Answer:
+    """The answer of a process that runs this process's command line, and bad input where it ends without one."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_answer, args=(sender, sys.argv[1:]))
+    process.start()
+    sender.close()
+    try:
+        answer: Answer = receiver.recv()
+    except EOFError:
+        process.join()
+        told = f"your code, or a library that it uses, ended its process (exit status {process.exitcode}) or crashed"
+        print(f"looptransfer: there is no answer: {told}", file=sys.stderr)
+        answer = "", USAGE
+    except KeyboardInterrupt:
+        process.join(LEAVE)  # where it was interrupted as well
+        answer = "", INTERRUPTED
+    process.join(LEAVE)
+    process.terminate()  # a thread that was left running
+    return answer
+
+
+def _send_answer(sender: Connection, argv: Sequence[str]) -> None:
+    end_with_parent()
+    os.dup2(2, 1)
+    sender.send(_answer(_parser().parse_args(argv)))
+
+
+def _print(text: str, status: int) -> int:
+    """Print the answer and return its status; that of a failure where it cannot be printed."""
+    try:
+        if text and sys.stdout is None:
+            raise OSError("standard output is closed")
+        if text:
+            print(text, flush=True)
+        return status
+    except BrokenPipeError:  # `looptransfer check … | head` has read enough
+        status = PIPE_CLOSED
+    except (OSError, ValueError) as error:
+        print(f"looptransfer: cannot print the answer: {error}", file=sys.stderr)
+        status = USAGE
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # or the rest would be tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +217,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to write (default: demo)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="first seed, from 0 up (default: 0)")
     parser.add_argument("--text", metavar="FILE_OR_DIR", help="your own text (default: Python's standard library)")
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(run=_demo, user_code=False)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +234,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--branches", nargs="+", metavar="NAME", help="the branches' modules, by name or glob")
     parser.add_argument("--layers", type=int, help="L, where blocks are not what should be counted")
     parser.add_argument("--json", action="store_true", help="the plan as JSON on standard output")
-    parser.set_defaults(run=_inspect)
+    parser.set_defaults(run=_inspect, user_code=True)
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +242,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loops", type=int, required=True, metavar="N", help="loop count of the proxy")
     parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write what was found as JSON, for sweep")
-    parser.set_defaults(run=_tune)
+    parser.set_defaults(run=_tune, user_code=True)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +258,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     table = parser.add_mutually_exclusive_group(required=True)
     table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table as CSV into a new file")
     table.add_argument("--append", type=Path, metavar="FILE", help="make what this table lacks and add it there")
-    parser.set_defaults(run=_sweep)
+    parser.set_defaults(run=_sweep, user_code=True)
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +280,7 @@ def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the frame as CSV as well")
-    parser.set_defaults(run=_coordcheck)
+    parser.set_defaults(run=_coordcheck, user_code=True)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +305,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--update-baseline", action="store_true", help="write the optima into --baseline instead")
     moved = "octaves that an optimum may be away from the stored one (default: 0.5)"
     parser.add_argument("--moved", type=float, default=0.5, metavar="OCTAVES", help=moved)
-    parser.set_defaults(run=_check)
+    parser.set_defaults(run=_check, user_code=False)
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
@@ -257,19 +320,18 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
     form.add_argument("--markdown", action="store_true", help="the answer as Markdown on standard output")
-    parser.set_defaults(run=_gate)
+    parser.set_defaults(run=_gate, user_code=True)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> Answer:
     from looptransfer.demo import run_demo  # noqa: PLC0415
 
     if arguments.seed < 0:
         raise InputError(f"--seed is {arguments.seed}; it must be 0 or more")
-    print("\n".join(run_demo(arguments.out, arguments.quick, arguments.seed, arguments.text)))
-    return 0
+    return "\n".join(run_demo(arguments.out, arguments.quick, arguments.seed, arguments.text)), 0
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _inspect(arguments: argparse.Namespace) -> Answer:
     from looptransfer.inspection import inspect_model  # noqa: PLC0415
 
     plan = inspect_model(
@@ -280,11 +342,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         branches=arguments.branches,
         layers=arguments.layers,
     )
-    print(plan.to_json() if arguments.json else plan)
-    return 0
+    return plan.to_json() if arguments.json else str(plan), 0
 
 
-def _coordcheck(arguments: argparse.Namespace) -> int:
+def _coordcheck(arguments: argparse.Namespace) -> Answer:
     loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8"), seeds_of(arguments.seeds)
     for path in filter(None, (arguments.html, arguments.output)):
         write_file(path, None)  # before the training
@@ -321,15 +382,13 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
     if arguments.output:
         write_file(arguments.output, result.frame.to_csv(index=False))
     if arguments.json:
-        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
-    else:
-        print(result)
-        if result.context.looped and max(loops) >= 4 * min(loops):
-            print(f"multiplier that this model needs: {recommend(result)}")
-    return result.exit_status
+        return json.dumps(result.to_dict(), indent=2, allow_nan=False), result.exit_status
+    needs = result.context.looped and max(loops) >= 4 * min(loops)
+    needed = f"\nmultiplier that this model needs: {recommend(result)}" if needs else ""
+    return f"{result}{needed}", result.exit_status
 
 
-def _tune(arguments: argparse.Namespace) -> int:
+def _tune(arguments: argparse.Namespace) -> Answer:
     seeds = seeds_of(arguments.seeds)
     if arguments.output:
         check_new(arguments.output)
@@ -339,16 +398,15 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     experiment = load_experiment(arguments.experiment)
     best = tune(experiment, arguments.loops, seeds, arguments.ledger, arguments.workers, arguments.rule)
-    print(best)
     if arguments.output:
         write_file(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
     follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
-    _print_next(*follow, *(["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []))
-    return 0
+    follow += ["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []
+    return f"{best}\n{_next(*follow)}", 0
 
 
-def _sweep(arguments: argparse.Namespace) -> int:
+def _sweep(arguments: argparse.Namespace) -> Answer:
     loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8,16"), seeds_of(arguments.seeds)
     path = arguments.append or arguments.output
     from looptransfer.trials.table import grown, loss_table, read_table  # noqa: PLC0415
@@ -377,12 +435,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
     )
     text = grown(path, results) if arguments.append else results.to_csv(index=False)
     write_file(path, text)
-    print(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
-    _print_next("check", path)
-    return 0
+    if len(results) and results["diverged"].all():
+        raise InputError(
+            f"all {len(results)} runs, now in {path}, diverged, so there is nothing to judge; lower the LRs"
+        )
+    return f"{loss_table(text)}\nruns written to {path}: {len(results)}\n{_next('check', path)}", 0
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check(arguments: argparse.Namespace) -> Answer:
     from looptransfer.transfer.check import check  # noqa: PLC0415
     from looptransfer.transfer.sources import read_results  # noqa: PLC0415
 
@@ -410,13 +470,12 @@ def _check(arguments: argparse.Namespace) -> int:
         }
         write_html(verdict, arguments.html, provenance=made)
     told = _against_baseline(arguments, verdict)
+    statuses = {verdict.exit_status} | (set() if told is None else {told.exit_status})
+    status = 1 if 1 in statuses else max(statuses)
     if arguments.json:
         extra = {} if told is None else {"baseline": told.to_dict()}
-        print(json.dumps(verdict.to_dict() | extra, indent=2, allow_nan=False))
-    else:
-        print(*(one.to_markdown() if arguments.markdown else one for one in (verdict, told) if one), sep="\n")
-    statuses = {verdict.exit_status} | (set() if told is None else {told.exit_status})
-    return 1 if 1 in statuses else max(statuses)
+        return json.dumps(verdict.to_dict() | extra, indent=2, allow_nan=False), status
+    return "\n".join(one.to_markdown() if arguments.markdown else str(one) for one in (verdict, told) if one), status
 
 
 def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Comparison | None":
@@ -441,7 +500,7 @@ def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Com
     return compare(verdict, read_baseline(arguments.baseline), arguments.moved)
 
 
-def _gate(arguments: argparse.Namespace) -> int:
+def _gate(arguments: argparse.Namespace) -> Answer:
     loops = None if arguments.loops is None else listed("--loops", arguments.loops, int, "2,16")
     from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
@@ -451,11 +510,9 @@ def _gate(arguments: argparse.Namespace) -> int:
     experiment = load_experiment(arguments.experiment)
     told = gate(experiment, stored, loops, arguments.seeds, arguments.rule, workers=arguments.workers)
     if arguments.json:
-        print(json.dumps(told.to_dict(), indent=2, allow_nan=False))
-    else:
-        print(told.to_markdown() if arguments.markdown else told)
-    return told.exit_status
+        return json.dumps(told.to_dict(), indent=2, allow_nan=False), told.exit_status
+    return told.to_markdown() if arguments.markdown else str(told), told.exit_status
 
 
-def _print_next(*arguments: object) -> None:
-    print("next:", shlex.join(["looptransfer", *map(str, arguments)]))
+def _next(*arguments: object) -> str:
+    return f"next: {shlex.join(['looptransfer', *map(str, arguments)])}"

@@ -1,0 +1,212 @@
+"""Before any training: does a seed mean what it promises, and N?
+
+All that is concluded from a sweep rests on runs that differ in what they are said to differ in, and in nothing else.
+So the start of a training, two steps, is made at every N, and at the smallest N once more with the same seed and once
+with another, and compared.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from looptransfer.errors import InputError, PairingWarning
+from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rewrite.record import held
+from looptransfer.rules import Rule
+from looptransfer.trials.experiment import Batch, Experiment
+from looptransfer.trials.hooks import fresh_model, held_out_batches, held_out_loss, seeded
+from looptransfer.trials.trial import Run, Training
+from looptransfer.user_code import place, refuse_unguarded
+
+LR = 1e-6  # of the two steps
+SAME_LOSS = 1e-5  # relative
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a training begins."""
+
+    batches: Sequence[Batch]  # the first ones
+    loss: float  # at initialisation
+
+
+def check_start(
+    experiment: Experiment, loops: Iterable[int], seeds: Sequence[int], rule: Rule = "factored"
+) -> dict[int, ScalingPlan]:
+    """Start a training at every N, see that seeds pair the runs and that N is the loop count, and return the plans.
+
+    Raises:
+        InputError: as `check_pairs`; the experiment's functions fail, or give too few batches, another held-out set at
+            each call, the same weights at each call, no finite loss, or a model whose loops do not follow N.
+
+    Warns:
+        PairingWarning: as `check_pairs`.
+    """
+    refuse_unguarded()
+    counts = sorted(set(loops))
+    least, seed = counts[0], seeds[0]
+    plans, starts = {}, {}
+    for n in counts:
+        plans[n], starts[n] = _start(experiment, Run(rule, n, LR, seed))
+    _check_fresh(experiment, least, seed)
+    _check_held_out(experiment)
+    _, again = _start(experiment, Run(rule, least, LR, seed), to_the_end=True)
+    others = {other: _start(experiment, Run(rule, least, LR, other))[1] for other in seeds[1:2]}
+    check_pairs(experiment.make_model, experiment.batches, {seed: starts[least], **others}, again)
+    for n in counts[1:]:
+        _check_same(experiment.batches, seed, starts[least], starts[n], f"at N = {n} than at N = {least}")
+    _check_loops(experiment, plans)
+    return plans
+
+
+def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start], again: Start) -> None:
+    """Compare the starts of one or two seeds, and that of the first seed made again.
+
+    Raises:
+        InputError: the same seed gives other batches or weights, or two seeds give the same of both.
+
+    Warns:
+        PairingWarning: the batches are the same for both seeds, so that only the initialisation differs.
+    """
+    (seed, ours), *others = starts.items()
+    _check_same(batches, seed, ours, again, "at its second call")
+    if not math.isclose(again.loss, ours.loss, rel_tol=SAME_LOSS):
+        raise InputError(
+            f"make_model gives other weights at each call with the same seed (initial losses {ours.loss:.6g} and "
+            f"{again.loss:.6g}){place(make_model)}; draw them from the random states of torch, numpy or Python, which "
+            "are seeded before the call"
+        )
+    for other, theirs in others:
+        if not all(_equal(a, b) for a, b in zip(ours.batches, theirs.batches, strict=True)):
+            return
+        if math.isclose(ours.loss, theirs.loss, rel_tol=SAME_LOSS):
+            raise InputError(
+                f"seeds {seed} and {other} give the same batches and the same initial loss{place(batches)}, so that "
+                "seeds would repeat one run and show no noise; draw the batches by the seed"
+            )
+        warnings.warn(
+            f"batches({seed}) and batches({other}) are the same{place(batches)}: seeds differ by their initialisation "
+            "alone, and the intervals hold for this one order of the data",
+            PairingWarning,
+            stacklevel=4,
+        )
+
+
+def check_finite(loss: float, moment: str, *hooks: object) -> None:
+    """Refuse a loss at initialisation that is no number: nothing could be trained.
+
+    Args:
+        loss: the number.
+        moment: such as "N = 2, seed 0".
+        hooks: the first of the user's functions among these is named.
+    """
+    if not math.isfinite(loss):
+        where = next(filter(None, map(place, hooks)), "")
+        raise InputError(
+            f"the loss at initialisation is {loss} at {moment}{where}, so nothing can be trained; look for nan in the "
+            "batches, and for a log or a root of 0"
+        )
+
+
+def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[ScalingPlan, Start]:
+    """Two steps; and whether the batches last, and the held-out loss is a number."""
+    moment = f"N = {run.loops}, seed {run.seed}"
+    with seeded(run.seed):
+        training = Training(experiment, run)
+        batches, loss = [training.batch], training.loss()
+        check_finite(loss, moment, experiment.loss, experiment.make_model)
+        training.update()
+        batches.append(training.batch)
+        training.loss()
+        training.update()
+        if to_the_end:
+            for _ in training.stream:
+                pass
+            check_finite(held_out_loss(experiment, training.model), f"{moment}, held out", experiment.held_out)
+    return training.plan, Start(batches, loss)
+
+
+def _check_fresh(experiment: Experiment, loops: int, seed: int) -> None:
+    with seeded(seed):
+        models = [fresh_model(experiment.make_model, loops) for _ in range(2)]
+    ours, theirs = ({id(p) for p in model.parameters() if p.requires_grad} for model in models)
+    if ours & theirs:
+        raise InputError(
+            f"make_model({loops}) gives the same weights at each call, so that a run would go on where another "
+            f"ended{place(experiment.make_model)}; build a fresh model in it"
+        )
+
+
+def _check_held_out(experiment: Experiment) -> None:
+    """Two calls give the same batches; only one of each is held at a time."""
+    both = itertools.zip_longest(*(held_out_batches(experiment.held_out) for _ in range(2)))
+    for number, (first, second) in enumerate(both):
+        if not _equal(first, second):
+            raise InputError(
+                f"held_out() gives another batch {number} at its second call{place(experiment.held_out)}; losses are "
+                "compared between runs, so it must be the same at every call: draw it with a seed of its own"
+            )
+
+
+def _check_same(batches: object, seed: int, ours: Start, theirs: Start, moment: str) -> None:
+    for number, (first, second) in enumerate(zip(ours.batches, theirs.batches, strict=True)):
+        if not _equal(first, second):
+            raise InputError(
+                f"batches({seed}) gives another batch {number} {moment}{place(batches)}; runs of one seed must see the "
+                "same data: draw it from a generator of its own, such as torch.Generator().manual_seed(seed)"
+            )
+
+
+def _check_loops(experiment: Experiment, plans: dict[int, ScalingPlan]) -> None:
+    """Branches are visited more often as N grows, and L stays."""
+    most = {n: max(branch.visits for branch in plan.branches) for n, plan in plans.items()}
+    for n, visits in most.items():
+        if n > 1 and visits == 1:
+            raise InputError(
+                f"make_model({n}) gives a model that applies no layer more than once{place(experiment.make_model)}; "
+                "N is the loop count: make the model loop that often"
+            )
+    for n, m in pairwise(most):
+        if not most[n] < most[m]:
+            raise InputError(
+                f"make_model({n}) and make_model({m}) give models that loop equally often, {most[n]:g} and {most[m]:g} "
+                f"visits{place(experiment.make_model)}; make the loop count follow its argument"
+            )
+        if plans[n].layers != plans[m].layers:
+            raise InputError(
+                f"N = {n} has L = {plans[n].layers} unique layers and N = {m} has L = {plans[m].layers}"
+                f"{place(experiment.make_model)}; a sweep over N needs one L: say which, Experiment(…, layers=…)"
+            )
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Two batches hold the same tensors and arrays, bit for bit, and the same numbers and words."""
+    pairs = itertools.zip_longest(_values(ours), _values(theirs))
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else type(a) is type(b) and a == b
+        for a, b in pairs
+    )
+
+
+def _values(batch: Any) -> Iterator[Any]:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, (int, float, str, bytes)):
+            yield leaf
+        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
+            yield (leaf.shape, leaf.dtype.str, leaf.tobytes())
+        yield from (tensor for tensor in held(leaf) if tensor.layout == torch.strided)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)

@@ -1,0 +1,141 @@
+"""The boundary behind which the user's code runs: whatever it does there becomes one error with their file and line."""
+
+import faulthandler
+import functools
+import inspect
+import linecache
+import multiprocessing
+import multiprocessing.connection
+import os
+import site
+import sysconfig
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from looptransfer.errors import InputError, UserCodeError
+
+PACKAGE = __name__.partition(".")[0]
+INSTALLED = tuple(
+    {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    | {*site.getsitepackages(), site.getusersitepackages(), "<frozen"}
+)
+WORKER = "looptransfer worker"  # the name of our worker processes
+UNGUARDED = 97  # exit status of one that is asked to train while it imports the user's script
+LONGEST = 500  # characters of somebody else's message
+
+
+@contextmanager
+def user_code(failure: str, hook: object = None, fix: str = "") -> Iterator[None]:
+    """Around a call of the user's code: all that is raised is theirs. An interrupt alone goes through.
+
+    Args:
+        failure: what the message begins with, such as "batches(0) fails".
+        hook: their function, whose definition is named where no line of theirs raised: a wrong number of arguments.
+        fix: what the message ends with.
+
+    Raises:
+        UserCodeError: anything was raised, SystemExit and other BaseExceptions included.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserCodeError(f"{failure}: {described(error)}{_line(error) or place(hook)}{fix}") from error
+
+
+@contextmanager
+def calls_back(failure: str) -> Iterator[None]:
+    """Around our own code that calls the user's: what a line of theirs raised is theirs, the rest goes through.
+
+    Raises:
+        UserCodeError: a line of theirs raised, or made ours raise an `InputError`, to which that line is added.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, UserCodeError):
+        raise
+    except InputError as error:
+        if error.__cause__ is None:
+            raise
+        raise UserCodeError(f"{_on_one_line(str(error))}{_line(error.__cause__)}") from error.__cause__
+    except BaseException as error:
+        frames = [(frame, number) for frame, number in _frames(error) if not _is_installed(frame)]
+        if not frames or _is_ours(frames[-1][0]):
+            raise
+        raise UserCodeError(f"{failure}: {described(error)}{_line(error)}") from error
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, however that comes about; a crash shows its line."""
+    faulthandler.enable(all_threads=False)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def refuse_unguarded() -> None:
+    """End a worker process of ours that comes here while it imports the user's script, which then lacks a guard."""
+    process = multiprocessing.current_process()
+    if getattr(process, "_inheriting", False) and process.name == WORKER:
+        os._exit(UNGUARDED)
+
+
+def described(error: BaseException) -> str:
+    """An exception on one line."""
+    try:
+        text = _on_one_line(str(error))
+    except Exception:
+        text = "(its message cannot be shown)"
+    return f"{type(error).__name__}: {text}"
+
+
+def place(hook: object) -> str:
+    """Where a function of the user's is defined, in brackets; empty where that is ours, installed, or not known."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    forward = getattr(type(hook), "forward", None)  # of a model
+    target = hook if inspect.isroutine(hook) or inspect.isclass(hook) else forward or type(hook)
+    try:
+        target = inspect.unwrap(target)
+        file, number = inspect.getsourcefile(target), inspect.getsourcelines(target)[1]
+    except (TypeError, OSError, ValueError):
+        return ""
+    module = inspect.getmodule(target)
+    ours = module is not None and module.__name__.partition(".")[0] == PACKAGE
+    return "" if file is None or ours or file.startswith(INSTALLED) else f" ({file}, line {max(number, 1)})"
+
+
+def _on_one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+
+
+def _line(error: BaseException) -> str:
+    """The innermost line of the user's that an exception went through, in brackets."""
+    for frame, number in reversed(_frames(error)):
+        if not _is_installed(frame) and not _is_ours(frame):
+            file = frame.f_code.co_filename
+            text = linecache.getline(file, number, frame.f_globals).strip()
+            return f" ({file}, line {number}{': ' * bool(text)}{text})"
+    return ""
+
+
+def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    return list(traceback.walk_tb(error.__traceback__))
+
+
+def _is_installed(frame: FrameType) -> bool:
+    return not _is_ours(frame) and frame.f_code.co_filename.startswith(INSTALLED)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == PACKAGE
