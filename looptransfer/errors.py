@@ -9,6 +9,10 @@ class UserCodeError(InputError):
     """The user's own code failed; the message names its file and line."""
 
 
+class FailedRunError(UserCodeError, RuntimeError):
+    """Runs of a search failed in the user's code; those that finished are kept."""
+
+
 class VerificationError(InputError):
     """A rewritten model does not do what its plan says."""
 

@@ -48,20 +48,25 @@ def user_code(failure: str, hook: object = None, fix: str = "") -> Iterator[None
 
 
 @contextmanager
-def calls_back(failure: str) -> Iterator[None]:
+def calls_back(failure: str, hook: object = None) -> Iterator[None]:
     """Around our own code that calls the user's: what a line of theirs raised is theirs, the rest goes through.
 
+    Args:
+        failure: as for `user_code`.
+        hook: as for `user_code`; left out, an `InputError` that no line of theirs brought about stays as it is.
+
     Raises:
-        UserCodeError: a line of theirs raised, or made ours raise an `InputError`, to which that line is added.
+        UserCodeError: a line of theirs raised, or ours raised an `InputError`, to which their line is added.
     """
     try:
         yield
     except (KeyboardInterrupt, UserCodeError):
         raise
     except InputError as error:
-        if error.__cause__ is None:
+        where = _line(error) or (error.__cause__ and _line(error.__cause__)) or place(hook)
+        if not where:
             raise
-        raise UserCodeError(f"{_on_one_line(str(error))}{_line(error.__cause__)}") from error.__cause__
+        raise UserCodeError(f"{_on_one_line(str(error))}{where}") from error
     except BaseException as error:
         frames = [(frame, number) for frame, number in _frames(error) if not _is_installed(frame)]
         if not frames or _is_ours(frames[-1][0]):
@@ -100,6 +105,8 @@ def described(error: BaseException) -> str:
 
 def place(hook: object) -> str:
     """Where a function of the user's is defined, in brackets; empty where that is ours, installed, or not known."""
+    if hook is None:
+        return ""
     while isinstance(hook, functools.partial):
         hook = hook.func
     forward = getattr(type(hook), "forward", None)  # of a model

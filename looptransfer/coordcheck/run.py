@@ -172,7 +172,7 @@ def coord_check(
     check_pairs(make_model, batches, two, setting.start(sizes[0], chosen[0]))
     runs = _Runs(setting)
     for size, seed, rule in itertools.product(sizes, chosen, chosen_rules):
-        with seeded(seed), calls_back(f"a training at N = {size.loops} fails"):
+        with seeded(seed), calls_back(f"a training at N = {size.loops} fails", make_model):
             runs.add(size, seed, rule, starts[seed].batches)
     return runs.judged(chosen_rules, tolerance, level)
 

@@ -24,6 +24,7 @@ from looptransfer.rewrite import marker
 from looptransfer.rewrite.graph import ANY, Graph, Handle, Node, Site, Sum
 from looptransfer.rewrite.names import homes, named_parameters, plain_names
 from looptransfer.rewrite.twin import state_kept
+from looptransfer.user_code import described
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -424,7 +425,7 @@ def record(
 
 def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -> InputError:
     """Whose fault it is: the model runs without an observer, or it does not."""
-    what = f"{type(error).__name__}: {error}"
+    what = described(error)
     args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
     try:
         with state_kept(model):

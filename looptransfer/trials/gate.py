@@ -43,7 +43,7 @@ def gate(
 
     Raises:
         InputError: as `read_baseline` and `run_search`, or an N that is not stored, or fewer than two seeds.
-        RuntimeError: a run failed.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     check_rule(rule)
     stored_in = baseline if isinstance(baseline, Baseline) else read_baseline(baseline)

@@ -31,7 +31,7 @@ from optuna.exceptions import ExperimentalWarning, TrialPruned, UpdateFinishedTr
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from looptransfer.errors import InputError
+from looptransfer.errors import FailedRunError, InputError
 from looptransfer.rules import RULES
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.sources import finished_trials
@@ -58,8 +58,9 @@ def run_search(
     where the experiment cannot be sent to another one. A run that fails is left out, and tried again by the next call.
 
     Raises:
-        InputError: the ledger cannot be opened or belongs to another experiment; the experiment cannot be sent to
-            workers, runs failed, or a worker process ended by itself or was killed again and again.
+        InputError: the ledger cannot be opened or belongs to another experiment; or the experiment cannot be sent to
+            workers.
+        FailedRunError: runs failed, or a worker process ended by itself or was killed again and again.
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; it must be 1 or more")
@@ -210,7 +211,7 @@ def _check_complete(survey: _Survey) -> None:
         left_out = missing - len(survey.failed)
         told += f". {len(survey.failed)} failed" + f" and {left_out} more of their N were left out" * (left_out > 0)
         told += f"; {_told(run)}: {error}"
-    raise InputError(told)
+    raise FailedRunError(told)
 
 
 def _told(run: Run) -> str:
@@ -361,7 +362,7 @@ class _Process:
         moment = (
             f"while it trained {_told(self.heard)}" if isinstance(self.heard, Run) else "while it imported the script"
         )
-        raise InputError(
+        raise FailedRunError(
             f"a worker process ended with exit status {code} {moment}: the experiment, or a library that it uses, ends "
             "its process or crashes; with workers=1 the place may show"
         )
@@ -377,7 +378,7 @@ def _supervise(job: _Job, study: optuna.Study, data: bytes, workers: int, progre
                 if not worker.is_lost():
                     continue
                 if restarts == RESTARTS:
-                    raise InputError(
+                    raise FailedRunError(
                         f"worker processes were killed {restarts + 1} times (exit {worker.process.exitcode}), out of "
                         "memory perhaps; the same call makes only what lacks: run it again with fewer workers"
                     )
@@ -403,7 +404,7 @@ class _Progress:
 
     def __init__(self, job: _Job) -> None:
         self.job, self.name = job, job.name
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(desc=job.name, unit="loop", disable=not self.terminal, bar_format=BAR)
         self.started = self.printed = time.monotonic()
         self.at_start: int | None = None

@@ -83,7 +83,7 @@ def tune(
 
     Raises:
         InputError: as `run_search`, or numbers out of range.
-        RuntimeError: a run failed.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     chosen = _seeds(seeds)
     if len(chosen) < 2:
@@ -163,7 +163,7 @@ def sweep(
 
     Raises:
         InputError: as `run_search`, or numbers out of range.
-        RuntimeError: a run failed.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
     if not plan_of_loops:

@@ -126,7 +126,7 @@ def rewrite(experiment: Experiment, model: nn.Module, inputs: Any, loops: int, r
     """
     plan = own_plan(model)
     if plan is None:
-        with calls_back(f"the rewriting of make_model({loops}) fails"):
+        with calls_back(f"the rewriting of make_model({loops}) fails", experiment.make_model):
             settings = (rule, experiment.lam, experiment.base_layers)
             plan = parametrize(model, inputs, *settings, **options(experiment, loops))
     elif (plan.lam, plan.base_layers) != (experiment.lam, experiment.base_layers):
