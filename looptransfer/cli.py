@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -157,10 +158,12 @@ def _answer_apart() -> Answer:
         print(f"looptransfer: there is no answer: {told}", file=sys.stderr)
         answer = "", USAGE
     except KeyboardInterrupt:
-        process.join(LEAVE)  # where it was interrupted as well
+        process.join(1.0)  # a terminal interrupts both, and it says so
+        if process.is_alive():
+            os.kill(int(str(process.pid)), signal.SIGINT)
         answer = "", INTERRUPTED
     process.join(LEAVE)
-    process.terminate()  # a thread that was left running
+    process.kill()  # a thread that was left running
     return answer
 
 
@@ -347,6 +350,7 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
 
 def _coordcheck(arguments: argparse.Namespace) -> Answer:
     loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8"), seeds_of(arguments.seeds)
+    home = Path.cwd()  # the user's file may change it
     for path in filter(None, (arguments.html, arguments.output)):
         write_file(path, None)  # before the training
     import torch  # noqa: PLC0415
@@ -378,9 +382,9 @@ def _coordcheck(arguments: argparse.Namespace) -> Answer:
     if arguments.html:
         from looptransfer.report.coordinates import write_coord_html  # noqa: PLC0415
 
-        write_coord_html(result, arguments.html, provenance=made)
+        write_coord_html(result, home / arguments.html, provenance=made)
     if arguments.output:
-        write_file(arguments.output, result.frame.to_csv(index=False))
+        write_file(home / arguments.output, result.frame.to_csv(index=False))
     if arguments.json:
         return json.dumps(result.to_dict(), indent=2, allow_nan=False), result.exit_status
     needs = result.context.looped and max(loops) >= 4 * min(loops)
@@ -396,10 +400,11 @@ def _tune(arguments: argparse.Namespace) -> Answer:
     from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.trials.sweep import tune  # noqa: PLC0415
 
+    home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
     experiment = load_experiment(arguments.experiment)
-    best = tune(experiment, arguments.loops, seeds, arguments.ledger, arguments.workers, arguments.rule)
+    best = tune(experiment, arguments.loops, seeds, ledger, arguments.workers, arguments.rule)
     if arguments.output:
-        write_file(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
+        write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
     follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
     follow += ["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []
@@ -420,21 +425,22 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
     from looptransfer.trials.sweep import sweep  # noqa: PLC0415
     from looptransfer.trials.trial import Run  # noqa: PLC0415
 
+    home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
     experiment = load_experiment(arguments.experiment)
     if "around" in where:
-        where["around"] = centre_of(where["around"], experiment.identity())
+        where["around"] = centre_of(where["around"], experiment.identity(), home)
     results = sweep(
         experiment,
         loops,
         rules=[rule.strip() for rule in arguments.rules.split(",")],
         seeds=seeds,
-        ledger=arguments.ledger,
+        ledger=ledger,
         workers=arguments.workers,
         known=[Run(*run) for run in runs_there],
         **where,
     )
-    text = grown(path, results) if arguments.append else results.to_csv(index=False)
-    write_file(path, text)
+    text = grown(home / path, results) if arguments.append else results.to_csv(index=False)
+    write_file(home / path, text)
     if len(results) and results["diverged"].all():
         raise InputError(
             f"all {len(results)} runs, now in {path}, diverged, so there is nothing to judge; lower the LRs"
@@ -512,6 +518,10 @@ def _gate(arguments: argparse.Namespace) -> Answer:
     if arguments.json:
         return json.dumps(told.to_dict(), indent=2, allow_nan=False), told.exit_status
     return told.to_markdown() if arguments.markdown else str(told), told.exit_status
+
+
+def _absolute(ledger: str) -> str:
+    return ledger if "://" in ledger else str(Path(ledger).absolute())
 
 
 def _next(*arguments: object) -> str:

@@ -63,7 +63,7 @@ def calls_back(failure: str, hook: object = None) -> Iterator[None]:
     except (KeyboardInterrupt, UserCodeError):
         raise
     except InputError as error:
-        where = _line(error) or (error.__cause__ and _line(error.__cause__)) or place(hook)
+        where = (error.__cause__ and _line(error.__cause__)) or _line(error) or place(hook)
         if not where:
             raise
         raise UserCodeError(f"{_on_one_line(str(error))}{where}") from error
@@ -98,7 +98,7 @@ def described(error: BaseException) -> str:
     """An exception on one line."""
     try:
         text = _on_one_line(str(error))
-    except Exception:
+    except BaseException:
         text = "(its message cannot be shown)"
     return f"{type(error).__name__}: {text}"
 

@@ -3,6 +3,7 @@
 `python -m tests.broken` runs every one of them through inspect, coordcheck, tune, sweep and gate, and counts by kind.
 """
 
+import json
 import re
 import sys
 from collections import Counter
@@ -92,9 +93,10 @@ class Broken:
     commands: tuple[str, ...] = ALL
     status: int = 2
     line: tuple[str, ...] = ALL  # commands that name the file with a line
+    words: tuple[str, ...] = ()  # more of the command line
 
     def trial(self, command: str) -> Trial:
-        return Trial([command, *COMMANDS[command]], {FILE: self.text, "lr-optima.json": baseline_text()})
+        return Trial([command, *COMMANDS[command], *self.words], {FILE: self.text, "lr-optima.json": baseline_text()})
 
 
 def changed(*changes: tuple[str, str]) -> str:
@@ -156,6 +158,7 @@ def all_broken() -> Iterator[Broken]:
     yield from given_back()
     yield from shapes()
     yield from pairing()
+    yield from workers()
     yield from process()
     yield from surroundings()
 
@@ -277,11 +280,11 @@ def raised() -> Iterator[Broken]:
 def given_back() -> Iterator[Broken]:
     faults = {
         "make_model": {
-            "None": "gives a NoneType",
-            "5": "gives a int",
-            "Net": "gives a type",
-            "(Net(loops), 1)": "gives a tuple",
-            "Net(loops).state_dict()": "gives a OrderedDict",
+            "None": "(gives|returns) a NoneType",
+            "5": "(gives|returns) a int",
+            "Net": "(gives|returns) a type",
+            "(Net(loops), 1)": "(gives|returns) a tuple",
+            "Net(loops).state_dict()": "(gives|returns) a OrderedDict",
             "nn.ModuleList([Net(loops)])": "forward",
             "nn.Linear(4, 1)": "no residual add was found",
             "Net(loops).requires_grad_(False)": "has no parameter that requires a gradient",
@@ -342,7 +345,7 @@ def given_back() -> Iterator[Broken]:
             text = changed(
                 (HEADS[name], f"{HEADS[name]}\n    return {value}\n\n{HEADS[name].replace('def ', 'def not_')}")
             )
-            commands = NOT_INSPECT if name == "batches" else MET_BY[name]
+            commands = NOT_INSPECT if name == "batches" or "require" in phrase else MET_BY[name]
             yield Broken(f"{name} gives back", text, phrase, commands if phrase else (), line=NOT_INSPECT)
     for name, call in {"make_model": "make_model()", "batches": "batches()", "loss": "loss(output)"}.items():
         yield Broken("number of arguments", changed((HEADS[name], f"def {call}:")), "positional argument", MET_BY[name])
@@ -428,6 +431,44 @@ def pairing() -> Iterator[Broken]:
     yield Broken("pairing", hook("loss", "return output.sum() * 0 + 1"), "same initial loss|", ())
 
 
+def workers() -> Iterator[Broken]:
+    two = ("--workers", "2")
+    for experiment in ("lambda loops: Net(loops)", "nn.Module.forward.__get__(threading.Lock())"):
+        text = changed(('"small", make_model', f'"small", {experiment}'))
+        yield Broken(
+            "workers",
+            text,
+            "cannot be sent to worker processes",
+            TRAINS if "lambda" in experiment else (),
+            words=two,
+            line=(),
+        )
+    reduced = {
+        "1 / 0": "cannot be sent .*ZeroDivisionError",
+        "return int, ()": "cannot load the experiment: TypeError: it comes back as a int",
+        "return sys.exit, (0,)": "cannot load the experiment: SystemExit: 0",
+    }
+    for code, phrase in reduced.items():
+        text = f"{BASE}\nclass Odd(lt.Experiment):\n    def __reduce__(self):\n        {code}\n"
+        text += "\nexperiment = Odd(**vars(experiment))\n"
+        yield Broken("workers", text, phrase, TRAINS, words=two, line=())
+    inside = "if multiprocessing.current_process().name == 'looptransfer worker' and len(calls) > 5: "
+    for code, phrase in {
+        "os._exit(0)": "ended with exit status 0 while it trained factored, N = ",
+        "os._exit(3)": "ended with exit status 3 while it trained factored, N = ",
+        "os.abort()": "ended with exit status -6 while it trained factored, N = ",
+        "sys.exit(0)": r"runs are missing.* failed.*SystemExit: 0 \(",
+        "raise ValueError('late')": r"runs are missing.* failed.*ValueError: late \(",
+    }.items():
+        text = changed(
+            ("import looptransfer as lt", "import multiprocessing\nimport looptransfer as lt\ncalls = []"),
+            (HEADS["loss"], f"{HEADS['loss']}\n    calls.append(1)\n    {inside}{code}"),
+        )
+        yield Broken("workers", text, phrase, TRAINS, words=two, line=() if "exit status" in phrase else ALL)
+    text = text.replace("raise ValueError('late')", "raise KeyboardInterrupt")
+    yield Broken("interrupt", text, "interrupted", TRAINS, status=130, words=two, line=())
+
+
 def process() -> Iterator[Broken]:
     ends = {
         "os._exit(0)": "exit status 0",
@@ -436,11 +477,12 @@ def process() -> Iterator[Broken]:
         "os.kill(os.getpid(), signal.SIGKILL)": "exit status -9",
         "os.abort()": "exit status -6",
         "import ctypes; ctypes.string_at(0)": "exit status -11",
-        "signal.alarm(1); time.sleep(9)": "exit status -14",
     }
     for name, commands in MET_BY.items():
         for code, phrase in ends.items():
             yield Broken("ends its process", hook(name, code), f"there is no answer.*{phrase}", commands, line=())
+    alarm = hook("make_model", "signal.alarm(1); time.sleep(9)")
+    yield Broken("ends its process", alarm, "there is no answer.*exit status -14", line=())
     for code in ("sys.stderr.close()", "sys.stdout.close(); sys.stderr.close()", "os.close(1)", "os.close(2)"):
         yield Broken("closes its streams", hook("make_model", code), "", ())
     for code in (
@@ -485,7 +527,7 @@ def is_sound(broken: Broken, command: str, outcome: Outcome) -> str:
     """What is wrong with an outcome; empty where it is as it must be."""
     if outcome.status == HUNG:
         return "it hangs"
-    if "please report" in outcome.err or ("Traceback" in outcome.err and broken.kind != "ends its process"):
+    if "please report" in outcome.err or ("Traceback" in outcome.err and "exit status" not in broken.phrase):
         return "a traceback"
     if command in broken.commands:
         if outcome.status != broken.status:
@@ -499,26 +541,40 @@ def is_sound(broken: Broken, command: str, outcome: Outcome) -> str:
             return "not told in one line with the file and line"
         return ""
     if outcome.status in (0, 1, 3):
+        if "--json" in COMMANDS[command]:
+            json.loads(outcome.out)
         return "" if outcome.out.strip() else "an exit status without an answer"
     return "" if outcome.status == 2 and "looptransfer: " in outcome.err else f"exit {outcome.status}"
 
 
-if __name__ == "__main__":
-    only = sys.argv[1:]
-    pairs = [(broken, command) for broken in all_broken() for command in ALL if not only or broken.kind in only]
-    with TemporaryDirectory() as home:
-        outcomes = run_all([broken.trial(command) for broken, command in pairs], Path(home))
-    counts: Counter[tuple[str, int]] = Counter()
+def run_broken(pairs: list[tuple[Broken, str]], folder: Path) -> tuple[list[str], str]:
+    """What is wrong with the outcomes of files under commands, and a count of exit statuses for every kind."""
+    outcomes = run_all([broken.trial(command) for broken, command in pairs], folder)
+    counts: dict[str, Counter[int]] = {}
+    wrong = []
     for (broken, command), outcome in zip(pairs, outcomes, strict=True):
-        counts[broken.kind, outcome.status] += 1
-        wrong = is_sound(broken, command, outcome)
-        if wrong:
-            difference = [line for line in broken.text.splitlines() if line not in BASE.splitlines()]
-            print(
-                f"WRONG {broken.kind} {command}: {wrong}: {difference[:3]}: {outcome.out[:80]!r} {outcome.err[-600:]}"
+        counts.setdefault(broken.kind, Counter())[outcome.status] += 1
+        problem = is_sound(broken, command, outcome)
+        if problem:
+            changes = [line for line in broken.text.splitlines() if line not in BASE.splitlines()]
+            wrong.append(
+                f"{broken.kind}, {command}: {problem}: {changes[:3]}: {outcome.out[:80]!r} {outcome.err[-600:]}"
             )
-    for kind in dict.fromkeys(kind for kind, _ in counts):
+    lines = []
+    for kind, statuses in counts.items():
         files = len({broken.text for broken, _ in pairs if broken.kind == kind})
-        statuses = {status: n for (of, status), n in sorted(counts.items()) if of == kind}
-        print(f"{kind}: {files} files, exit statuses {statuses}")
-    print(f"{len({broken.text for broken, _ in pairs})} files, {len(pairs)} commands")
+        told = ", ".join(f"exit {status}: {times}" for status, times in sorted(statuses.items()))
+        lines.append(f"{kind}: {files} files, {statuses.total()} commands; {told}")
+    return wrong, "\n".join(lines)
+
+
+def all_pairs() -> list[tuple[Broken, str]]:
+    """Every file under every command that takes it."""
+    return [(broken, command) for broken in all_broken() for command in (TRAINS if broken.words else ALL)]
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as home:
+        chosen = [pair for pair in all_pairs() if len(sys.argv) == 1 or pair[0].kind in sys.argv[1:]]
+        problems, count = run_broken(chosen, Path(home))
+    print(*problems, f"{count}\n{len(problems)} wrong", sep="\n")

@@ -1,7 +1,6 @@
 """What a user hands in to be tuned: a model factory, batches, a loss."""
 
 import json
-import math
 import pickle
 import platform
 import sys
@@ -88,7 +87,7 @@ class Experiment:
             ("warmup", _between(self.warmup, 1e-9, 1 - 1e-9), "it is a share of the steps, between 0 and 1"),
             ("weight_decay", _between(self.weight_decay, 0, 1e9), "it must be a number from 0 up"),
             ("betas", _betas(self.betas), "give AdamW's two, each from 0 to below 1"),
-            ("clip", _between(self.clip, 1e-30, math.inf), "it must be a number above 0, inf for no clipping"),
+            ("clip", _between(self.clip, 1e-30, 1e30), "it must be a finite number above 0"),
             ("lam", _between(self.lam, 1e-30, 1e30), "it must be a number above 0"),
             ("base_layers", _whole(self.base_layers, 1), "it must be a whole number from 1 up"),
             ("width", self.width is None or _whole(self.width, 1), "it must be a whole number from 1 up"),

@@ -315,6 +315,8 @@ def _worker(job: _Job, data: bytes, sender: Connection) -> None:
         fix = "; define its functions in a module that can be imported, or pass workers=1"
         with user_code("a worker process cannot load the experiment", fix=fix):
             experiment = pickle.loads(data)
+            if not isinstance(experiment, Experiment):
+                raise TypeError(f"it comes back as a {type(experiment).__name__}")
         _work(job, experiment, sender.send)
         sender.send("done")
     except KeyboardInterrupt:
@@ -359,9 +361,7 @@ class _Process:
                 "the script starts trainings when it is imported, as worker processes do; put what it does under "
                 '`if __name__ == "__main__":`, or pass workers=1'
             )
-        moment = (
-            f"while it trained {_told(self.heard)}" if isinstance(self.heard, Run) else "while it imported the script"
-        )
+        moment = f"while it trained {_told(self.heard)}" if isinstance(self.heard, Run) else "while it started"
         raise FailedRunError(
             f"a worker process ended with exit status {code} {moment}: the experiment, or a library that it uses, ends "
             "its process or crashes; with workers=1 the place may show"
@@ -392,7 +392,7 @@ def _supervise(job: _Job, study: optuna.Study, data: bytes, workers: int, progre
     finally:
         for worker in pool:
             worker.process.join(patience)
-            worker.process.terminate()
+            worker.process.kill()
             worker.process.join()
 
 
