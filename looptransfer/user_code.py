@@ -28,12 +28,13 @@ LONGEST = 500  # characters of somebody else's message
 
 
 @contextmanager
-def user_code(failure: str, hook: object = None, fix: str = "") -> Iterator[None]:
+def user_code(failure: str, *hooks: object, fix: str = "") -> Iterator[None]:
     """Around a call of the user's code: all that is raised is theirs. An interrupt alone goes through.
 
     Args:
         failure: what the message begins with, such as "batches(0) fails".
-        hook: their function, whose definition is named where no line of theirs raised: a wrong number of arguments.
+        hooks: their functions; where no line of theirs raised, as with a wrong number of arguments, the definition of
+            the first of them is named that is not ours or installed.
         fix: what the message ends with.
 
     Raises:
@@ -44,16 +45,16 @@ def user_code(failure: str, hook: object = None, fix: str = "") -> Iterator[None
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise UserCodeError(f"{failure}: {described(error)}{_line(error) or place(hook)}{fix}") from error
+        raise UserCodeError(f"{failure}: {described(error)}{_line(error) or place(*hooks)}{fix}") from error
 
 
 @contextmanager
-def calls_back(failure: str, hook: object = None) -> Iterator[None]:
+def calls_back(failure: str, *hooks: object) -> Iterator[None]:
     """Around our own code that calls the user's: what a line of theirs raised is theirs, the rest goes through.
 
     Args:
         failure: as for `user_code`.
-        hook: as for `user_code`; left out, an `InputError` that no line of theirs brought about stays as it is.
+        hooks: as for `user_code`; without any, an `InputError` that no line of theirs brought about stays as it is.
 
     Raises:
         UserCodeError: a line of theirs raised, or ours raised an `InputError`, to which their line is added.
@@ -63,7 +64,7 @@ def calls_back(failure: str, hook: object = None) -> Iterator[None]:
     except (KeyboardInterrupt, UserCodeError):
         raise
     except InputError as error:
-        where = (error.__cause__ and _line(error.__cause__)) or _line(error) or place(hook)
+        where = (error.__cause__ and _line(error.__cause__)) or _line(error) or place(*hooks)
         if not where:
             raise
         raise UserCodeError(f"{_on_one_line(str(error))}{where}") from error
@@ -103,8 +104,12 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def place(hook: object) -> str:
-    """Where a function of the user's is defined, in brackets; empty where that is ours, installed, or not known."""
+def place(*hooks: object) -> str:
+    """Where the first of the functions that is the user's own is defined, in brackets; empty where there is none."""
+    return next(filter(None, map(_definition, hooks)), "")
+
+
+def _definition(hook: object) -> str:
     if hook is None:
         return ""
     while isinstance(hook, functools.partial):

@@ -288,7 +288,7 @@ def given_back() -> Iterator[Broken]:
             "nn.ModuleList([Net(loops)])": "forward",
             "nn.Linear(4, 1)": "no residual add was found",
             "Net(loops).requires_grad_(False)": "has no parameter that requires a gradient",
-            "Net(loops).to('meta')": "it is on the meta device",
+            "Net(loops).to('meta')": "it is on the meta device|device meta",
             "nn.Identity()": "has no parameter that requires a gradient",
             "nn.DataParallel(Net)": "has no parameter that requires|fails",
             "torch.jit.script(nn.Linear(4, 1))": "TorchScript",

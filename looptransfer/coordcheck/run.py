@@ -69,7 +69,7 @@ class _Setting:
         """The probe batch and one batch per step, and the loss of the model as made."""
         with seeded(seed):
             data = list(batch_stream(self.batches, seed, self.steps + 1))
-            loss = loss_of(self.loss, self.model(size), data[0])[1]
+            loss = loss_of(self.loss, self.model(size), data[0], self.make_model)[1]
         check_finite(loss, f"N = {size.loops}, seed {seed}", self.loss, self.make_model)
         return Start(data, loss)
 
@@ -277,7 +277,7 @@ def train_watched(
     seen = initial = observe(model, probe, taps, statistics)
     yield 0, seen, []
     for step, (inputs, targets) in enumerate(data[1:], start=1):
-        value, number = loss_of(loss, model, (inputs, targets))
+        value, number = loss_of(loss, model, (inputs, targets), None)
         if not math.isfinite(number):
             yield step, Observation(), [(OUTPUT, 0, "output_rms", math.nan)]
             return

@@ -90,21 +90,23 @@ def _pair(batch: Any, call: str, hook: object) -> Batch:
     return batch[0], batch[1]
 
 
-def loss_of(loss: Callable[[Any, Any], Tensor], model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
-    """The loss of a model on a batch, as a tensor and as a number."""
+def loss_of(
+    loss: Callable[[Any, Any], Tensor], model: nn.Module, batch: Batch, make_model: object
+) -> tuple[Tensor, float]:
+    """The loss of a model on a batch, as a tensor and as a number; a fault may be told at `make_model`."""
     args, kwargs = call_arguments(batch[0])
-    with user_code("the model's forward fails", model):
+    with user_code("the model's forward fails", model, make_model):
         output = model(*args, **kwargs)
-    hook = model if loss is token_loss else loss
+    hooks = loss, model, make_model
     hint = "; without loss=… it takes logits (…, vocab) and token ids" if loss is token_loss else ""
-    with user_code("loss(output, targets) fails", hook, hint):
+    with user_code("loss(output, targets) fails", *hooks, fix=hint):
         value = loss(output, batch[1])
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         kind = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)[:100]
         raise InputError(
-            f"loss(output, targets) gives {kind}{place(hook)}; it must return one floating-point number as a tensor"
+            f"loss(output, targets) gives {kind}{place(*hooks)}; it must return one floating-point number as a tensor"
         )
-    with user_code("the loss cannot be read", hook):
+    with user_code("the loss cannot be read", *hooks):
         return value, float(value.detach())
 
 
@@ -113,5 +115,6 @@ def held_out_loss(experiment: Experiment, model: nn.Module) -> float:
     with user_code("model.eval() fails", model):
         model.eval()
     with torch.no_grad():
-        losses = [loss_of(experiment.loss, model, batch)[1] for batch in held_out_batches(experiment.held_out)]
+        batches = held_out_batches(experiment.held_out)
+        losses = [loss_of(experiment.loss, model, batch, experiment.make_model)[1] for batch in batches]
     return sum(losses) / len(losses)

@@ -110,10 +110,9 @@ def check_finite(loss: float, moment: str, *hooks: object) -> None:
         hooks: the first of the user's functions among these is named.
     """
     if not math.isfinite(loss):
-        where = next(filter(None, map(place, hooks)), "")
         raise InputError(
-            f"the loss at initialisation is {loss} at {moment}{where}, so nothing can be trained; look for nan in the "
-            "batches, and for a log or a root of 0"
+            f"the loss at initialisation is {loss} at {moment}{place(*hooks)}, so nothing can be trained; look "
+            "for nan in the batches, and for a log or a root of 0"
         )
 
 

@@ -66,12 +66,12 @@ class Training:
 
     def loss(self) -> float:
         """The training loss on the batch of this step."""
-        self.value, number = loss_of(self.experiment.loss, self.model, self.batch)
+        self.value, number = loss_of(self.experiment.loss, self.model, self.batch, self.experiment.make_model)
         return number
 
     def update(self) -> None:
         """An optimizer step on that loss, and the next batch."""
-        with user_code("the training step fails", self.experiment.loss):
+        with user_code("the training step fails", self.experiment.loss, self.experiment.make_model):
             self.optimizer.zero_grad()
             self.value.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.experiment.clip)
