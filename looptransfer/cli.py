@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +70,12 @@ row per training run, with columns
 TRAINED = "exit status: 0 done, 2 bad usage or input, 70 anything unexpected, 130 interrupted"
 EXPERIMENT = """\
 EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
-looptransfer.Experiment, or a function of no arguments that returns one."""
-KEPT = "Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was."
+looptransfer.Experiment, or a function of no arguments that returns one. Before any training its start
+is made twice and compared: seeds must pair the runs, and loops follow N. What its code prints goes to
+standard error; what fails in it ends with 2, and is told with its file and line."""
+KEPT = """\
+Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was. A
+run that fails leaves the others alone, and is tried again by the same command."""
 TUNE = f"""\
 Finds the best LR of a proxy, your experiment with few loops: a coarse look with one seed, then
 half-octave steps with every seed, and the optimum with its interval over seeds.
@@ -98,14 +103,13 @@ few seeds, and says whether the optimum still lies between: a check for every co
 {EXPERIMENT}
 No run is kept: those of another state of the code would say nothing of this one."""
 
-COORDCHECK = """\
+COORDCHECK = f"""\
 Trains a few steps at every loop count, watches what reaches the residual stream at every visit of
 every branch, and says whether it grows with N as the rule promises, and if not, why.
 
   looptransfer coordcheck experiment.py --loops 1,2,4,8,16,32,64 --html coordinates.html
 
-EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
-looptransfer.Experiment, or a function of no arguments that returns one."""
+{EXPERIMENT}"""
 CHECKED = "exit status: 0 passes, 1 fails, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 
 
@@ -122,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs the user's code then does so in a process of its own, which may end as it likes.
     """
     arguments = _parser().parse_args(argv)
+    if sys.stdout is None:
+        print("looptransfer: cannot print the answer: standard output is closed", file=sys.stderr)
+        return USAGE
     apart = argv is None and arguments.user_code
     return _print(*(_answer_apart() if apart else _answer(arguments)))
 
@@ -145,26 +152,37 @@ def _answer(arguments: argparse.Namespace) -> Answer:
 
 def _answer_apart() -> Answer:
     """The answer of a process that runs this process's command line, and bad input where it ends without one."""
+    while (
+        free := os.open(os.devnull, os.O_RDWR)
+    ) < 3:  # no pipe may take the place of a standard stream that is closed
+        os.set_inheritable(free, True)
+    os.close(free)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_answer, args=(sender, sys.argv[1:]))
     process.start()
     sender.close()
+    answer: Answer = "", INTERRUPTED
     try:
-        answer: Answer = receiver.recv()
+        while process.is_alive() and not receiver.poll(1.0):
+            pass  # the pipe's end alone would tell nothing where a process that the user's code started keeps it open
+        answer = receiver.recv() if receiver.poll() else _no_answer(process)
     except EOFError:
-        process.join()
-        told = f"your code, or a library that it uses, ended its process (exit status {process.exitcode}) or crashed"
-        print(f"looptransfer: there is no answer: {told}", file=sys.stderr)
-        answer = "", USAGE
+        answer = _no_answer(process)
     except KeyboardInterrupt:
         process.join(1.0)  # a terminal interrupts both, and it says so
         if process.is_alive():
             os.kill(int(str(process.pid)), signal.SIGINT)
-        answer = "", INTERRUPTED
     process.join(LEAVE)
     process.kill()  # a thread that was left running
     return answer
+
+
+def _no_answer(process: BaseProcess) -> Answer:
+    process.join()
+    told = f"your code, or a library that it uses, ended its process (exit status {process.exitcode}) or crashed"
+    print(f"looptransfer: there is no answer: {told}", file=sys.stderr)
+    return "", USAGE
 
 
 def _send_answer(sender: Connection, argv: Sequence[str]) -> None:
@@ -176,8 +194,6 @@ def _send_answer(sender: Connection, argv: Sequence[str]) -> None:
 def _print(text: str, status: int) -> int:
     """Print the answer and return its status; that of a failure where it cannot be printed."""
     try:
-        if text and sys.stdout is None:
-            raise OSError("standard output is closed")
         if text:
             print(text, flush=True)
         return status

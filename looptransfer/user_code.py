@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import site
+import sys
 import sysconfig
 import threading
 import traceback
@@ -18,10 +19,9 @@ from types import FrameType
 from looptransfer.errors import InputError, UserCodeError
 
 PACKAGE = __name__.partition(".")[0]
-INSTALLED = tuple(
-    {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-    | {*site.getsitepackages(), site.getusersitepackages(), "<frozen"}
-)
+LIBRARIES = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+LIBRARIES |= {*site.getsitepackages(), site.getusersitepackages()}
+INSTALLED = ("<frozen", *(folder + os.sep for folder in LIBRARIES))  # how the names of files begin
 WORKER = "looptransfer worker"  # the name of our worker processes
 UNGUARDED = 97  # exit status of one that is asked to train while it imports the user's script
 LONGEST = 500  # characters of somebody else's message
@@ -69,15 +69,16 @@ def calls_back(failure: str, *hooks: object) -> Iterator[None]:
             raise
         raise UserCodeError(f"{_on_one_line(str(error))}{where}") from error
     except BaseException as error:
-        frames = [(frame, number) for frame, number in _frames(error) if not _is_installed(frame)]
-        if not frames or _is_ours(frames[-1][0]):
+        frames = [frame for frame, _ in _frames(error) if not _is_installed(frame)]
+        if not frames or _is_ours(frames[-1]):
             raise
         raise UserCodeError(f"{failure}: {described(error)}{_line(error)}") from error
 
 
 def end_with_parent() -> None:
     """Let this process end when the one that started it does, however that comes about; a crash shows its line."""
-    faulthandler.enable(all_threads=False)
+    if sys.stderr is not None:
+        faulthandler.enable(all_threads=False)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -119,7 +120,7 @@ def _definition(hook: object) -> str:
     try:
         target = inspect.unwrap(target)
         file, number = inspect.getsourcefile(target), inspect.getsourcelines(target)[1]
-    except (TypeError, OSError, ValueError):
+    except Exception:  # what has no source, or one that has changed
         return ""
     module = inspect.getmodule(target)
     ours = module is not None and module.__name__.partition(".")[0] == PACKAGE
@@ -136,7 +137,7 @@ def _line(error: BaseException) -> str:
     for frame, number in reversed(_frames(error)):
         if not _is_installed(frame) and not _is_ours(frame):
             file = frame.f_code.co_filename
-            text = linecache.getline(file, number, frame.f_globals).strip()
+            text = _on_one_line(linecache.getline(file, number, frame.f_globals))
             return f" ({file}, line {number}{': ' * bool(text)}{text})"
     return ""
 

@@ -14,7 +14,7 @@ from looptransfer.coordcheck.exponents import COLUMNS
 from looptransfer.coordcheck.observe import OUTPUT, Observation, Tap, find_taps, observe
 from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTICS, VISIT_STATISTICS, Change, Step, Visit
 from looptransfer.coordcheck.verdict import ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
-from looptransfer.errors import InputError
+from looptransfer.errors import InputError, UserCodeError
 from looptransfer.optim import param_groups
 from looptransfer.rewrite.apply import apply_plan, parametrize
 from looptransfer.rewrite.names import named_parameters
@@ -131,8 +131,8 @@ def coord_check(
         level: chance of one false alarm or more in the whole check (Holm over all statistics).
 
     Raises:
-        InputError: numbers out of range, too few batches, a model without residual branches, and what `parametrize`
-            refuses.
+        InputError: numbers out of range, too few batches, seeds that do not pair the trainings (`check_pairs`), a
+            random loop count, a model without residual branches, and what `parametrize` refuses.
     """
     width, more = None, {}
     on_stream: Literal["scale", "leave"] = "scale"
@@ -222,7 +222,7 @@ class _Runs:
         elif rule != AS_MADE:
             plan = parametrize(model, inputs, cast(Rule, rule), setting.lam, setting.base_layers, **setting.options)
         if plan is not None and (plan.random_loops or varies(plan)):
-            raise InputError(
+            raise UserCodeError(
                 f"the model of make_model({size.loops}) loops another number of times from one forward to the next"
                 f"{place(setting.make_model)}; {SAME}"
             )

@@ -42,7 +42,7 @@ def gate(
         confidence: of the two-sided intervals.
 
     Raises:
-        InputError: as `read_baseline` and `run_search`, or an N that is not stored, or fewer than two seeds.
+        InputError: as `read_baseline`, `check_start` and `run_search`; an N that is not stored, or one seed.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     check_rule(rule)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from looptransfer.errors import InputError
+from looptransfer.errors import UserCodeError
 from looptransfer.rewrite.record import call_arguments
 from looptransfer.trials.experiment import Batch, Batches, Experiment, token_loss
 from looptransfer.user_code import place, user_code
@@ -23,8 +23,9 @@ END = object()
 def seeded(seed: int) -> Iterator[None]:
     """Torch's, numpy's and Python's random states, set by a seed and given back as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -40,12 +41,14 @@ def fresh_model(make_model: Callable[..., nn.Module], loops: int, **sizes: int) 
     with user_code(f"{call} fails", make_model):
         model = make_model(loops, **sizes)
     if not isinstance(model, nn.Module):
-        raise InputError(f"{call} gives a {type(model).__name__}{place(make_model)}; it must return a torch.nn.Module")
+        raise UserCodeError(
+            f"{call} gives a {type(model).__name__}{place(make_model)}; it must return a torch.nn.Module"
+        )
     with user_code(f"the parameters of {call} fail", make_model):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained or any(parameter.is_meta for parameter in trained):
         what = "has no weights, it is on the meta device" if trained else "has no parameter that requires a gradient"
-        raise InputError(f"{call} gives a model that {what}{place(make_model)}; return one that can be trained")
+        raise UserCodeError(f"{call} gives a model that {what}{place(make_model)}; return one that can be trained")
     return model
 
 
@@ -58,7 +61,7 @@ def batch_stream(batches: Batches | Iterable[Batch], seed: int, count: int) -> I
         with user_code(f"{call} fails", batches):
             batch = next(stream, END)
         if batch is END:
-            raise InputError(
+            raise UserCodeError(
                 f"{call} ended after {number} of the {count} batches that are needed{place(batches)}; give more of "
                 "them, such as by an endless generator, or take fewer steps"
             )
@@ -76,14 +79,14 @@ def held_out_batches(held_out: Callable[[], Iterable[Batch]]) -> Iterator[Batch]
             return
         if batch is END or number == MOST_HELD_OUT:
             problem = f"gave {number} batches and goes on" if number else "gave no batch"
-            raise InputError(f"held_out() {problem}{place(held_out)}; it must give one or more, and end")
+            raise UserCodeError(f"held_out() {problem}{place(held_out)}; it must give one or more, and end")
         yield _pair(batch, "held_out()", held_out)
 
 
 def _pair(batch: Any, call: str, hook: object) -> Batch:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-        raise InputError(
+        raise UserCodeError(
             f"{call} gives a batch that is a {type(batch).__name__}{size}{place(hook)}; a batch is a pair, the inputs "
             "of the model and the targets of the loss. Arguments by name: ({'input_ids': …}, targets)"
         )
@@ -103,7 +106,7 @@ def loss_of(
         value = loss(output, batch[1])
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         kind = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)[:100]
-        raise InputError(
+        raise UserCodeError(
             f"loss(output, targets) gives {kind}{place(*hooks)}; it must return one floating-point number as a tensor"
         )
     with user_code("the loss cannot be read", *hooks):

@@ -54,10 +54,10 @@ def check_start(
     refuse_unguarded()
     counts = sorted(set(loops))
     least, seed = counts[0], seeds[0]
+    _check_fresh(experiment, least, seed)
     plans, starts = {}, {}
     for n in counts:
         plans[n], starts[n] = _start(experiment, Run(rule, n, LR, seed))
-    _check_fresh(experiment, least, seed)
     _check_held_out(experiment)
     _, again = _start(experiment, Run(rule, least, LR, seed), to_the_end=True)
     others = {other: _start(experiment, Run(rule, least, LR, other))[1] for other in seeds[1:2]}
@@ -65,6 +65,8 @@ def check_start(
     for n in counts[1:]:
         _check_same(experiment.batches, seed, starts[least], starts[n], f"at N = {n} than at N = {least}")
     _check_loops(experiment, plans)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # for the workers that share the device
     return plans
 
 
@@ -93,6 +95,8 @@ def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start]
                 f"seeds {seed} and {other} give the same batches and the same initial loss{place(batches)}, so that "
                 "seeds would repeat one run and show no noise; draw the batches by the seed"
             )
+        if not callable(batches):  # a list, given for all seeds
+            return
         warnings.warn(
             f"batches({seed}) and batches({other}) are the same{place(batches)}: seeds differ by their initialisation "
             "alone, and the intervals hold for this one order of the data",

@@ -82,7 +82,7 @@ def tune(
         rule: the scaling rule.
 
     Raises:
-        InputError: as `run_search`, or numbers out of range.
+        InputError: as `check_start` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     chosen = _seeds(seeds)
@@ -162,7 +162,7 @@ def sweep(
         One row per run, with columns rule, layers, loops, width, lr, seed, steps, loss (nats), diverged, seconds.
 
     Raises:
-        InputError: as `run_search`, or numbers out of range.
+        InputError: as `check_start` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
