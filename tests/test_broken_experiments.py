@@ -38,7 +38,7 @@ def unchecked() -> Iterator[tuple[str, str, str]]:
     shared = ("def make_model(loops):", "net = Net(2)\ndef make_model(loops):\n    net.loops = loops\n    return net")
     yield "one model is trained on and on", changed(shared), "gives the same weights at each call"
     still = ("return Net(loops)", "torch.manual_seed(0); return Net(loops)")
-    yield "the seeds change nothing", changed(fixed, still), "the same batches and the same initial loss"
+    yield "the seeds change nothing", changed(fixed, still), "the same batches and the same weights"
     unseeded = (generator, "generator = torch.Generator(); generator.seed()")
     yield (
         "the data ignore the seed and the runs are not paired",

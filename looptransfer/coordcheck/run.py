@@ -22,7 +22,7 @@ from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule, check_rule
 from looptransfer.trials.experiment import Batch, Experiment, token_loss
 from looptransfer.trials.hooks import batch_stream, fresh_model, loss_of, seeded
-from looptransfer.trials.pairing import Start, check_finite, check_pairs
+from looptransfer.trials.pairing import Start, check_finite, check_pairs, weights_of
 from looptransfer.trials.trial import exchanged, own_plan, under_rule, varies
 from looptransfer.user_code import calls_back, place, user_code
 
@@ -69,9 +69,10 @@ class _Setting:
         """The probe batch and one batch per step, and the loss of the model as made."""
         with seeded(seed):
             data = list(batch_stream(self.batches, seed, self.steps + 1))
-            loss = loss_of(self.loss, self.model(size), data[0], self.make_model)[1]
+            model = self.model(size)
+            weights, loss = weights_of(model), loss_of(self.loss, model, data[0], self.make_model)[1]
         check_finite(loss, f"N = {size.loops}, seed {seed}", self.loss, self.make_model)
-        return Start(data, loss)
+        return Start(data, weights, loss)
 
     def optimizer(self, model: nn.Module) -> Any:
         """An optimizer, or (optimizer, scheduler)."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from looptransfer.errors import InputError, PairingWarning
@@ -28,15 +28,30 @@ from looptransfer.trials.trial import Run, Training
 from looptransfer.user_code import place, refuse_unguarded
 
 LR = 1e-6  # of the two steps
-SAME_LOSS = 1e-5  # relative
+SAME = 1e-5  # relative, of sums of weights and of losses
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a training begins."""
+    """How a training begins: its first batches, the sum of absolute values of every trained tensor, and the loss."""
 
-    batches: Sequence[Batch]  # the first ones
-    loss: float  # at initialisation
+    batches: Sequence[Batch]
+    weights: tuple[float, ...]
+    loss: float
+
+    def has_weights_of(self, other: "Start") -> bool:
+        """The same initialisation, but for rounding."""
+        return all(math.isclose(a, b, rel_tol=SAME) for a, b in zip(self.weights, other.weights, strict=True))
+
+    def has_batches_of(self, other: "Start") -> bool:
+        """The same data, bit for bit."""
+        return all(_equal(a, b) for a, b in zip(self.batches, other.batches, strict=True))
+
+
+def weights_of(model: nn.Module) -> tuple[float, ...]:
+    """The sum of absolute values of every trained tensor."""
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    return tuple(float(parameter.abs().sum(dtype=torch.float64)) for parameter in trained)
 
 
 def check_start(
@@ -81,19 +96,23 @@ def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start]
     """
     (seed, ours), *others = starts.items()
     _check_same(batches, seed, ours, again, "at its second call")
-    if not math.isclose(again.loss, ours.loss, rel_tol=SAME_LOSS):
+    if not again.has_weights_of(ours):
         raise InputError(
-            f"make_model gives other weights at each call with the same seed (initial losses {ours.loss:.6g} and "
-            f"{again.loss:.6g}){place(make_model)}; draw them from the random states of torch, numpy or Python, which "
-            "are seeded before the call"
+            f"make_model gives other weights at each call with the same seed{place(make_model)}; draw them from the "
+            "random states of torch, numpy or Python, which are seeded before the call"
+        )
+    if not math.isclose(again.loss, ours.loss, rel_tol=SAME):
+        raise InputError(
+            f"the same weights and batch give the losses {ours.loss:.6g} and {again.loss:.6g}{place(make_model)}; what "
+            "the forward and the loss draw must come from the random states of torch, numpy or Python, which are seeded"
         )
     for other, theirs in others:
-        if not all(_equal(a, b) for a, b in zip(ours.batches, theirs.batches, strict=True)):
+        if not theirs.has_batches_of(ours):
             return
-        if math.isclose(ours.loss, theirs.loss, rel_tol=SAME_LOSS):
+        if theirs.has_weights_of(ours):
             raise InputError(
-                f"seeds {seed} and {other} give the same batches and the same initial loss{place(batches)}, so that "
-                "seeds would repeat one run and show no noise; draw the batches by the seed"
+                f"seeds {seed} and {other} give the same batches and the same weights{place(batches)}, so that seeds "
+                "would repeat one run and show no noise; draw the batches by the seed"
             )
         if not callable(batches):  # a list, given for all seeds
             return
@@ -125,7 +144,7 @@ def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[
     moment = f"N = {run.loops}, seed {run.seed}"
     with seeded(run.seed):
         training = Training(experiment, run)
-        batches, loss = [training.batch], training.loss()
+        batches, weights, loss = [training.batch], weights_of(training.model), training.loss()
         check_finite(loss, moment, experiment.loss, experiment.make_model)
         training.update()
         batches.append(training.batch)
@@ -135,7 +154,7 @@ def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[
             for _ in training.stream:
                 pass
             check_finite(held_out_loss(experiment, training.model), f"{moment}, held out", experiment.held_out)
-    return training.plan, Start(batches, loss)
+    return training.plan, Start(batches, weights, loss)
 
 
 def _check_fresh(experiment: Experiment, loops: int, seed: int) -> None:

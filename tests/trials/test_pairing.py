@@ -119,6 +119,28 @@ class Twice(LoopedMLP):
         return self.head(stream)
 
 
+def of_no_seed_and_silent(loops: int) -> nn.Module:
+    """As above, behind a head of zeros: the initial loss does not tell."""
+    model = of_no_seed(loops)
+    generator = torch.Generator()
+    generator.seed()
+    nn.init.normal_(model.get_submodule("embed").weight, generator=generator)  # type: ignore[arg-type]
+    return silent(model)
+
+
+def silent(model: nn.Module) -> nn.Module:
+    for parameter in model.get_submodule("head").parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+def noisy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Noise from a generator that nobody seeds."""
+    generator = torch.Generator()
+    generator.seed()
+    return squared_error(outputs, targets + torch.randn(targets.shape, generator=generator))
+
+
 def held_out(count: int, rng: Any) -> Callable[[], list[Batch]]:
     return lambda: [samples(rng, 16) for _ in range(count)]
 
@@ -139,9 +161,11 @@ SHARED = np.random.default_rng(0)
         ),
         (
             {"batches": first_batch, "make_model": of_one_seed, "steps": 2} | {"batches": lambda seed: first_batch(0)},
-            "seeds 0 and 1 give the same batches and the same initial loss",
+            "seeds 0 and 1 give the same batches and the same weights",
         ),
         ({"make_model": of_no_seed}, "make_model gives other weights at each call with the same seed"),
+        ({"make_model": of_no_seed_and_silent}, "make_model gives other weights at each call with the same seed"),
+        ({"loss": noisy}, r"the same weights and batch give the losses [\d.]+ and [\d.]+"),
         ({"make_model": cached}, r"make_model\(1\) gives the same weights at each call"),
         (
             {"make_model": Shrinking, "loops": (2, 4)},
@@ -174,6 +198,11 @@ def test_runs_that_would_not_be_what_they_are_called_are_refused_before_the_trai
     loops = changes.pop("loops", (1, 2))
     with pytest.raises(lt.InputError, match=rf"{said}.*{HERE}"):
         start(loops, **changes)
+
+
+def test_seeds_differ_by_their_weights_where_the_initial_loss_does_not_tell() -> None:
+    with pytest.warns(lt.PairingWarning):
+        start(make_model=lambda loops: silent(LoopedMLP(loops)), batches=lambda seed: first_batch(0))
 
 
 def test_batches_that_are_the_same_for_every_seed_are_told() -> None:
