@@ -403,9 +403,13 @@ def _coordcheck(arguments: argparse.Namespace) -> Answer:
         write_file(home / arguments.output, result.frame.to_csv(index=False))
     if arguments.json:
         return json.dumps(result.to_dict(), indent=2, allow_nan=False), result.exit_status
-    needs = result.context.looped and max(loops) >= 4 * min(loops)
-    needed = f"\nmultiplier that this model needs: {recommend(result)}" if needs else ""
-    return f"{result}{needed}", result.exit_status
+    lines = [str(result)]
+    if result.context.looped and max(loops) >= 4 * min(loops):
+        try:
+            lines.append(f"multiplier that this model needs: {recommend(result)}")
+        except InputError as error:  # the verdict stands
+            lines.append(f"multiplier that this model needs: not known, {error}")
+    return "\n".join(lines), result.exit_status
 
 
 def _tune(arguments: argparse.Namespace) -> Answer:

@@ -339,7 +339,7 @@ class _Process:
         self.heard: Run | Exception | Literal["done"] | None = None
 
     def is_lost(self) -> bool:
-        """It ended, and not because all is made or it was killed from outside.
+        """It was killed from outside.
 
         Raises:
             InputError: the user's code ended it.
@@ -352,8 +352,10 @@ class _Process:
         if isinstance(self.heard, Exception):
             raise self.heard
         code = self.process.exitcode
-        if alive or self.heard == "done" or code in KILLED:
-            return not alive and self.heard != "done"
+        if alive or self.heard == "done":
+            return False
+        if code in KILLED:
+            return True
         if code == 130:
             raise KeyboardInterrupt
         if code == UNGUARDED:

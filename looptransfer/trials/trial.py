@@ -126,9 +126,19 @@ def rewrite(experiment: Experiment, model: nn.Module, inputs: Any, loops: int, r
     """
     plan = own_plan(model)
     if plan is None:
+        with user_code(f"loops({loops}) fails", experiment.loops):
+            mean = None if experiment.loops is None else experiment.loops(loops)
         with calls_back(f"the rewriting of make_model({loops}) fails", experiment.make_model):
-            settings = (rule, experiment.lam, experiment.base_layers)
-            plan = parametrize(model, inputs, *settings, **options(experiment, loops))
+            plan = parametrize(
+                model,
+                inputs,
+                rule,
+                experiment.lam,
+                experiment.base_layers,
+                branches=experiment.branches,
+                layers=experiment.layers,
+                loops=mean,
+            )
     elif (plan.lam, plan.base_layers) != (experiment.lam, experiment.base_layers):
         raise InputError(
             f"make_model({loops}) rewrote the model with lam={plan.lam:g}, base_layers={plan.base_layers}, and the "
@@ -144,15 +154,6 @@ def rewrite(experiment: Experiment, model: nn.Module, inputs: Any, loops: int, r
             "random, give its mean: Experiment(…, loops=float) if that is N, else a function of N"
         )
     return plan
-
-
-def options(experiment: Experiment, loops: int) -> dict[str, Any]:
-    """What `parametrize` is told beside the rule."""
-    mean = None
-    if experiment.loops is not None:
-        with user_code(f"loops({loops}) fails", experiment.loops):
-            mean = experiment.loops(loops)
-    return {"branches": experiment.branches, "layers": experiment.layers, "loops": mean}
 
 
 def own_plan(model: nn.Module) -> ScalingPlan | None:
