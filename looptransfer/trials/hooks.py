@@ -35,6 +35,17 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with one thread, as in a worker: at small sizes more take longer, and sums come out the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fresh_model(make_model: Callable[..., nn.Module], loops: int, **sizes: int) -> nn.Module:
     """A model with trainable weights from make_model(loops)."""
     call = f"make_model({', '.join([str(loops), *(f'{name}={n}' for name, n in sizes.items())])})"

@@ -23,7 +23,7 @@ from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rewrite.record import held
 from looptransfer.rules import Rule
 from looptransfer.trials.experiment import Batch, Experiment
-from looptransfer.trials.hooks import fresh_model, held_out_batches, held_out_loss, seeded
+from looptransfer.trials.hooks import fresh_model, held_out_batches, held_out_loss, one_thread, seeded
 from looptransfer.trials.trial import Run, Training
 from looptransfer.user_code import place, refuse_unguarded
 
@@ -142,7 +142,7 @@ def check_finite(loss: float, moment: str, *hooks: object) -> None:
 def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[ScalingPlan, Start]:
     """Two steps; and whether the batches last, and the held-out loss is a number."""
     moment = f"N = {run.loops}, seed {run.seed}"
-    with seeded(run.seed):
+    with one_thread(), seeded(run.seed):
         training = Training(experiment, run)
         batches, weights, loss = [training.batch], weights_of(training.model), training.loss()
         check_finite(loss, moment, experiment.loss, experiment.make_model)

@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import optuna
 import pandas as pd
-import torch
 from optuna.exceptions import ExperimentalWarning, TrialPruned, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from looptransfer.rules import RULES
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.sources import finished_trials
 from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.hooks import one_thread
 from looptransfer.trials.search import Search
 from looptransfer.trials.trial import Run, train
 from looptransfer.user_code import UNGUARDED, WORKER, end_with_parent, user_code
@@ -70,11 +70,7 @@ def run_search(
     with _Progress(job) as progress:
         data = _sent(experiment, workers) if _survey(study, job).coming else None
         if data is None:
-            threads = torch.get_num_threads()
-            try:
-                _work(job, experiment, progress=progress)
-            finally:
-                torch.set_num_threads(threads)
+            _work(job, experiment, progress=progress)
         else:
             _supervise(job, study, data, workers or available_cores(), progress)
         progress.show(study)
@@ -264,7 +260,6 @@ def _work(
     progress: "_Progress | None" = None,
 ) -> None:
     """Make runs until none is open or running. This is the whole of a worker."""
-    torch.set_num_threads(1)
     sampler = _Claimed()
     storage = _storage(job.url)
     study = optuna.load_study(storage=storage, study_name=job.name, sampler=sampler)
@@ -281,7 +276,8 @@ def _work(
         if tell is not None:
             tell(run)
         try:
-            outcome = asdict(train(experiment, run))
+            with one_thread():
+                outcome = asdict(train(experiment, run))
         except InputError as error:
             trial.set_user_attr("error", str(error))
             raise _RunError from error
