@@ -180,8 +180,8 @@ def _answer_apart() -> Answer:
 
 def _no_answer(process: BaseProcess) -> Answer:
     process.join()
-    told = f"your code, or a library that it uses, ended its process (exit status {process.exitcode}) or crashed"
-    print(f"looptransfer: there is no answer: {told}", file=sys.stderr)
+    reason = f"your code, or a library that it uses, ended its process (exit status {process.exitcode}) or crashed"
+    print(f"looptransfer: there is no answer: {reason}", file=sys.stderr)
     return "", USAGE
 
 

@@ -29,7 +29,7 @@ LONGEST = 500  # characters of somebody else's message
 
 @contextmanager
 def user_code(failure: str, *hooks: object, fix: str = "") -> Iterator[None]:
-    """Around a call of the user's code: all that is raised is theirs. An interrupt alone goes through.
+    """Make one error of all that a call of the user's code raises. An interrupt alone goes through.
 
     Args:
         failure: what the message begins with, such as "batches(0) fails".
@@ -50,7 +50,7 @@ def user_code(failure: str, *hooks: object, fix: str = "") -> Iterator[None]:
 
 @contextmanager
 def calls_back(failure: str, *hooks: object) -> Iterator[None]:
-    """Around our own code that calls the user's: what a line of theirs raised is theirs, the rest goes through.
+    """Make one error of what the user's code raises when our own calls it; what ours raises goes through.
 
     Args:
         failure: as for `user_code`.
@@ -64,10 +64,10 @@ def calls_back(failure: str, *hooks: object) -> Iterator[None]:
     except (KeyboardInterrupt, UserCodeError):
         raise
     except InputError as error:
-        where = (error.__cause__ and _line(error.__cause__)) or _line(error) or place(*hooks)
-        if not where:
+        line = (error.__cause__ and _line(error.__cause__)) or _line(error) or place(*hooks)
+        if not line:
             raise
-        raise UserCodeError(f"{_on_one_line(str(error))}{where}") from error
+        raise UserCodeError(f"{_on_one_line(str(error))}{line}") from error
     except BaseException as error:
         frames = [frame for frame, _ in _frames(error) if not _is_installed(frame)]
         if not frames or _is_ours(frames[-1]):
@@ -106,7 +106,7 @@ def described(error: BaseException) -> str:
 
 
 def place(*hooks: object) -> str:
-    """Where the first of the functions that is the user's own is defined, in brackets; empty where there is none."""
+    """File and line of the first of the functions that is the user's own, in brackets; empty if none is."""
     return next(filter(None, map(_definition, hooks)), "")
 
 
@@ -123,8 +123,8 @@ def _definition(hook: object) -> str:
     except Exception:  # what has no source, or one that has changed
         return ""
     module = inspect.getmodule(target)
-    ours = module is not None and module.__name__.partition(".")[0] == PACKAGE
-    return "" if file is None or ours or file.startswith(INSTALLED) else f" ({file}, line {max(number, 1)})"
+    in_package = module is not None and module.__name__.partition(".")[0] == PACKAGE
+    return "" if file is None or in_package or file.startswith(INSTALLED) else f" ({file}, line {max(number, 1)})"
 
 
 def _on_one_line(text: str) -> str:

@@ -135,14 +135,14 @@ def coord_check(
         InputError: numbers out of range, too few batches, seeds that do not pair the trainings (`check_pairs`), a
             random loop count, a model without residual branches, and what `parametrize` refuses.
     """
-    width, more = None, {}
+    width, options = None, {}
     on_stream: Literal["scale", "leave"] = "scale"
     if isinstance(make_model, Experiment):
         experiment = make_model
         make_model, loss, lam = experiment.make_model, experiment.loss, experiment.lam
         base_layers, width, on_stream = experiment.base_layers, experiment.width, experiment.on_stream
         batches = experiment.batches if batches is None else batches
-        more = {"branches": experiment.branches, "layers": experiment.layers}
+        options = {"branches": experiment.branches, "layers": experiment.layers}
         if experiment.loops is not None:
             raise InputError(f"the experiment has a random loop count (loops=…){place(experiment.loops)}; {SAME}")
     if batches is None:
@@ -160,7 +160,7 @@ def coord_check(
         base_layers,
         {**VISIT_STATISTICS, **(statistics or {})},
         width,
-        more,
+        options,
     )
     _check_numbers(steps, lr, tolerance, level)
     chosen = _seeds(seeds)
@@ -169,8 +169,8 @@ def coord_check(
     sizes += [_Size(loops[1], _first(widths, layers)[0], n) for n in _counts("layers", layers)[1:]]
     chosen_rules = _rules(setting, sizes[0], chosen[0], rules)
     starts = {seed: setting.start(sizes[0], seed) for seed in chosen}
-    two = {seed: starts[seed] for seed in chosen[:2]}
-    check_pairs(make_model, batches, two, setting.start(sizes[0], chosen[0]))
+    pair = {seed: starts[seed] for seed in chosen[:2]}
+    check_pairs(make_model, batches, pair, setting.start(sizes[0], chosen[0]))
     runs = _Runs(setting)
     for size, seed, rule in itertools.product(sizes, chosen, chosen_rules):
         with seeded(seed), calls_back(f"a training at N = {size.loops} fails", make_model):

@@ -58,8 +58,8 @@ def fresh_model(make_model: Callable[..., nn.Module], loops: int, **sizes: int) 
     with user_code(f"the parameters of {call} fail", make_model):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained or any(parameter.is_meta for parameter in trained):
-        what = "has no weights, it is on the meta device" if trained else "has no parameter that requires a gradient"
-        raise UserCodeError(f"{call} gives a model that {what}{place(make_model)}; return one that can be trained")
+        problem = "has no weights, it is on the meta device" if trained else "has no parameter that requires a gradient"
+        raise UserCodeError(f"{call} gives a model that {problem}{place(make_model)}; return one that can be trained")
     return model
 
 

@@ -33,7 +33,7 @@ SAME = 1e-5  # relative, of sums of weights and of losses
 
 @dataclass(frozen=True)
 class Start:
-    """How a training begins: its first batches, the sum of absolute values of every trained tensor, and the loss."""
+    """A training's first batches, and the sum of absolute values of every trained tensor and the loss before it."""
 
     batches: Sequence[Batch]
     weights: tuple[float, ...]
@@ -41,7 +41,12 @@ class Start:
 
     def has_weights_of(self, other: "Start") -> bool:
         """The same initialisation, but for rounding."""
-        return all(math.isclose(a, b, rel_tol=SAME) for a, b in zip(self.weights, other.weights, strict=True))
+        pairs = itertools.zip_longest(self.weights, other.weights, fillvalue=math.nan)
+        return all(math.isclose(a, b, rel_tol=SAME) for a, b in pairs)
+
+    def has_loss_of(self, other: "Start") -> bool:
+        """The same loss, but for rounding."""
+        return math.isclose(self.loss, other.loss, rel_tol=SAME)
 
     def has_batches_of(self, other: "Start") -> bool:
         """The same data, bit for bit."""
@@ -68,24 +73,24 @@ def check_start(
     """
     refuse_unguarded()
     counts = sorted(set(loops))
-    least, seed = counts[0], seeds[0]
-    _check_fresh(experiment, least, seed)
+    smallest, seed = counts[0], seeds[0]
+    _check_fresh(experiment, smallest, seed)
     plans, starts = {}, {}
     for n in counts:
         plans[n], starts[n] = _start(experiment, Run(rule, n, LR, seed))
     _check_held_out(experiment)
-    _, again = _start(experiment, Run(rule, least, LR, seed), to_the_end=True)
-    others = {other: _start(experiment, Run(rule, least, LR, other))[1] for other in seeds[1:2]}
-    check_pairs(experiment.make_model, experiment.batches, {seed: starts[least], **others}, again)
+    _, repeated = _start(experiment, Run(rule, smallest, LR, seed), to_the_end=True)
+    others = {other: _start(experiment, Run(rule, smallest, LR, other))[1] for other in seeds[1:2]}
+    check_pairs(experiment.make_model, experiment.batches, {seed: starts[smallest], **others}, repeated)
     for n in counts[1:]:
-        _check_same(experiment.batches, seed, starts[least], starts[n], f"at N = {n} than at N = {least}")
+        _check_same(experiment.batches, seed, starts[smallest], starts[n], f"at N = {n} than at N = {smallest}")
     _check_loops(experiment, plans)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # for the workers that share the device
     return plans
 
 
-def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start], again: Start) -> None:
+def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start], repeated: Start) -> None:
     """Compare the starts of one or two seeds, and that of the first seed made again.
 
     Raises:
@@ -94,22 +99,23 @@ def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start]
     Warns:
         PairingWarning: the batches are the same for both seeds, so that only the initialisation differs.
     """
-    (seed, ours), *others = starts.items()
-    _check_same(batches, seed, ours, again, "at its second call")
-    if not again.has_weights_of(ours):
+    (seed, first), *others = starts.items()
+    _check_same(batches, seed, first, repeated, "at its second call")
+    if not repeated.has_weights_of(first):
         raise InputError(
             f"make_model gives other weights at each call with the same seed{place(make_model)}; draw them from the "
             "random states of torch, numpy or Python, which are seeded before the call"
         )
-    if not math.isclose(again.loss, ours.loss, rel_tol=SAME):
+    if not repeated.has_loss_of(first):
         raise InputError(
-            f"the same weights and batch give the losses {ours.loss:.6g} and {again.loss:.6g}{place(make_model)}; what "
-            "the forward and the loss draw must come from the random states of torch, numpy or Python, which are seeded"
+            f"the same weights and batch give the losses {first.loss:.6g} and {repeated.loss:.6g}{place(make_model)}; "
+            "what the forward and the loss draw must come from the random states of torch, numpy or Python, which are "
+            "seeded"
         )
-    for other, theirs in others:
-        if not theirs.has_batches_of(ours):
+    for other, second in others:
+        if not second.has_batches_of(first):
             return
-        if theirs.has_weights_of(ours):
+        if second.has_weights_of(first) and second.has_loss_of(first):
             raise InputError(
                 f"seeds {seed} and {other} give the same batches and the same weights{place(batches)}, so that seeds "
                 "would repeat one run and show no noise; draw the batches by the seed"
@@ -140,7 +146,7 @@ def check_finite(loss: float, moment: str, *hooks: object) -> None:
 
 
 def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[ScalingPlan, Start]:
-    """Two steps; and whether the batches last, and the held-out loss is a number."""
+    """Make two steps; to the end, also draw all batches and take the held-out loss."""
     moment = f"N = {run.loops}, seed {run.seed}"
     with one_thread(), seeded(run.seed):
         training = Training(experiment, run)
@@ -160,8 +166,8 @@ def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[
 def _check_fresh(experiment: Experiment, loops: int, seed: int) -> None:
     with seeded(seed):
         models = [fresh_model(experiment.make_model, loops) for _ in range(2)]
-    ours, theirs = ({id(p) for p in model.parameters() if p.requires_grad} for model in models)
-    if ours & theirs:
+    first, second = ({id(p) for p in model.parameters() if p.requires_grad} for model in models)
+    if first & second:
         raise InputError(
             f"make_model({loops}) gives the same weights at each call, so that a run would go on where another "
             f"ended{place(experiment.make_model)}; build a fresh model in it"
@@ -179,9 +185,9 @@ def _check_held_out(experiment: Experiment) -> None:
             )
 
 
-def _check_same(batches: object, seed: int, ours: Start, theirs: Start, moment: str) -> None:
-    for number, (first, second) in enumerate(zip(ours.batches, theirs.batches, strict=True)):
-        if not _equal(first, second):
+def _check_same(batches: object, seed: int, first: Start, second: Start, moment: str) -> None:
+    for number, pair in enumerate(zip(first.batches, second.batches, strict=True)):
+        if not _equal(*pair):
             raise InputError(
                 f"batches({seed}) gives another batch {number} {moment}{place(batches)}; runs of one seed must see the "
                 "same data: draw it from a generator of its own, such as torch.Generator().manual_seed(seed)"
@@ -210,9 +216,9 @@ def _check_loops(experiment: Experiment, plans: dict[int, ScalingPlan]) -> None:
             )
 
 
-def _equal(ours: Any, theirs: Any) -> bool:
+def _equal(first: Batch, second: Batch) -> bool:
     """Two batches hold the same tensors and arrays, bit for bit, and the same numbers and words."""
-    pairs = itertools.zip_longest(_values(ours), _values(theirs))
+    pairs = itertools.zip_longest(_values(first), _values(second))
     return all(
         a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
         if isinstance(a, Tensor) and isinstance(b, Tensor)

@@ -158,7 +158,7 @@ class _RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be made. A failure among the trials before `since` is one of an earlier call."""
+    """A search and its study. A failure among the trials before `since` is one of an earlier call."""
 
     url: str
     name: str
@@ -168,7 +168,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Survey:
-    """Where a job stands."""
+    """The state of a job."""
 
     wanted: list[Run]
     done: list[Run]
@@ -187,9 +187,9 @@ def _survey(study: optuna.Study, job: _Job) -> _Survey:
         elif run is not None and trial.number >= job.since and "error" in trial.user_attrs:
             failed[run] = trial.user_attrs["error"]
     finished = runs[TrialState.COMPLETE]
-    alive = {(run.rule, run.loops) for run in finished}
+    groups = {(run.rule, run.loops) for run in finished}
     failures = Counter((run.rule, run.loops) for run in failed)
-    given_up = {at for at, times in failures.items() if times >= HOPELESS and at not in alive}
+    given_up = {group for group, times in failures.items() if times >= HOPELESS and group not in groups}
     wanted = list(dict.fromkeys(job.search.wanted(finished_runs(study))))
     done = [run for run in wanted if run in finished]
     left = [run for run in wanted if run not in finished and run not in failed]
@@ -202,15 +202,15 @@ def _check_complete(survey: _Survey) -> None:
     missing = len(survey.wanted) - len(survey.done)
     if not missing:
         return
-    told = f"{missing} of {len(survey.wanted)} runs are missing; the same call makes only what lacks"
+    message = f"{missing} of {len(survey.wanted)} runs are missing; the same call makes only what lacks"
     for run, error in list(survey.failed.items())[:1]:
         left_out = missing - len(survey.failed)
-        told += f". {len(survey.failed)} failed" + f" and {left_out} more of their N were left out" * (left_out > 0)
-        told += f"; {_told(run)}: {error}"
-    raise FailedRunError(told)
+        message += f". {len(survey.failed)} failed" + f" and {left_out} more of their N were left out" * (left_out > 0)
+        message += f"; {_name(run)}: {error}"
+    raise FailedRunError(message)
 
 
-def _told(run: Run) -> str:
+def _name(run: Run) -> str:
     return f"{run.rule}, N = {run.loops}, LR {run.lr:.6g}, seed {run.seed}"
 
 
@@ -332,7 +332,7 @@ class _Process:
         self.process: BaseProcess = context.Process(target=_worker, args=(job, data, sender), name=WORKER)
         self.process.start()
         sender.close()
-        self.heard: Run | Exception | Literal["done"] | None = None
+        self.last_word: Run | Exception | Literal["done"] | None = None
 
     def is_lost(self) -> bool:
         """It was killed from outside.
@@ -344,11 +344,11 @@ class _Process:
         alive = self.process.is_alive()  # before the pipe is read, or a last word could be missed
         with contextlib.suppress(EOFError, OSError):
             while self.receiver.poll():
-                self.heard = self.receiver.recv()
-        if isinstance(self.heard, Exception):
-            raise self.heard
+                self.last_word = self.receiver.recv()
+        if isinstance(self.last_word, Exception):
+            raise self.last_word
         code = self.process.exitcode
-        if alive or self.heard == "done":
+        if alive or self.last_word == "done":
             return False
         if code in KILLED:
             return True
@@ -359,7 +359,7 @@ class _Process:
                 "the script starts trainings when it is imported, as worker processes do; put what it does under "
                 '`if __name__ == "__main__":`, or pass workers=1'
             )
-        moment = f"while it trained {_told(self.heard)}" if isinstance(self.heard, Run) else "while it started"
+        moment = f"while it trained {_name(self.last_word)}" if isinstance(self.last_word, Run) else "while it started"
         raise FailedRunError(
             f"a worker process ended with exit status {code} {moment}: the experiment, or a library that it uses, ends "
             "its process or crashes; with workers=1 the place may show"
@@ -382,7 +382,7 @@ def _supervise(job: _Job, study: optuna.Study, data: bytes, workers: int, progre
                     )
                 restarts += 1
                 pool[place] = _Process(job, data)
-            if all(worker.heard == "done" for worker in pool):
+            if all(worker.last_word == "done" for worker in pool):
                 break
             alive = [worker.process.sentinel for worker in pool if worker.process.is_alive()]
             multiprocessing.connection.wait(alive, timeout=1.0)
