@@ -239,7 +239,7 @@ def constructor() -> Iterator[Broken]:
         "betas=0.9": "betas is 0.9; give AdamW's two",
         "betas=(0.9, 0.95, 0.99)": "betas is .*; give AdamW's two",
         "betas=(0.9, 1.0)": "betas is",
-        "clip=0": "clip is 0; it must be a number above 0",
+        "clip=0": "clip is 0; it must be a finite number above 0",
         "clip=None": "clip is None",
         "lam=-1.0": "lam is -1.0",
         "lam=float('nan')": "lam is nan",
