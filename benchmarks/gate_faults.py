@@ -86,24 +86,26 @@ def in_trial(name: str, change: Callable[..., Any]) -> Callable[[lt.Experiment, 
     return plant
 
 
-def lost_on_one_branch(model: torch.nn.Module, *arguments: Any) -> lt.ScalingPlan:
-    plan = lt.parametrize(model, *arguments)
+def lost_on_one_branch(model: torch.nn.Module, *arguments: Any, **named: Any) -> lt.ScalingPlan:
+    plan = lt.parametrize(model, *arguments, **named)
     set_multiplier(model, plan.branches[-1].handle, 1.0)
     return plan
 
 
-def sqrt_rule(model: torch.nn.Module, inputs: Any, rule: str, *arguments: Any) -> lt.ScalingPlan:
-    return lt.parametrize(model, inputs, "sqrt", *arguments)
+def sqrt_rule(model: torch.nn.Module, inputs: Any, rule: str, *arguments: Any, **named: Any) -> lt.ScalingPlan:
+    return lt.parametrize(model, inputs, "sqrt", *arguments, **named)
 
 
-def half_the_loops(model: torch.nn.Module, *arguments: Any) -> lt.ScalingPlan:
+def half_the_loops(model: torch.nn.Module, *arguments: Any, **named: Any) -> lt.ScalingPlan:
     loops, model.loops = model.loops, max(1, model.loops // 2)
-    plan = lt.parametrize(model, *arguments)
+    plan = lt.parametrize(model, *arguments, **named)
     model.loops = loops
     return plan
 
 
-def one_group(model: torch.nn.Module, optimizer: Any, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def one_group(
+    model: torch.nn.Module, optimizer: Any, *, lr: float, weight_decay: float, **others: Any
+) -> list[dict[str, Any]]:
     return [{"params": list(model.parameters()), "lr": lr, "weight_decay": weight_decay}]
 
 
@@ -210,11 +212,8 @@ def rewritten(case: Case, loops: int) -> tuple[torch.nn.Module, lt.ScalingPlan]:
 def by_verify(case: Case) -> tuple[str, str]:
     """At the target N: `parametrize`, which warns, then `verify`."""
     torch.manual_seed(0)
-    try:
-        model, plan = rewritten(case, case.fault.project.loops[-1])
-        lt.verify(model, next(case.experiment.batches(0))[0])
-    except (lt.VerificationError, lt.InputError) as error:
-        return "refused", str(error)
+    model, plan = rewritten(case, case.fault.project.loops[-1])
+    lt.verify(model, next(case.experiment.batches(0))[0])
     return ("warned", "\n".join(plan.caveats)) if plan.caveats else ("passed", "")
 
 
@@ -227,17 +226,14 @@ def by_coordinates(case: Case) -> tuple[str, str]:
         optimizer = torch.optim.AdamW(groups, betas=experiment.betas)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
-    try:
-        told = lt.coord_check(
-            lambda loops: rewritten(case, loops)[0],
-            experiment.batches,
-            loss=experiment.loss,
-            make_optimizer=make_optimizer,
-            base_layers=experiment.base_layers,
-            **COORDINATES,
-        )
-    except lt.InputError as error:
-        return "refused", str(error)
+    told = lt.coord_check(
+        lambda loops: rewritten(case, loops)[0],
+        experiment.batches,
+        loss=experiment.loss,
+        make_optimizer=make_optimizer,
+        base_layers=experiment.base_layers,
+        **COORDINATES,
+    )
     return told.answer, str(told)
 
 
@@ -304,7 +300,11 @@ def judge(job: Job) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         experiment = fault.plant(fault.project.experiment(), stack)
         started = time.process_time()
-        answer, words = GATES[name](Case(fault, experiment, baseline, ledger, 4 if fault.name == OTHER_SEEDS else 0))
+        try:
+            case = Case(fault, experiment, baseline, ledger, 4 if fault.name == OTHER_SEEDS else 0)
+            answer, words = GATES[name](case)
+        except lt.InputError as error:
+            answer, words = "refused", str(error)
     told = {"fault": fault.name, "project": fault.project.name, "gate": name, "answer": answer}
     return told | {"seconds": round(time.process_time() - started, 1), "words": words}
 

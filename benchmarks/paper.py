@@ -40,7 +40,8 @@ from looptransfer.report.figures import ORDERED, RULE_STYLES
 from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import Interval, t_interval
 from looptransfer.trials.experiment import Batch, token_loss
-from looptransfer.trials.trial import held_out_loss, lr_share
+from looptransfer.trials.hooks import held_out_loss
+from looptransfer.trials.trial import lr_share
 
 ROOT = Path(__file__).parent.parent
 DEMO, REPORT = ROOT / "reports" / "demo", ROOT / "reports" / "paper"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from looptransfer.coordcheck.run import coord_check as coord_check
     from looptransfer.coordcheck.verdict import CoordCheck as CoordCheck
     from looptransfer.errors import InputError as InputError
+    from looptransfer.errors import PairingWarning as PairingWarning
     from looptransfer.errors import ScalingWarning as ScalingWarning
     from looptransfer.errors import VerificationError as VerificationError
     from looptransfer.optim import param_groups as param_groups
@@ -53,6 +54,7 @@ _HOMES = {
     "Experiment": "trials.experiment",
     "InputError": "errors",
     "LoopedDecoder": "reference.model",
+    "PairingWarning": "errors",
     "Recommendation": "coordcheck.recommend",
     "ReferenceSize": "reference.experiment",
     "ScalingPlan": "rewrite.plan",

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from looptransfer.errors import InputError
@@ -61,14 +62,14 @@ def learning_rates(arguments: argparse.Namespace) -> dict[str, Any]:
     return where
 
 
-def centre_of(text: str, identity: Mapping[str, Any]) -> float:
+def centre_of(text: str, identity: Mapping[str, Any], home: Path) -> float:
     """The LR of --around. A file of another experiment earns a warning: tuning on one and sweeping another is a use."""
     from looptransfer.trials.sweep import read_tuned  # noqa: PLC0415
 
     try:
         return float(text)
     except ValueError:
-        tuned = read_tuned(text)
+        tuned = read_tuned(home / text)
     there, here = tuned["experiment"], json.loads(json.dumps(identity))
     keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     if keys:

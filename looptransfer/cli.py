@@ -1,16 +1,21 @@
 """The command line. Commands import what they need when they run, so that help and `check` load no torch."""
 
 import argparse
+import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +23,14 @@ from looptransfer.arguments import centre_of, columns_of, learning_rates, listed
 from looptransfer.errors import InputError
 from looptransfer.files import check_new, check_writable, locked, same_file, write_file
 from looptransfer.text import plain_lines, without_password
+from looptransfer.user_code import end_with_parent
 
 if TYPE_CHECKING:
     from looptransfer.transfer.comparison import Comparison
     from looptransfer.transfer.verdict import Verdict
 
 USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
+LEAVE = 5.0  # seconds in which a process has to end that has answered or was interrupted
 LEDGER, OPTIMA = "looptransfer.db", "lr-optima.json"
 STATUS = "exit status: 0 flat, 1 drifts or moved, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 HELD = "exit status: 0 holds, 1 moved or worse, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
@@ -70,8 +77,12 @@ of an Optuna study; it is only read. It has one row per training run, with colum
 TRAINED = "exit status: 0 done, 2 bad usage or input, 70 anything unexpected, 130 interrupted"
 EXPERIMENT = """\
 EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
-looptransfer.Experiment, or a function of no arguments that returns one."""
-KEPT = "Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was."
+looptransfer.Experiment, or a function of no arguments that returns one. Before any training its start
+is made twice and compared: seeds must pair the runs, and loops follow N. What its code prints goes to
+standard error; what fails in it ends with 2, and is told with its file and line."""
+KEPT = """\
+Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was. A
+run that fails leaves the others alone, and is tried again by the same command."""
 TUNE = f"""\
 Finds the best LR of a proxy, your experiment with few loops: a coarse look with one seed, then
 half-octave steps with every seed, and the optimum with its interval over seeds.
@@ -99,40 +110,111 @@ few seeds, and says whether the optimum still lies between: a check for every co
 {EXPERIMENT}
 No run is kept: those of another state of the code would say nothing of this one."""
 
-COORDCHECK = """\
+COORDCHECK = f"""\
 Trains a few steps at every loop count, watches what reaches the residual stream at every visit of
 every branch, and says whether it grows with N as the rule promises, and if not, why.
 
   looptransfer coordcheck experiment.py --loops 1,2,4,8,16,32,64 --html coordinates.html
 
-EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
-looptransfer.Experiment, or a function of no arguments that returns one."""
+{EXPERIMENT}"""
 CHECKED = "exit status: 0 passes, 1 fails, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 
 
+Answer = tuple[str, int]  # what a command prints on standard output, and its exit status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status."""
+    """Run a command and return its exit status: 0, 1 and 3 only with an answer that was printed.
+
+    While a command runs, standard output is standard error: what the user's code prints is not part of the answer.
+
+    Args:
+        argv: words of a command line, to be run in this process. Where left out, those of this process; a command that
+            runs the user's code then does so in a process of its own, which may end as it likes.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what its encoding lacks, as ε in a C locale, is no reason to fail
     arguments = _parser().parse_args(argv)
+    if sys.stdout is None:
+        print("looptransfer: cannot print the answer: standard output is closed", file=sys.stderr)
+        return USAGE
+    apart = argv is None and arguments.user_code
+    return _print(*(_answer_apart() if apart else _answer(arguments)))
+
+
+def _answer(arguments: argparse.Namespace) -> Answer:
     try:
-        status = int(arguments.run(arguments))
-        sys.stdout.flush()
-        return status
+        with contextlib.redirect_stdout(sys.stderr):
+            answer: Answer = arguments.run(arguments)
+            return answer
     except InputError as error:
         print(plain_lines(f"looptransfer: {error}"), file=sys.stderr)
-        return USAGE
+        return "", USAGE
     except KeyboardInterrupt:
         print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # `looptransfer check … | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
-    except Exception:
+        return "", INTERRUPTED
+    except BaseException:
         traceback.print_exc()
         print("looptransfer: this is unexpected; please report it with the lines above", file=sys.stderr)
-        return UNEXPECTED
+        return "", UNEXPECTED
+
+
+def _answer_apart() -> Answer:
+    """The answer of a process that runs this process's command line, and bad input where it ends without one."""
+    while (
+        free := os.open(os.devnull, os.O_RDWR)
+    ) < 3:  # no pipe may take the place of a standard stream that is closed
+        os.set_inheritable(free, True)
+    os.close(free)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_answer, args=(sender, sys.argv[1:]))
+    process.start()
+    sender.close()
+    answer: Answer = "", INTERRUPTED
+    try:
+        while process.is_alive() and not receiver.poll(1.0):
+            pass  # the pipe's end alone would tell nothing where a process that the user's code started keeps it open
+        answer = receiver.recv() if receiver.poll() else _no_answer(process)
+    except EOFError:
+        answer = _no_answer(process)
+    except KeyboardInterrupt:
+        process.join(1.0)  # a terminal interrupts both, and it says so
+        if process.is_alive():
+            os.kill(int(str(process.pid)), signal.SIGINT)
+    process.join(LEAVE)
+    process.kill()  # a thread that was left running
+    return answer
+
+
+def _no_answer(process: BaseProcess) -> Answer:
+    process.join()
+    reason = f"your code, or a library that it uses, ended its process (exit status {process.exitcode}) or crashed"
+    print(f"looptransfer: there is no answer: {reason}", file=sys.stderr)
+    return "", USAGE
+
+
+def _send_answer(sender: Connection, argv: Sequence[str]) -> None:
+    end_with_parent()
+    os.dup2(2, 1)
+    sender.send(_answer(_parser().parse_args(argv)))
+
+
+def _print(text: str, status: int) -> int:
+    """Print the answer and return its status; that of a failure where it cannot be printed."""
+    try:
+        if text:
+            print(text, flush=True)
+        return status
+    except BrokenPipeError:  # `looptransfer check … | head` has read enough
+        status = PIPE_CLOSED
+    except (OSError, ValueError) as error:
+        print(f"looptransfer: cannot print the answer: {error}", file=sys.stderr)
+        status = USAGE
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # or the rest would be tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,7 +246,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to write (default: demo)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="first seed, from 0 up (default: 0)")
     parser.add_argument("--text", metavar="FILE_OR_DIR", help="your own text (default: Python's standard library)")
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(run=_demo, user_code=False)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +263,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--branches", nargs="+", metavar="NAME", help="the branches' modules, by name or glob")
     parser.add_argument("--layers", type=int, help="L, where blocks are not what should be counted")
     parser.add_argument("--json", action="store_true", help="the plan as JSON on standard output")
-    parser.set_defaults(run=_inspect)
+    parser.set_defaults(run=_inspect, user_code=True)
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +271,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loops", type=int, required=True, metavar="N", help="loop count of the proxy")
     parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write what was found as JSON, for sweep")
-    parser.set_defaults(run=_tune)
+    parser.set_defaults(run=_tune, user_code=True)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +287,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     table = parser.add_mutually_exclusive_group(required=True)
     table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table as CSV into a new file")
     table.add_argument("--append", type=Path, metavar="FILE", help="make what this table lacks and add it there")
-    parser.set_defaults(run=_sweep)
+    parser.set_defaults(run=_sweep, user_code=True)
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
@@ -227,7 +309,7 @@ def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the frame as CSV as well")
-    parser.set_defaults(run=_coordcheck)
+    parser.set_defaults(run=_coordcheck, user_code=True)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +343,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--update-baseline", action="store_true", help="write the optima into --baseline instead")
     moved = "octaves that an optimum may be away from the stored one (default: 0.5)"
     parser.add_argument("--moved", type=float, default=0.5, metavar="OCTAVES", help=moved)
-    parser.set_defaults(run=_check)
+    parser.set_defaults(run=_check, user_code=False)
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
@@ -276,19 +358,18 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
     form.add_argument("--markdown", action="store_true", help="the answer as Markdown on standard output")
-    parser.set_defaults(run=_gate)
+    parser.set_defaults(run=_gate, user_code=True)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> Answer:
     from looptransfer.demo import run_demo  # noqa: PLC0415
 
     if arguments.seed < 0:
         raise InputError(f"--seed is {arguments.seed}; it must be 0 or more")
-    print("\n".join(run_demo(arguments.out, arguments.quick, arguments.seed, arguments.text)))
-    return 0
+    return "\n".join(run_demo(arguments.out, arguments.quick, arguments.seed, arguments.text)), 0
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _inspect(arguments: argparse.Namespace) -> Answer:
     from looptransfer.inspection import inspect_model  # noqa: PLC0415
 
     plan = inspect_model(
@@ -299,14 +380,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
         branches=arguments.branches,
         layers=arguments.layers,
     )
-    print(plan.to_json() if arguments.json else plan)
-    return 0
+    return plan.to_json() if arguments.json else str(plan), 0
 
 
-def _coordcheck(arguments: argparse.Namespace) -> int:
+def _coordcheck(arguments: argparse.Namespace) -> Answer:
     loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8"), seeds_of(arguments.seeds)
     source = arguments.experiment.partition(".py")[0] + ".py"
     _keep_apart({"the experiment": source}, {"--html": arguments.html, "--output": arguments.output})
+    home = Path.cwd()  # the user's file may change it
     for path in filter(None, (arguments.html, arguments.output)):
         write_file(path, None)  # before the training
     import torch  # noqa: PLC0415
@@ -338,19 +419,21 @@ def _coordcheck(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from looptransfer.report.coordinates import write_coord_html  # noqa: PLC0415
 
-        write_coord_html(result, arguments.html, provenance=made)
+        write_coord_html(result, home / arguments.html, provenance=made)
     if arguments.output:
-        write_file(arguments.output, result.frame.to_csv(index=False))
+        write_file(home / arguments.output, result.frame.to_csv(index=False))
     if arguments.json:
-        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
-    else:
-        print(result)
-        if result.context.looped and max(loops) >= 4 * min(loops):
-            print(f"multiplier that this model needs: {recommend(result)}")
-    return result.exit_status
+        return json.dumps(result.to_dict(), indent=2, allow_nan=False), result.exit_status
+    lines = [str(result)]
+    if result.context.looped and max(loops) >= 4 * min(loops):
+        try:
+            lines.append(f"multiplier that this model needs: {recommend(result)}")
+        except InputError as error:  # the verdict stands
+            lines.append(f"multiplier that this model needs: not known, {error}")
+    return "\n".join(lines), result.exit_status
 
 
-def _tune(arguments: argparse.Namespace) -> int:
+def _tune(arguments: argparse.Namespace) -> Answer:
     seeds = seeds_of(arguments.seeds)
     if arguments.output:
         check_new(arguments.output)
@@ -358,18 +441,18 @@ def _tune(arguments: argparse.Namespace) -> int:
     from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.trials.sweep import tune  # noqa: PLC0415
 
+    home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
     experiment = load_experiment(arguments.experiment)
-    best = tune(experiment, arguments.loops, seeds, arguments.ledger, arguments.workers, arguments.rule)
-    print(best)
+    best = tune(experiment, arguments.loops, seeds, ledger, arguments.workers, arguments.rule)
     if arguments.output:
-        write_file(arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
+        write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
     follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
-    _print_next(*follow, *(["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []))
-    return 0
+    follow += ["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []
+    return f"{best}\n{_next(*follow)}", 0
 
 
-def _sweep(arguments: argparse.Namespace) -> int:
+def _sweep(arguments: argparse.Namespace) -> Answer:
     loops, seeds = listed("--loops", arguments.loops, int, "1,2,4,8,16"), seeds_of(arguments.seeds)
     path = arguments.append or arguments.output
     from looptransfer.trials.table import grown, loss_table, read_table  # noqa: PLC0415
@@ -383,30 +466,34 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from looptransfer.trials.sweep import sweep  # noqa: PLC0415
     from looptransfer.trials.trial import Run  # noqa: PLC0415
 
+    home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
     experiment = load_experiment(arguments.experiment)
     if "around" in where:
-        where["around"] = centre_of(where["around"], experiment.identity())
+        where["around"] = centre_of(where["around"], experiment.identity(), home)
     results = sweep(
         experiment,
         loops,
         rules=[rule.strip() for rule in arguments.rules.split(",")],
         seeds=seeds,
-        ledger=arguments.ledger,
+        ledger=ledger,
         workers=arguments.workers,
         known=[Run(*run) for run in runs_there],
         **where,
     )
-    with locked(path):
+    with locked(home / path):
         if arguments.output:
-            check_new(path)  # another sweep may have written it meanwhile
-        text = grown(path, results) if arguments.append else results.to_csv(index=False)
-        write_file(path, text)
-    print(plain_lines(f"{loss_table(text)}\nruns written to {path}: {len(results)}"))
-    _print_next("check", path)
-    return 0
+            check_new(home / path)  # another sweep may have written it meanwhile
+        text = grown(home / path, results) if arguments.append else results.to_csv(index=False)
+        write_file(home / path, text)
+    if len(results) and results["diverged"].all():
+        raise InputError(
+            f"all {len(results)} runs, now in {path}, diverged, so there is nothing to judge; lower the LRs"
+        )
+    table = plain_lines(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
+    return f"{table}\n{_next('check', path)}", 0
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check(arguments: argparse.Namespace) -> Answer:
     from looptransfer.transfer.check import check  # noqa: PLC0415
     from looptransfer.transfer.sources import read_results  # noqa: PLC0415
 
@@ -440,13 +527,12 @@ def _check(arguments: argparse.Namespace) -> int:
         write_html(verdict, arguments.html, provenance=made)
     if arguments.todo:
         write_file(arguments.todo, verdict.rows_to_run().to_csv(index=False))
+    statuses = {verdict.exit_status} | (set() if told is None else {told.exit_status})
+    status = 1 if 1 in statuses else max(statuses)
     if arguments.json:
         extra = {} if told is None else {"baseline": told.to_dict()}
-        print(json.dumps(verdict.to_dict() | extra, indent=2, allow_nan=False))
-    else:
-        print(*(one.to_markdown() if arguments.markdown else one for one in (verdict, told) if one), sep="\n")
-    statuses = {verdict.exit_status} | (set() if told is None else {told.exit_status})
-    return 1 if 1 in statuses else max(statuses)
+        return json.dumps(verdict.to_dict() | extra, indent=2, allow_nan=False), status
+    return "\n".join(one.to_markdown() if arguments.markdown else str(one) for one in (verdict, told) if one), status
 
 
 def _keep_apart(reads: Mapping[str, str | Path | None], writes: Mapping[str, Path | None]) -> None:
@@ -473,7 +559,7 @@ def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Com
     return compare(verdict, read_baseline(arguments.baseline), arguments.moved)
 
 
-def _gate(arguments: argparse.Namespace) -> int:
+def _gate(arguments: argparse.Namespace) -> Answer:
     loops = None if arguments.loops is None else listed("--loops", arguments.loops, int, "2,16")
     from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
@@ -483,11 +569,13 @@ def _gate(arguments: argparse.Namespace) -> int:
     experiment = load_experiment(arguments.experiment)
     told = gate(experiment, stored, loops, arguments.seeds, arguments.rule, workers=arguments.workers)
     if arguments.json:
-        print(json.dumps(told.to_dict(), indent=2, allow_nan=False))
-    else:
-        print(told.to_markdown() if arguments.markdown else told)
-    return told.exit_status
+        return json.dumps(told.to_dict(), indent=2, allow_nan=False), told.exit_status
+    return told.to_markdown() if arguments.markdown else str(told), told.exit_status
 
 
-def _print_next(*arguments: object) -> None:
-    print(plain_lines("next: " + shlex.join(["looptransfer", *(without_password(str(word)) for word in arguments)])))
+def _absolute(ledger: str) -> str:
+    return ledger if "://" in ledger else str(Path(ledger).absolute())
+
+
+def _next(*arguments: object) -> str:
+    return plain_lines("next: " + shlex.join(["looptransfer", *(without_password(str(word)) for word in arguments)]))

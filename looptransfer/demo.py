@@ -53,7 +53,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
 
     Raises:
         InputError: the folder cannot be written, the text cannot be used, or the ledger there is of another experiment.
-        RuntimeError: a run failed.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     started = time.monotonic()
     scale = QUICK if quick else FULL

@@ -5,9 +5,21 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names the value, the allowed range and the fix."""
 
 
+class UserCodeError(InputError):
+    """The user's own code failed; the message names its file and line."""
+
+
+class FailedRunError(UserCodeError, RuntimeError):
+    """Runs of a search failed in the user's code; those that finished are kept."""
+
+
 class VerificationError(InputError):
     """A rewritten model does not do what its plan says."""
 
 
 class ScalingWarning(UserWarning):
     """A model can be rewritten, but the rule was not derived for all that it does."""
+
+
+class PairingWarning(UserWarning):
+    """Seeds pair the runs of an experiment less than it may seem."""

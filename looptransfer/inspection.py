@@ -13,6 +13,7 @@ from looptransfer.rewrite.parametrize import parametrize
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule
 from looptransfer.targets import load_target
+from looptransfer.user_code import calls_back
 
 DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}
 FORMS = "float:2x16x32, long:2x16, bool:2x16 or a number; NAME=… for a keyword argument"
@@ -41,7 +42,7 @@ def inspect_model(
         example = parse_inputs(inputs)
     if example is None:
         raise InputError(f"{target} gives no example inputs; return (model, inputs) from it, or give --inputs: {FORMS}")
-    with warnings.catch_warnings():
+    with calls_back(f"the rewriting of {target} fails"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ScalingWarning)  # the plan shows them
         return parametrize(model, example, rule, base_layers=base_layers, branches=branches, layers=layers)
 

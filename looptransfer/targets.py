@@ -1,19 +1,16 @@
 """What is named on the command line: path/to/file.py:NAME or package.module:NAME."""
 
+import functools
 import importlib
 import os
 import sys
-import sysconfig
-import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from looptransfer.errors import InputError
 from looptransfer.trials.experiment import Experiment
-
-OURS = str(Path(__file__).parent)
-INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+from looptransfer.user_code import user_code
 
 
 def load_experiment(target: str) -> Experiment:
@@ -46,59 +43,47 @@ def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
     Raises:
         InputError: there is no such file, module or name, its stem cannot be imported, or it raises.
     """
-    place, name = _split(target, default)
-    if not place or not name:
+    home, name = _split(target, default)
+    if not home or not name:
         option = noun.upper()
         raise InputError(
             f"{target!r} names no {noun}; write PACKAGE.MODULE:{option}, such as looptransfer:LoopedDecoder, or "
             f"path/to/file.py:{option}"
         )
-    module = _from_file(place) if place.endswith(".py") else _from_package(target, place)
-    try:
-        made: Any = module
-        for part in name.split("."):
-            made = getattr(made, part)
-    except Exception as error:
-        raise InputError(f"cannot import {target}: {_told(error)}; give a name that is in it: {place}:NAME") from error
+    module = _from_file(home) if home.endswith(".py") else _from_package(target, home)
+    with user_code(f"cannot import {target}", fix=f"; give a name that is in it: {home}:NAME"):
+        made: Any = functools.reduce(getattr, name.split("."), module)
     if isinstance(made, kind):
         return made
     if not callable(made):
         raise InputError(f"{target} is of type {type(made).__name__}; name a factory that takes no arguments")
-    try:
+    with user_code(f"{target}() fails", made, fix="; name a factory that takes no arguments"):
         return made()
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{target}() fails: {_told(error)}; name a factory that takes no arguments") from error
 
 
 def _split(target: str, default: str) -> tuple[str, str]:
     if target.endswith(".py") or ":" not in target:
         return target, default
-    place, _, name = target.rpartition(":")
-    return place, name
+    home, _, name = target.rpartition(":")
+    return home, name
 
 
 def _from_package(target: str, name: str) -> ModuleType:
     _put_first(os.getcwd())  # as `python -m` does
-    try:
+    with user_code(f"cannot import {target}", fix=f"; run the command where `import {name}` works"):
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            f"cannot import {target}: {_told(error)}; run the command where `import {name}` works"
-        ) from error
 
 
-def _from_file(place: str) -> ModuleType:
-    path = Path(place).resolve()
+def _from_file(file: str) -> ModuleType:
+    path = Path(file).resolve()
     if not path.is_file():
-        raise InputError(f"there is no file {place}; write path/to/file.py:NAME or package.module:NAME")
+        raise InputError(f"there is no file {file}; write path/to/file.py:NAME or package.module:NAME")
     _check_stem(path)
     _put_first(str(path.parent))
-    try:
+    with user_code(f"cannot load {file}", fix="; correct the file"):
         module = importlib.import_module(path.stem)
-    except (Exception, SystemExit) as error:
-        raise InputError(f"cannot load {place}: {_told(error)}; correct the file") from error
     if not _is(module, path):
-        raise InputError(f"{place} is hidden by {module.__file__}, which has the same name; rename one of them")
+        raise InputError(f"{file} is hidden by {module.__file__}, which has the same name; rename one of them")
     return module
 
 
@@ -120,11 +105,3 @@ def _is(module: ModuleType, path: Path) -> bool:
 def _put_first(folder: str) -> None:
     if sys.path[:1] != [folder]:
         sys.path.insert(0, folder)
-
-
-def _told(error: BaseException) -> str:
-    """The exception, and the line that it comes from in code that is neither ours nor installed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, OURS + os.sep, "<"))]
-    where = f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
-    return f"{type(error).__name__}: {error}{where}"

@@ -1,7 +1,10 @@
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +92,15 @@ def test_a_reader_that_stops_reading_sees_no_traceback(csv: Path) -> None:
     assert (done.stdout.strip() in ("0", "141"), done.stderr) == (True, "")
 
 
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
+def test_an_answer_that_cannot_be_printed_is_no_success(csv: Path, redirect: str) -> None:
+    if redirect == ">/dev/full" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    command = f"{sys.executable} -m looptransfer check {csv} {redirect}"
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.startswith("looptransfer: cannot print the answer: ")) == (2, True)
+
+
 def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
     sweep_table(0.0).assign(rule=r"$\foo$").to_csv(tmp_path / "results.csv", index=False)
     assert main(["check", f"{tmp_path}/results.csv", "--html", f"{tmp_path}/page.html"]) == 0
@@ -149,11 +161,48 @@ def test_bad_usage_ends_with_2() -> None:
     assert stop.value.code == 2
 
 
-def test_anything_unexpected_ends_with_70(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "results.csv"
-    sweep_table(0.0).to_csv(path, index=False)
-    monkeypatch.setattr("looptransfer.transfer.check.tidy", lambda table: table["no such column"])
-    assert main(["check", str(path)]) == 70
+@pytest.mark.parametrize("error", [KeyError("bug"), SystemExit(0), GeneratorExit(), BaseException()])
+def test_anything_unexpected_ends_with_70(csv: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(table: pd.DataFrame) -> None:
+        raise error
+
+    monkeypatch.setattr("looptransfer.transfer.check.tidy", fail)
+    assert main(["check", str(csv)]) == 70
+
+
+# -- the user's code
+
+
+ENDS = {"top level": "import os; os._exit(0)", "factory": "def experiment():\n    import os; os._exit(0)"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ENDS.values(), ids=ENDS)
+def test_a_process_that_the_users_code_ends_is_no_answer(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ending.py").write_text(text)
+    words = ["sweep", "ending.py", "--loops", "1", "--lrs", "0.1", "-o", "results.csv"]
+    command = [sys.executable, "-m", "looptransfer", *words]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("looptransfer: there is no answer: your code, or a library that it uses, ended its")
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_command_and_what_it_started(tmp_path: Path) -> None:
+    text = "import os\nopen('started', 'w').write(str(os.getpid()))\nwhile True:\n    pass\n"
+    (tmp_path / "endless.py").write_text(text)
+    command = [sys.executable, "-m", "looptransfer", "coordcheck", "endless.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.splitlines()[-1]) == (130, INTERRUPTED)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "started").read_text()), 0)
+
+
+INTERRUPTED = "looptransfer: interrupted; finished runs are kept, the same command goes on from there"
 
 
 # -- tune and sweep
@@ -265,6 +314,35 @@ def test_runs_that_another_sweep_added_in_the_meantime_stay_and_are_not_doubled(
     assert len(losses(table())) == len(table()) == 16
 
 
+def test_a_sweep_of_which_every_run_diverges_is_no_success_and_its_table_is_kept(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("sweep", "--loops 1,2 --lrs 1e8,1e9 --seeds 2 --workers 1 -o results.csv") == 2
+    said = capsys.readouterr()
+    assert (said.out, "all 8 runs, now in results.csv, diverged" in said.err) == ("", True)
+    assert len(table()) == 8
+
+
+def test_a_file_that_changes_the_working_directory_changes_nothing_of_where_results_go(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "elsewhere").mkdir()
+    path = folder / f"{NAME}.py"
+    path.write_text(f"import os\nos.chdir('elsewhere')\n{path.read_text()}")
+    assert run("sweep", f"{QUICK} -o results.csv") == 0
+    assert not list((folder / "elsewhere").iterdir())
+    assert {path.name for path in folder.glob("*.*")} == {f"{NAME}.py", "looptransfer.db", "results.csv"}
+
+
+def test_what_the_users_code_prints_is_no_part_of_the_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / f"{NAME}.py"
+    path.write_text(f"print('HOLDS')\n{path.read_text()}")
+    assert run("coordcheck", "--loops 1,2 --steps 1 --seeds 2 --json") in (0, 1, 3)
+    said = capsys.readouterr()
+    assert json.loads(said.out)["schema_version"] == 1
+    assert "HOLDS\n" in said.err
+
+
 def test_the_centre_may_be_a_number_and_octaves_are_distances_from_it(folder: Path) -> None:
     assert run("sweep", "--loops 1 --around 0.02 --octaves=-1,0 --seeds 5-5 --workers 1 -o results.csv") == 0
     assert table()[["lr", "seed"]].to_numpy().tolist() == [[0.01, 5], [0.02, 5]]
@@ -340,7 +418,7 @@ TUNE = "tune --loops 1 --workers 1"
         (f"{SWEEP} -o {cli.LEDGER}", "looptransfer.db is the ledger"),
         ("sweep --loops 1 --around 0 -o new.csv", "around is 0.0; the LR must be a finite number above 0"),
         ("sweep --loops 1 --around inf -o new.csv", "around is inf"),
-        ("sweep --loops 1 --around none.json -o new.csv", "cannot read none.json: No such file"),
+        ("sweep --loops 1 --around none.json -o new.csv", "none.json: No such file"),
         ("sweep --loops 1 --around there.csv -o new.csv", "there.csv is not JSON"),
         ("sweep --loops 1 --around verdict.json -o new.csv", "verdict.json holds no tuned LR"),
         ("sweep --loops 1 --around other.json -o new.csv", "other.json has schema_version 2, not 1"),

@@ -45,7 +45,7 @@ LOST = """
 from looptransfer.trials import trial
 
 kept = trial.parametrize
-trial.parametrize = lambda model, inputs, rule, lam, base: kept(model, inputs, "unscaled", lam, base)
+trial.parametrize = lambda model, inputs, rule, *others, **named: kept(model, inputs, "unscaled", *others, **named)
 """
 
 

@@ -1,10 +1,10 @@
 """The coordinate check: a few short trainings over N, watched at every step."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -14,16 +14,21 @@ from looptransfer.coordcheck.exponents import COLUMNS
 from looptransfer.coordcheck.observe import OUTPUT, Observation, Tap, find_taps, observe
 from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTICS, VISIT_STATISTICS, Change, Step, Visit
 from looptransfer.coordcheck.verdict import ON_STREAM, OUTSIDE, Branch, Context, CoordCheck, judge
-from looptransfer.errors import InputError
+from looptransfer.errors import InputError, UserCodeError
 from looptransfer.optim import param_groups
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.parametrize import apply_plan, parametrize, planned
-from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rewrite.parametrize import apply_plan, parametrize
+from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
 from looptransfer.rules import Rule, check_rule
 from looptransfer.trials.experiment import Batch, Experiment, token_loss
+from looptransfer.trials.hooks import batch_stream, fresh_model, loss_of, seeded
+from looptransfer.trials.pairing import Start, check_finite, check_pairs, weights_of
+from looptransfer.trials.trial import exchanged, own_plan, varies
+from looptransfer.user_code import calls_back, place, user_code
 
 LOOPS = (1, 2, 4, 8, 16, 32, 64)
 AS_MADE = "as made"
+SAME = "a coordinate check needs a forward that does the same every time: fix the loop count for it"
 
 Batches = Callable[[int], Iterable[Batch]] | Sequence[Batch]
 MakeOptimizer = Callable[[nn.Module], Any]
@@ -37,6 +42,9 @@ class _Size:
     width: int | None = None
     layers: int | None = None
 
+    def is_but_for_loops(self, other: "_Size") -> bool:
+        return (self.width, self.layers) == (other.width, other.layers)
+
 
 @dataclass(frozen=True)
 class _Setting:
@@ -45,32 +53,38 @@ class _Setting:
     make_model: Callable[..., nn.Module]
     batches: Batches
     loss: Callable[[Any, Any], Tensor]
-    make_optimizer: MakeOptimizer
+    make_optimizer: MakeOptimizer | None
+    lr: float
+    on_stream: Literal["scale", "leave"]
     steps: int
     lam: float
     base_layers: int
     statistics: Mapping[str, Callable[[Visit], Any]]
     width: int | None
+    options: Mapping[str, Any]  # of `parametrize`
 
-    def model(self, size: _Size, seed: int) -> nn.Module:
-        """A fresh model, its weights those of the seed."""
-        torch.manual_seed(seed)
+    def model(self, size: _Size) -> nn.Module:
+        """A fresh model."""
         more = {name: n for name, n in (("width", size.width), ("layers", size.layers)) if n is not None}
-        model = self.make_model(size.loops, **more)
-        if not isinstance(model, nn.Module):
-            raise InputError(f"make_model({size.loops}) gave a {type(model).__name__}; it must give a torch.nn.Module")
-        return model
+        return fresh_model(self.make_model, size.loops, **more)
 
-    def batches_of(self, seed: int) -> list[Batch]:
-        """The probe batch and one batch per step."""
-        source = self.batches(seed) if callable(self.batches) else self.batches
-        found = list(islice(iter(source), self.steps + 1))
-        if len(found) <= self.steps:
-            raise InputError(
-                f"batches gave {len(found)} for seed {seed}; {self.steps} steps need {self.steps + 1}, one of them to "
-                "probe with. Give more of them, or fewer steps"
-            )
-        return found
+    def start(self, size: _Size, seed: int) -> Start:
+        """The probe batch and one batch per step, and the loss of the model as made."""
+        with seeded(seed):
+            data = list(batch_stream(self.batches, seed, self.steps + 1))
+            model = self.model(size)
+            weights, loss = weights_of(model), loss_of(self.loss, model, data[0], self.make_model)[1]
+        check_finite(loss, f"N = {size.loops}, seed {seed}", self.loss, self.make_model)
+        return Start(data, weights, loss)
+
+    def optimizer(self, model: nn.Module) -> Any:
+        """An optimizer, or (optimizer, scheduler)."""
+        if self.make_optimizer is not None:
+            with user_code("make_optimizer(model) fails", self.make_optimizer):
+                return self.make_optimizer(model)
+        if own_plan(model) is None:
+            return torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
+        return torch.optim.AdamW(param_groups(model, torch.optim.AdamW, lr=self.lr, on_stream=self.on_stream))
 
 
 def coord_check(
@@ -121,32 +135,49 @@ def coord_check(
         level: chance of one false alarm or more in the whole check (Holm over all statistics).
 
     Raises:
-        InputError: numbers out of range, too few batches, a model without residual branches, and what `parametrize`
-            refuses.
+        InputError: numbers out of range, too few batches, seeds that do not pair the trainings (`check_pairs`), a
+            random loop count, a model without residual branches, and what `parametrize` refuses.
     """
-    width = None
+    width, options = None, {}
+    on_stream: Literal["scale", "leave"] = "scale"
     if isinstance(make_model, Experiment):
         experiment = make_model
         make_model, loss, lam = experiment.make_model, experiment.loss, experiment.lam
-        base_layers, width = experiment.base_layers, experiment.width
+        base_layers, width, on_stream = experiment.base_layers, experiment.width, experiment.on_stream
         batches = experiment.batches if batches is None else batches
+        options = {"branches": experiment.branches, "layers": experiment.layers}
+        if experiment.loops is not None:
+            raise InputError(f"the experiment has a random loop count (loops=…){place(experiment.loops)}; {SAME}")
     if batches is None:
         raise InputError("batches is missing; give seed -> batches (inputs, targets), or an Experiment, which has them")
     loops = _counts("loops", loops, least=2)
-    own_statistics = {**VISIT_STATISTICS, **(statistics or {})}
-    optimizer = make_optimizer or (lambda model: _default_optimizer(model, lr))
-    setting = _Setting(make_model, batches, loss, optimizer, steps, lam, base_layers, own_statistics, width)
+    setting = _Setting(
+        make_model,
+        batches,
+        loss,
+        make_optimizer,
+        lr,
+        on_stream,
+        steps,
+        lam,
+        base_layers,
+        {**VISIT_STATISTICS, **(statistics or {})},
+        width,
+        options,
+    )
     _check_numbers(steps, lr, tolerance, level)
     chosen = _seeds(seeds)
     sizes = [_Size(n, *_first(widths, layers)) for n in loops]
     sizes += [_Size(loops[1], w, _first(widths, layers)[1]) for w in _counts("widths", widths)[1:]]
     sizes += [_Size(loops[1], _first(widths, layers)[0], n) for n in _counts("layers", layers)[1:]]
-    with torch.random.fork_rng():
-        chosen_rules = _rules(setting, sizes[0], chosen[0], rules)
-        runs = _Runs(setting)
-        for size in sizes:
-            for seed in chosen:
-                runs.add(size, seed, chosen_rules)
+    chosen_rules = _rules(setting, sizes[0], chosen[0], rules)
+    starts = {seed: setting.start(sizes[0], seed) for seed in chosen}
+    pair = {seed: starts[seed] for seed in chosen[:2]}
+    check_pairs(make_model, batches, pair, setting.start(sizes[0], chosen[0]))
+    runs = _Runs(setting)
+    for size, seed, rule in itertools.product(sizes, chosen, chosen_rules):
+        with seeded(seed), calls_back(f"a training at N = {size.loops} fails", make_model):
+            runs.add(size, seed, rule, starts[seed].batches)
     return runs.judged(chosen_rules, tolerance, level)
 
 
@@ -158,47 +189,56 @@ class _Runs:
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     matrices: dict[tuple[str, _Size, int], list[Any]] = field(default_factory=dict)
     plans: dict[tuple[str, _Size], ScalingPlan | None] = field(default_factory=dict)
+    names: dict[_Size, frozenset[str]] = field(default_factory=dict)  # of the parameters
     taps: dict[tuple[str, _Size], list[Tap]] = field(default_factory=dict)
     adam: bool = True
     width_scaled: bool = False
 
-    def add(self, size: _Size, seed: int, rules: Sequence[str]) -> None:
-        """Train once under every rule, with the same weights and batches."""
+    def add(self, size: _Size, seed: int, rule: str, data: Sequence[Batch]) -> None:
+        """Train once; the random states are seeded, so that all rules and sizes start with the same weights."""
         setting = self.setting
-        data = setting.batches_of(seed)
-        for rule in rules:
-            model = setting.model(size, seed)
-            plan = self._rewrite(model, data[0][0], rule, size)
-            if (rule, size) not in self.taps:
-                self.taps[rule, size] = find_taps(model, data[0][0], plan)
-            taps = self.taps[rule, size]
-            made = setting.make_optimizer(model)
-            self.adam = isinstance(made[0] if isinstance(made, tuple) else made, (torch.optim.Adam, torch.optim.AdamW))
-            self.width_scaled = any(hasattr(parameter, "infshape") for parameter in model.parameters())
-            layers = plan.layers if plan else len({tap.layer for tap in taps})
-            where = (rule, size.loops, size.width or setting.width, layers, seed)
-            if plan is None or plan.realisation == "multiplier":  # a folded one is in the weights
-                self.rows += [(*where, 0, tap.module, 0, "multiplier", tap.multiplier) for tap in taps]
-            for step, observation, more in train_watched(
-                model, made, taps, data, setting.loss, plan, setting.statistics
-            ):
-                self.rows += [(*where, step, *value) for value in [*observation.values, *more]]
-                if observation.cosines is not None and step in {0, setting.steps}:
-                    self.matrices.setdefault((rule, size, step), []).append(observation.cosines.double().cpu())
+        model = setting.model(size)
+        plan = self._rewrite(model, data[0][0], rule, size)
+        if (rule, size) not in self.taps:
+            self.taps[rule, size] = find_taps(model, data[0][0], plan)
+        taps = self.taps[rule, size]
+        made = setting.optimizer(model)
+        self.adam = isinstance(made[0] if isinstance(made, tuple) else made, (torch.optim.Adam, torch.optim.AdamW))
+        self.width_scaled = any(hasattr(parameter, "infshape") for parameter in model.parameters())
+        layers = plan.layers if plan else len({tap.layer for tap in taps})
+        where = (rule, size.loops, size.width or setting.width, layers, seed)
+        if plan is None or plan.realisation == "multiplier":  # a folded one is in the weights
+            self.rows += [(*where, 0, tap.module, 0, "multiplier", tap.multiplier) for tap in taps]
+        for step, observation, more in train_watched(model, made, taps, data, setting.loss, plan, setting.statistics):
+            self.rows += [(*where, step, *value) for value in [*observation.values, *more]]
+            if observation.cosines is not None and step in {0, setting.steps}:
+                self.matrices.setdefault((rule, size, step), []).append(observation.cosines.double().cpu())
 
     def _rewrite(self, model: nn.Module, inputs: Any, rule: str, size: _Size) -> ScalingPlan | None:
         """Put `rule` into the model. The branches of a size are found once; other rules and seeds get the same plan."""
-        if rule == AS_MADE:
-            return self.plans.setdefault((rule, size), _own_plan(model))
+        setting = self.setting
         known = next((p for (_, at), p in self.plans.items() if at == size and p is not None), None)
-        if known is None:
-            plan = parametrize(model, inputs, cast(Rule, rule), self.setting.lam, self.setting.base_layers)
-        else:
-            plan = replace(known, rule=cast(Rule, rule)).with_counts(
-                {branch.handle: branch.visits for branch in known.branches}, known.on_stream
-            )
+        plan = own_plan(model)
+        if rule != AS_MADE and plan is not None:
+            plan = exchanged(model, plan, cast(Rule, rule))
+        elif rule != AS_MADE and known is not None:
+            plan = known.under(cast(Rule, rule))
             apply_plan(model, plan)
+        elif rule != AS_MADE:
+            plan = parametrize(model, inputs, cast(Rule, rule), setting.lam, setting.base_layers, **setting.options)
+        if plan is not None and (plan.random_loops or varies(plan)):
+            raise UserCodeError(
+                f"the model of make_model({size.loops}) loops another number of times from one forward to the next"
+                f"{place(setting.make_model)}; {SAME}"
+            )
         self.plans[rule, size] = plan
+        self.names[size] = frozenset(named_parameters(model))
+        peers = {
+            at.loops: p for (name, at), p in self.plans.items() if p and name == rule and at.is_but_for_loops(size)
+        }
+        check_one_parameterization(
+            peers, {at.loops: names for at, names in self.names.items() if at.is_but_for_loops(size)}
+        )
         return plan
 
     def judged(self, rules: Sequence[str], tolerance: float, level: float) -> CoordCheck:
@@ -216,13 +256,6 @@ class _Runs:
         return judge(
             frame, rules, Context(branches, base_layers, self.adam, self.width_scaled), tolerance, level, means
         )
-
-
-def _own_plan(model: nn.Module) -> ScalingPlan | None:
-    try:
-        return planned(model)[1]
-    except InputError:
-        return None
 
 
 # -- one training
@@ -256,16 +289,18 @@ def train_watched(
     seen = initial = observe(model, probe, taps, statistics)
     yield 0, seen, []
     for step, (inputs, targets) in enumerate(data[1:], start=1):
-        value = loss(model(inputs), targets)
-        if not bool(torch.isfinite(value)):
+        value, number = loss_of(loss, model, (inputs, targets), None)
+        if not math.isfinite(number):
             yield step, Observation(), [(OUTPUT, 0, "output_rms", math.nan)]
             return
-        optimizer.zero_grad()
-        value.backward()
+        with user_code("the training step fails", loss):
+            optimizer.zero_grad()
+            value.backward()
         before = {id(p): p.detach().clone() for part in parts.values() for p in part}
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
+        with user_code("the training step fails", loss):
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
         steps = {name: _step(part, before) for name, part in parts.items()}
         del before
         previous, seen = seen, observe(model, probe, taps, statistics)
@@ -306,18 +341,13 @@ def _changes(
             yield module, last_visit.get(module, 0), name, float(function(change))
 
 
-def _default_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    if _own_plan(model) is None:
-        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    return torch.optim.AdamW(param_groups(model, torch.optim.AdamW, lr=lr))
-
-
 # -- what was given
 
 
 def _rules(setting: _Setting, size: _Size, seed: int, rules: Sequence[str] | None) -> list[str]:
     if rules is None:
-        return ["factored" if _own_plan(setting.model(size, seed)) is None else AS_MADE]
+        with seeded(seed):
+            return ["factored" if own_plan(setting.model(size)) is None else AS_MADE]
     if isinstance(rules, str) or not rules or len(set(rules)) < len(rules):
         raise InputError(f"rules is {rules!r}; give a list such as ['factored', 'unscaled'], each once")
     for rule in rules:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -99,6 +99,11 @@ class ScalingPlan:
         on_stream = {name: times for name, times in sorted(uses.items()) if times > 1}
         return replace(self, branches=branches, on_stream=on_stream)
 
+    def under(self, rule: Rule) -> "ScalingPlan":
+        """The same branches and visits with the multipliers of another rule."""
+        visits = {branch.handle: branch.visits for branch in self.branches}
+        return replace(self, rule=rule, realisation="multiplier").with_counts(visits, self.on_stream)
+
     def to_json(self) -> str:
         """The plan as text, to be kept beside a checkpoint; `from_json` reads it back and `apply_plan` uses it."""
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, ensure_ascii=False)
@@ -149,6 +154,76 @@ class ScalingPlan:
         if not self.proved:
             notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")
         return [*notes, *(f"note        {caveat}" for caveat in self.caveats)]
+
+
+def check_one_parameterization(plans: Mapping[int, ScalingPlan], parameters: Mapping[int, Container[str]]) -> None:
+    """Refuse plans of one model at several N that are not one parameterization: its LRs would mean different things.
+
+    They agree in L, in the branches, and in which of the parameters that both models have are in the branches; a branch
+    is visited equally often at every N, in proportion to N, or some whole number of times more for each loop more.
+
+    Args:
+        plans: by N.
+        parameters: by N, the names that the model has.
+
+    Raises:
+        InputError: they differ; the message says in what, and at which N.
+    """
+    (least, first), *others = sorted(plans.items())
+    for n, plan in others:
+        differences = [
+            _difference("L", {first.layers}, {plan.layers}),
+            _difference("residual branches", _handles(first), _handles(plan)),
+            _difference(
+                "parameters in the branches",
+                {name for name in _members(first) if name in parameters[n]},
+                {name for name in _members(plan) if name in parameters[least]},
+            ),
+        ]
+        difference = next(filter(None, differences), "")
+        if difference:
+            raise InputError(f"N = {least} and N = {n} are not one parameterization: {difference}. {ONE_MODEL}")
+    if len(plans) > 1:
+        _check_visits({n: {str(b.handle): b.visits for b in plan.branches} for n, plan in sorted(plans.items())})
+
+
+ONE_MODEL = (
+    "The proxy and the target must be one model that loops more or less often; build it so in make_model, or name what "
+    "both have: branches=[…] for the branches, layers=… for L"
+)
+
+
+def _handles(plan: ScalingPlan) -> set[str]:
+    return {str(branch.handle) for branch in plan.branches}
+
+
+def _members(plan: ScalingPlan) -> set[str]:
+    return {name for branch in plan.branches for name in branch.parameters}
+
+
+def _difference(name: str, first: set[Any], second: set[Any]) -> str:
+    only = [", ".join(sorted(map(str, part))[:SHOWN]) or "nothing" for part in (first - second, second - first)]
+    return f"{name} {only[0]} there, {only[1]} here" if first != second else ""
+
+
+def _check_visits(visits: Mapping[int, Mapping[str, float]]) -> None:
+    (least, first), *others = visits.items()
+    follows = {name: [counts[name] for counts in visits.values()] for name in first}
+    for name, counts in follows.items():
+        slopes = [(count - counts[0]) / (n - least) for (n, _), count in zip(others, counts[1:], strict=True)]
+        proportional = math.isclose(slopes[0] * least, counts[0], rel_tol=1e-9)
+        steady = all(math.isclose(slope, slopes[0], rel_tol=1e-9, abs_tol=1e-12) for slope in slopes)
+        if not (steady and (slopes[0] >= 0) and (proportional or slopes[0].is_integer())):
+            seen = ", ".join(f"{count:g} at N = {n}" for n, count in zip(visits, counts, strict=True))
+            raise InputError(f"the branch {name} is visited {seen}, which does not follow N. {FOLLOW}")
+    if all(max(counts) == min(counts) for counts in follows.values()):
+        raise InputError(
+            f"the models at N = {least} and N = {others[-1][0]} loop equally often: no branch is visited more often as "
+            f"N grows. {FOLLOW}"
+        )
+
+
+FOLLOW = "N is the loop count: make the model loop that often, by the argument of make_model"
 
 
 def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:

@@ -76,13 +76,13 @@ def make_plan(
     ).with_counts(visits, uses)
     caveats = list(find_caveats(model, analysis, plan.branches, preserve))
     if loops is None and any(draw.visits != draws[0].visits for draw in draws):
-        caveats.append(_VARIES)
+        caveats.append(VARIES)
     if analysis.rest.matrices:
         caveats.append(_stream_caveat(analysis.rest.matrices))
     return replace(plan, caveats=tuple(caveats))
 
 
-_VARIES = (
+VARIES = (
     "visits vary: with other weights and random numbers the branches were visited another number of times (a random "
     "loop count, adaptive halting, layer dropout). N is that of one forward; give the mean, loops=…"
 )

@@ -35,6 +35,7 @@ from looptransfer.rewrite.graph import ANY, Call, Graph, Handle, Node, Part, Sit
 from looptransfer.rewrite.names import homes, named_parameters, plain_names
 from looptransfer.rewrite.ops import GATHERED, GIVEN, Operator, operator
 from looptransfer.rewrite.twin import state_kept
+from looptransfer.user_code import described
 
 Scale = Mapping[tuple[Site, int], tuple[int, float]]  # additions -> which operand is multiplied, by what
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -584,7 +585,7 @@ def _same_state(before: Any) -> bool:
 
 def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -> InputError:
     """Whose fault it is: the model runs without an observer, or it does not."""
-    cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}{_raised_at(error)}"
+    cause = f"{described(error)}{_raised_at(error)}"
     try:
         with state_kept(model):
             run(model, example_inputs)

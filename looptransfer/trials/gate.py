@@ -11,6 +11,7 @@ from looptransfer.transfer.bracket import bracket, known, stored_lrs
 from looptransfer.transfer.comparison import Comparison
 from looptransfer.transfer.results import tidy
 from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.pairing import check_start
 from looptransfer.trials.search import Grid, runs_of
 from looptransfer.trials.study import run_search
 from looptransfer.trials.trial import Run
@@ -41,8 +42,8 @@ def gate(
         confidence: of the two-sided intervals.
 
     Raises:
-        InputError: as `read_baseline` and `run_search`, or an N that is not stored, or fewer than two seeds.
-        RuntimeError: a run failed.
+        InputError: as `read_baseline`, `check_start` and `run_search`; an N that is not stored, or one seed.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     check_rule(rule)
     stored_in = baseline if isinstance(baseline, Baseline) else read_baseline(baseline)
@@ -54,6 +55,7 @@ def gate(
     wanted = _wanted(known(stored), loops, stored_in.path)
     chosen = _seeds({seed for at in wanted for seed in stored[at].loss_by_seed or ()}, seeds)
     runs = [Run(rule, at, lr, seed) for at in wanted for lr in stored_lrs(stored[at]) for seed in chosen]
+    check_start(experiment, wanted, chosen, rule)
     with TemporaryDirectory(prefix="looptransfer-") as folder:
         done = run_search(experiment, Grid(tuple(runs)), ledger or Path(folder, "gate.db"), "gate", workers)
     table = tidy(done[[run in set(runs) for run in runs_of(done)]])

@@ -80,14 +80,18 @@ class ProxySearch:
         return min(runs, key=lambda run: loss[run])
 
     def _close(self, best: Run, done: pd.DataFrame) -> list[float]:
-        """LRs half an octave apart around the best, widened while the optimum lies on an edge of them."""
+        """LRs half an octave apart around the best, widened while the optimum lies on an edge of them.
+
+        Each widening is decided by the LRs that were looked at before it and by no others, so that it stands whatever
+        the runs that it brings will show.
+        """
         low, high = -REACH, REACH
         for _ in range(EXTENSIONS):
             looks = [math.log2(best.lr) + STEP * k for k in range(low, high + 1)]
-            runs = [self._run(log2, seed) for log2 in looks for seed in self.seeds]
+            runs = {self._run(log2, seed) for log2 in looks for seed in self.seeds}
             if not _all_done(runs, done):
                 break
-            why = self.optimum(done, self.confidence).censored
+            why = self.optimum(done[[run in runs for run in runs_of(done)]], self.confidence).censored
             if why == "low edge":
                 low -= 2
             elif why == "high edge":

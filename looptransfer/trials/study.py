@@ -1,7 +1,8 @@
 """The ledger of trials, an Optuna study in SQLite, and the worker processes that fill it.
 
 There is no planner process and no queue: every worker asks the search what is wanted, leaves out what is finished or
-running, and takes the next. A worker that dies leaves a trial without heartbeat, whose run is then open again.
+running, and takes the next. A worker that dies leaves a trial without heartbeat, whose run is then open again. A run
+that fails is told at the end, when the others are made.
 """
 
 import contextlib
@@ -9,36 +10,42 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import random
 import sys
-import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import pandas as pd
-import torch
 from optuna.exceptions import ExperimentalWarning, TrialPruned, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from looptransfer.errors import InputError
+from looptransfer.errors import FailedRunError, InputError
 from looptransfer.rules import RULES
 from looptransfer.text import without_password, without_secrets
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.sources import finished_trials
 from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.hooks import one_thread
 from looptransfer.trials.search import Search
 from looptransfer.trials.trial import Run, train
+from looptransfer.user_code import UNGUARDED, WORKER, end_with_parent, user_code
 
 HEARTBEAT, GRACE = 5, 30  # seconds between signs of life, and without one until a run is open again
+HOPELESS = 2  # failed runs after which a loop count of which none is finished is given up
 RESTARTS = 3  # workers that may be killed from outside before a sweep gives up
+KILLED = (-9, -15)  # exit codes of a process that was killed from outside
+LEAVE = 5.0  # seconds that workers have to end in when all is made
 PLAIN_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
@@ -48,29 +55,41 @@ def run_search(
     """Make every run that `search` wants and the ledger lacks; return all finished runs of the study `name`.
 
     Interrupted by anything, kill -9 included, it goes on where it was when called again: a finished run is never
-    repeated. One-thread worker processes fill the machine; `workers=1` trains in this process.
+    repeated. One-thread worker processes fill the machine; `workers=1` trains in this process, and so does the default
+    where the experiment cannot be sent to another one. A run that fails is left out, and tried again by the next call.
 
     Raises:
-        InputError: the ledger cannot be opened or belongs to another experiment, or the experiment cannot be pickled.
-        RuntimeError: a run failed, with its traceback, or workers were killed again and again.
+        InputError: the ledger cannot be opened or belongs to another experiment; or the experiment cannot be sent to
+            workers.
+        FailedRunError: runs failed, or a worker process ended by itself or was killed again and again.
     """
-    workers = available_cores() if workers is None else workers
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; it must be 1 or more")
     url = _url(ledger)
     study = _open(url, name, experiment.identity())
-    with _Progress(name) as progress:
-        if workers == 1:
-            threads = torch.get_num_threads()
-            try:
-                _work(url, name, experiment, search, progress)
-            finally:
-                torch.set_num_threads(threads)
-        elif _open_runs(study, search)[1]:
-            experiment.check_portable()
-            _supervise(url, study, experiment, search, workers, progress)
-        progress.show(study, search)
+    job = _Job(url, name, search, since=len(study.get_trials(deepcopy=False)))
+    with _Progress(job) as progress:
+        data = _sent(experiment, workers) if _survey(study, job).coming else None
+        if data is None:
+            _work(job, experiment, progress=progress)
+        else:
+            _supervise(job, study, data, workers or available_cores(), progress)
+        progress.show(study)
+    _check_complete(_survey(study, job))
     return finished_runs(study)
+
+
+def _sent(experiment: Experiment, workers: int | None) -> bytes | None:
+    """The experiment as worker processes are sent it; None where this process trains."""
+    if (workers or available_cores()) == 1:
+        return None
+    try:
+        return experiment.pickled()
+    except InputError as error:
+        if workers is not None:
+            raise
+        print(f"looptransfer: training in this process alone: {error}", file=sys.stderr)
+        return None
 
 
 def available_cores() -> int:
@@ -139,7 +158,65 @@ def _open(url: str, name: str, identity: dict[str, Any]) -> optuna.Study:
 
 
 class _RunError(RuntimeError):
-    """A run raised; its traceback stands in the ledger."""
+    """A run failed; its error stands in the ledger."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A search and its study. A failure among the trials before `since` is one of an earlier call."""
+
+    url: str
+    name: str
+    search: Search
+    since: int
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """The state of a job."""
+
+    wanted: list[Run]
+    done: list[Run]
+    coming: list[Run]  # neither finished nor failed nor given up
+    todo: list[Run]  # of those, what nobody makes
+    failed: dict[Run, str]  # with the error
+
+
+def _survey(study: optuna.Study, job: _Job) -> _Survey:
+    runs: dict[TrialState, set[Run]] = {TrialState.COMPLETE: set(), TrialState.RUNNING: set()}
+    failed: dict[Run, str] = {}
+    for trial in study.get_trials(deepcopy=False, states=(*runs, TrialState.FAIL)):
+        run = _run_of(trial)
+        if run is not None and trial.state in runs:
+            runs[trial.state].add(run)
+        elif run is not None and trial.number >= job.since and "error" in trial.user_attrs:
+            failed[run] = trial.user_attrs["error"]
+    finished = runs[TrialState.COMPLETE]
+    groups = {(run.rule, run.loops) for run in finished}
+    failures = Counter((run.rule, run.loops) for run in failed)
+    given_up = {group for group, times in failures.items() if times >= HOPELESS and group not in groups}
+    wanted = list(dict.fromkeys(job.search.wanted(finished_runs(study))))
+    done = [run for run in wanted if run in finished]
+    left = [run for run in wanted if run not in finished and run not in failed]
+    coming = [run for run in left if (run.rule, run.loops) not in given_up]
+    todo = [run for run in coming if run not in runs[TrialState.RUNNING]]
+    return _Survey(wanted, done, coming, todo, failed)
+
+
+def _check_complete(survey: _Survey) -> None:
+    missing = len(survey.wanted) - len(survey.done)
+    if not missing:
+        return
+    message = f"{missing} of {len(survey.wanted)} runs are missing; the same call makes only what lacks"
+    for run, error in list(survey.failed.items())[:1]:
+        left_out = missing - len(survey.failed)
+        message += f". {len(survey.failed)} failed" + f" and {left_out} more of their N were left out" * (left_out > 0)
+        message += f"; {_name(run)}: {error}"
+    raise FailedRunError(message)
+
+
+def _name(run: Run) -> str:
+    return f"{run.rule}, N = {run.loops}, LR {run.lr:.6g}, seed {run.seed}"
 
 
 class _Claimed(optuna.samplers.BaseSampler):
@@ -158,31 +235,18 @@ class _Claimed(optuna.samplers.BaseSampler):
         return getattr(self.run, param_name)
 
 
-def _open_runs(study: optuna.Study, search: Search) -> tuple[list[Run], list[Run], list[Run]]:
-    """Runs that nobody makes, all that are not finished, and all that are wanted."""
-    done: set[Run] = set()
-    taken: set[Run] = set()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
-        run = _run_of(trial)
-        if run is not None:
-            (done if trial.state == TrialState.COMPLETE else taken).add(run)
-    wanted = list(dict.fromkeys(search.wanted(finished_runs(study))))
-    unfinished = [run for run in wanted if run not in done]
-    return [run for run in unfinished if run not in taken], unfinished, wanted
-
-
 def _run_of(trial: FrozenTrial) -> Run | None:
     claim = trial.user_attrs.get("run")
     return Run(**claim) if claim else None
 
 
-def _claim(study: optuna.Study, trial: optuna.Trial, search: Search) -> Run:
+def _claim(study: optuna.Study, trial: optuna.Trial, job: _Job) -> Run:
     """Take an open run for `trial`: write the claim, then look for rivals, and withdraw if there is one.
 
     Both of two rivals write before they look, so at least one sees the other: they may both withdraw, never both stay.
     """
     while True:
-        todo, _, _ = _open_runs(study, search)
+        todo = _survey(study, job).todo
         if not todo:
             raise TrialPruned("every run is finished or being made")
         trial.set_user_attr("run", asdict(todo[0]))
@@ -194,40 +258,47 @@ def _claim(study: optuna.Study, trial: optuna.Trial, search: Search) -> Run:
         time.sleep(random.uniform(0, 0.2))
 
 
-def _work(url: str, name: str, experiment: Experiment, search: Search, progress: "_Progress | None" = None) -> None:
+def _work(
+    job: _Job,
+    experiment: Experiment,
+    tell: Callable[[Run], None] | None = None,
+    progress: "_Progress | None" = None,
+) -> None:
     """Make runs until none is open or running. This is the whole of a worker."""
-    torch.set_num_threads(1)
     sampler = _Claimed()
-    storage = _storage(url)
-    study = optuna.load_study(storage=storage, study_name=name, sampler=sampler)
+    storage = _storage(job.url)
+    study = optuna.load_study(storage=storage, study_name=job.name, sampler=sampler)
 
     def objective(trial: optuna.Trial) -> float:
         storage.record_heartbeat(
             trial._trial_id
         )  # before the claim, or a death right after it would hold the run forever
-        sampler.run = run = _claim(study, trial, search)
+        sampler.run = run = _claim(study, trial, job)
         trial.suggest_categorical("rule", list(RULES))
         trial.suggest_int("loops", run.loops, run.loops)
         trial.suggest_float("lr", run.lr, run.lr)
         trial.suggest_int("seed", run.seed, run.seed)
+        if tell is not None:
+            tell(run)
         try:
-            outcome = asdict(train(experiment, run))
-        except Exception as error:
-            trial.set_user_attr("error", traceback.format_exc())
-            raise _RunError(traceback.format_exc()) from error
+            with one_thread():
+                outcome = asdict(train(experiment, run))
+        except InputError as error:
+            trial.set_user_attr("error", str(error))
+            raise _RunError from error
         trial.set_user_attr("outcome", outcome)
         return float(outcome["loss"])
 
     while True:
-        todo, unfinished, _ = _open_runs(study, search)
+        survey = _survey(study, job)
         if progress is not None:
-            progress.show(study, search)
-        if not unfinished:
+            progress.show(study)
+        if not survey.coming:
             return
-        if todo:
+        if survey.todo:
             # A process that slept through its grace period finds its run given to another.
             with contextlib.suppress(UpdateFinishedTrialError):
-                study.optimize(objective, n_trials=1)
+                study.optimize(objective, n_trials=1, catch=(_RunError,))
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
@@ -235,65 +306,97 @@ def _work(url: str, name: str, experiment: Experiment, search: Search, progress:
             time.sleep(0.5)
 
 
-def _worker(url: str, name: str, experiment: Experiment, search: Search) -> None:
-    """Entry point of a worker process: it ends with its parent."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-        threading.Thread(target=_end_with, args=(sentinel,), daemon=True).start()
+# -- worker processes
+
+
+def _worker(job: _Job, data: bytes, sender: Connection) -> None:
+    """Entry point of a worker process. It ends with its parent; its last word is "done", or the error that ended it."""
+    end_with_parent()
     try:
-        _work(url, name, experiment, search)
+        fix = "; define its functions in a module that can be imported, or pass workers=1"
+        with user_code("a worker process cannot load the experiment", fix=fix):
+            experiment = pickle.loads(data)
+            if not isinstance(experiment, Experiment):
+                raise TypeError(f"it comes back as a {type(experiment).__name__}")
+        _work(job, experiment, sender.send)
+        sender.send("done")
     except KeyboardInterrupt:
         sys.exit(130)
-    except _RunError:
-        sys.exit(1)
+    except InputError as error:
+        sender.send(error)
+    except Exception:
+        sender.send(RuntimeError(traceback.format_exc()))
 
 
-def _end_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
+class _Process:
+    """A worker process, and the last that was heard of it: the run that it makes, or its last word."""
+
+    def __init__(self, job: _Job, data: bytes) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process: BaseProcess = context.Process(target=_worker, args=(job, data, sender), name=WORKER)
+        self.process.start()
+        sender.close()
+        self.last_word: Run | Exception | Literal["done"] | None = None
+
+    def is_lost(self) -> bool:
+        """It was killed from outside.
+
+        Raises:
+            InputError: the user's code ended it.
+            RuntimeError: ours did.
+        """
+        alive = self.process.is_alive()  # before the pipe is read, or a last word could be missed
+        with contextlib.suppress(EOFError, OSError):
+            while self.receiver.poll():
+                self.last_word = self.receiver.recv()
+        if isinstance(self.last_word, Exception):
+            raise self.last_word
+        code = self.process.exitcode
+        if alive or self.last_word == "done":
+            return False
+        if code in KILLED:
+            return True
+        if code == 130:
+            raise KeyboardInterrupt
+        if code == UNGUARDED:
+            raise InputError(
+                "the script starts trainings when it is imported, as worker processes do; put what it does under "
+                '`if __name__ == "__main__":`, or pass workers=1'
+            )
+        moment = f"while it trained {_name(self.last_word)}" if isinstance(self.last_word, Run) else "while it started"
+        raise FailedRunError(
+            f"a worker process ended with exit status {code} {moment}: the experiment, or a library that it uses, ends "
+            "its process or crashes; with workers=1 the place may show"
+        )
 
 
-def _supervise(
-    url: str, study: optuna.Study, experiment: Experiment, search: Search, workers: int, progress: "_Progress"
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    known_failures = len(_errors(study))
-
-    def start() -> BaseProcess:
-        process = context.Process(target=_worker, args=(url, study.study_name, experiment, search))
-        process.start()
-        return process
-
-    pool = [start() for _ in range(workers)]
-    restarts = 0
+def _supervise(job: _Job, study: optuna.Study, data: bytes, workers: int, progress: "_Progress") -> None:
+    pool = [_Process(job, data) for _ in range(workers)]
+    restarts, patience = 0, 0.0
     try:
-        while True:
-            progress.show(study, search)
-            for process in [process for process in pool if process.exitcode]:
-                errors = _errors(study)
-                if len(errors) > known_failures:
-                    raise RuntimeError(f"a run failed; finished runs are kept in the ledger.\n{errors[-1]}")
+        while _survey(study, job).coming:
+            progress.show(study)
+            for place, worker in enumerate(pool):
+                if not worker.is_lost():
+                    continue
                 if restarts == RESTARTS:
-                    raise RuntimeError(
-                        f"worker processes were killed {restarts + 1} times (exit {process.exitcode}), out of memory "
-                        "perhaps; finished runs are kept in the ledger: run again with fewer workers"
+                    raise FailedRunError(
+                        f"worker processes were killed {restarts + 1} times (exit {worker.process.exitcode}), out of "
+                        "memory perhaps; the same call makes only what lacks: run it again with fewer workers"
                     )
                 restarts += 1
-                pool[pool.index(process)] = start()
-            alive = [process.sentinel for process in pool if process.is_alive()]
-            if not alive and not any(process.exitcode for process in pool):
-                return
+                pool[place] = _Process(job, data)
+            if all(worker.last_word == "done" for worker in pool):
+                break
+            alive = [worker.process.sentinel for worker in pool if worker.process.is_alive()]
             multiprocessing.connection.wait(alive, timeout=1.0)
+        patience = LEAVE
     finally:
-        for process in pool:
-            process.terminate()
-            process.join()
-
-
-def _errors(study: optuna.Study) -> list[str]:
-    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    return [trial.user_attrs["error"] for trial in failed if "error" in trial.user_attrs]
+        for worker in pool:
+            worker.process.join(patience)
+            worker.process.kill()
+            worker.process.join()
 
 
 # -- progress
@@ -302,10 +405,10 @@ def _errors(study: optuna.Study) -> list[str]:
 class _Progress:
     """A bar with an ETA on a terminal, a plain line now and then elsewhere. Runs are weighed by their loop count."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(desc=name, unit="loop", disable=not self.terminal, bar_format=BAR)
+    def __init__(self, job: _Job) -> None:
+        self.job, self.name = job, job.name
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.bar = tqdm(desc=job.name, unit="loop", disable=not self.terminal, bar_format=BAR)
         self.started = self.printed = time.monotonic()
         self.at_start: int | None = None
         self.ended = False
@@ -316,22 +419,21 @@ class _Progress:
     def __exit__(self, *exc: object) -> None:
         self.bar.close()
 
-    def show(self, study: optuna.Study, search: Search) -> None:
-        _, unfinished, wanted = _open_runs(study, search)
-        total, left = _weight(wanted), _weight(unfinished)
-        made = total - left
+    def show(self, study: optuna.Study) -> None:
+        survey = _survey(study, self.job)
+        made, left = _weight(survey.done), _weight(survey.coming)
+        finished = f"{len(survey.done)} of {len(survey.wanted)} runs"
         if self.at_start is None:
             self.at_start = self.bar.initial = made
         if self.terminal:
-            self.bar.total, self.bar.n = total, made
-            self.bar.set_postfix_str(f"{len(wanted) - len(unfinished)} of {len(wanted)} runs")
+            self.bar.total, self.bar.n = made + left, made
+            self.bar.set_postfix_str(finished)
         elif not self.ended and (time.monotonic() - self.printed >= PLAIN_EVERY or (not left and made > self.at_start)):
             self.printed, self.ended = time.monotonic(), not left
             spent = self.printed - self.started
             rate = (made - self.at_start) / spent if spent else 0.0
             eta = f", about {left / rate:.0f} s left" if rate and left else ""
-            done = f"{len(wanted) - len(unfinished)} of {len(wanted)} runs"
-            print(f"{self.name}: {done}, {spent:.0f} s{eta}", file=sys.stderr, flush=True)
+            print(f"{self.name}: {finished}, {spent:.0f} s{eta}", file=sys.stderr, flush=True)
 
 
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"

@@ -2,22 +2,21 @@
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.parametrize import parametrize
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.optimum import Optimum
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.pairing import check_start
 from looptransfer.trials.search import Grid, ProxySearch, runs_of
 from looptransfer.trials.study import run_search
 from looptransfer.trials.trial import Run
@@ -83,14 +82,14 @@ def tune(
         rule: the scaling rule.
 
     Raises:
-        InputError: as `run_search`, or numbers out of range.
-        RuntimeError: a run failed.
+        InputError: as `check_start` and `run_search`, or numbers out of range.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     chosen = _seeds(seeds)
     if len(chosen) < 2:
         raise InputError(f"seeds is {seeds!r}; give two or more, since one cannot tell noise from an optimum")
     check_rule(rule)
-    trial_plan(experiment, _loop_counts([loops])[0], rule)
+    check_start(experiment, _loop_counts([loops]), chosen, rule)
     search = ProxySearch(loops, chosen, rule)
     results = run_search(experiment, search, ledger, f"tune N={loops} {rule}", workers)
     wanted = set(search.wanted(results))
@@ -163,17 +162,18 @@ def sweep(
         One row per run, with columns rule, layers, loops, width, lr, seed, steps, loss (nats), diverged, seconds.
 
     Raises:
-        InputError: as `run_search`, or numbers out of range.
-        RuntimeError: a run failed.
+        InputError: as `check_start` and `run_search`, or numbers out of range.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
     if not plan_of_loops:
         raise InputError("rules is empty; name one rule or more")
-    grid = list(product(_as_known(_absolute(around, octaves, lrs), known), _seeds(seeds)))
+    chosen = _seeds(seeds)
+    grid = list(product(_as_known(_absolute(around, octaves, lrs), known), chosen))
     pairs = [(rule, count) for rule, counts in plan_of_loops.items() for count in counts]
     reported = {Run(rule, count, lr, seed) for rule, count in pairs for lr, seed in grid}
     missing = sorted(reported - set(known))
-    stand_in = _stand_ins(experiment, pairs) if missing else {}
+    stand_in = _stand_ins(experiment, pairs, chosen) if missing else {}
     made = {run: replace(run, rule=stand_in[run.rule, run.loops]) for run in missing}
     done = run_search(experiment, Grid(tuple(dict.fromkeys(made.values()))), ledger, "sweep", workers)
     by_run = dict(zip(runs_of(done), done.to_dict("records"), strict=True))
@@ -181,12 +181,19 @@ def sweep(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _stand_ins(experiment: Experiment, pairs: Iterable[tuple[Rule, int]]) -> dict[tuple[Rule, int], Rule]:
+def _stand_ins(
+    experiment: Experiment, pairs: Sequence[tuple[Rule, int]], seeds: Sequence[int]
+) -> dict[tuple[Rule, int], Rule]:
     """For each rule and loop count the first rule whose runs are the same there."""
+    plans = check_start(experiment, [count for _, count in pairs], seeds, pairs[0][0])
     first: dict[tuple[int, object], Rule] = {}
-    return {
-        (rule, count): first.setdefault((count, _multipliers(experiment, count, rule)), rule) for rule, count in pairs
-    }
+    return {(rule, count): first.setdefault((count, _scales(plans[count].under(rule))), rule) for rule, count in pairs}
+
+
+def _scales(plan: ScalingPlan) -> object:
+    """Everything by which a rule changes a run: multipliers, and the optimizer's factors."""
+    factor = 1.0 if plan.rule == "unscaled" else plan.depth_multiplier
+    return factor, tuple((branch.module, branch.multiplier) for branch in plan.branches)
 
 
 def _absolute(around: TunedLR | float | None, octaves: Sequence[float], lrs: Sequence[float] | None) -> Sequence[float]:
@@ -209,22 +216,6 @@ def _as_known(lrs: Sequence[float], known: Collection[Run]) -> list[float]:
     """The LRs, where they are in a table already as they stand there: the seeds of one LR must be found together."""
     there = sorted({run.lr for run in known})
     return [next((other for other in there if math.isclose(lr, other, rel_tol=SAME_LR)), lr) for lr in lrs]
-
-
-def trial_plan(experiment: Experiment, loops: int, rule: Rule) -> ScalingPlan:
-    """What a run's rewrite does, tried once before workers start: an error shows here, not in a worker."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = experiment.make_model(loops)
-        inputs, _ = next(experiment.batches(0))
-        return parametrize(model, inputs, rule, experiment.lam, experiment.base_layers)
-
-
-def _multipliers(experiment: Experiment, loops: int, rule: Rule) -> object:
-    """Everything by which a rule changes a run: multipliers, and the optimizer's factors."""
-    plan = trial_plan(experiment, loops, rule)
-    factor = 1.0 if rule == "unscaled" else plan.depth_multiplier
-    return factor, tuple((branch.module, branch.multiplier) for branch in plan.branches)
 
 
 def _by_rule(

@@ -246,7 +246,7 @@ def test_bad_numbers_are_refused_before_anything_runs(change: dict[str, Any], me
 
 def test_batches_that_end_are_counted() -> None:
     batch = (torch.zeros(2, FEATURES), torch.zeros(2, 1))
-    with pytest.raises(lt.InputError, match="batches gave 2 for seed 0; 2 steps need 3"):
+    with pytest.raises(lt.InputError, match="batches ended after 2 of the 3 batches"):
         lt.coord_check(LoopedMLP, [batch] * 2, loss=squared_error, **QUICK)
 
 
@@ -261,10 +261,67 @@ def test_a_model_without_branches_is_refused() -> None:
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(lt.InputError, match=r"make_model\(1\) gave a int"):
+    with pytest.raises(lt.InputError, match=r"make_model\(1\) gives a int \(.*test_run.py, line"):
         check(lambda loops: loops)
 
 
 def test_an_experiment_brings_its_lambda_and_base_layers() -> None:
     result = lt.coord_check(dataclasses.replace(tiny_experiment(), base_layers=4), loops=[1, 2], steps=1, seeds=2)
     assert result.context.base_layers == 4
+
+
+def test_inputs_by_name_are_watched_as_others_are() -> None:
+    def by_name(seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        return (({"inputs": inputs}, targets) for inputs, targets in TinyTask().batches(seed))
+
+    options: dict[str, Any] = {"loops": [1, 2], "steps": 1, "seeds": 2}
+    named, plain = (lt.coord_check(tiny_experiment(batches=b), **options) for b in (by_name, TinyTask().batches))
+    assert named.frame.equals(plain.frame)
+
+
+def test_an_experiment_brings_its_branches_and_layers() -> None:
+    experiment = tiny_experiment(branches=["block"], layers=4)
+    frame = lt.coord_check(experiment, loops=[1, 2], steps=1, seeds=2).frame
+    assert set(frame["layers"]) == {4}
+    assert frame.loc[(frame["statistic"] == "multiplier") & (frame["loops"] == 2), "value"].unique() == [0.25]
+
+
+@pytest.mark.parametrize("rule", ["factored", "sqrt", "unscaled"])
+def test_the_rule_of_a_rewritten_model_is_exchanged_where_another_is_asked_for(rule: str) -> None:
+    options: dict[str, Any] = {"loops": [1, 4], "steps": 1, "seeds": 2, "rules": [rule]}
+    assert check(scaled, **options).frame.equals(check(LoopedMLP, **options).frame)
+
+
+class DrawnDepth(LoopedMLP):
+    """2 to 2N − 2 loops in a forward."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.embed(inputs)
+        for _ in range(2 + int(torch.randint(max(1, 2 * self.loops - 3), ()))):
+            stream = stream + self.block(self.norm(stream))
+        return self.head(stream)
+
+
+def test_a_random_loop_count_is_refused_whether_it_is_declared_or_not() -> None:
+    with pytest.raises(lt.InputError, match=r"random loop count \(loops=…\).*does the same every time"):
+        lt.coord_check(tiny_experiment(make_model=DrawnDepth, loops=float), loops=[8, 16])
+    with pytest.raises(lt.InputError, match=r"make_model\(8\) loops another number of times.*test_run.py, line \d+\)"):
+        lt.coord_check(tiny_experiment(make_model=DrawnDepth), loops=[8, 16], steps=1)
+
+
+def test_seeds_must_pair_the_trainings() -> None:
+    def unseeded(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return TinyTask().batches(int(torch.Generator().seed() % 2**31))
+
+    with pytest.raises(
+        lt.InputError, match=r"batches\(0\) gives another batch 0 at its second call.*test_run.py, line"
+    ):
+        lt.coord_check(tiny_experiment(batches=unseeded), loops=[1, 2], steps=1)
+
+
+def test_what_the_users_code_raises_in_a_training_is_told_with_its_line() -> None:
+    def make_optimizer(model: nn.Module) -> Any:
+        raise SystemExit(0)
+
+    with pytest.raises(lt.InputError, match=r"make_optimizer\(model\) fails: SystemExit: 0 \(.*test_run.py, line \d+"):
+        check(LoopedMLP, loops=[1, 2], make_optimizer=make_optimizer)

@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 from typing import Any
 
@@ -18,6 +19,33 @@ from tests.experiments import LoopedMLP, tiny_experiment
 def test_fewer_than_two_steps_are_refused(steps: int) -> None:
     with pytest.raises(InputError, match=rf"steps is {steps}; a run needs 2 or more"):
         tiny_experiment(steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": ""}, "name is ; give a word"),
+        ({"make_model": LoopedMLP(1)}, None),
+        ({"batches": []}, r"batches is \[\]; it must be a function, called as batches\(seed\)"),
+        ({"held_out": [1]}, r"held_out is \[1\]; it must be a function"),
+        ({"loops": 4}, "loops is 4; give N -> mean loop count, such as loops=float"),
+        ({"steps": "30"}, "steps is 30; a run needs 2 or more, as an int"),
+        ({"clip": math.nan}, "clip is nan; it must be a finite number above 0"),
+        ({"clip": math.inf}, "clip is inf"),
+        ({"betas": [0.9, 1]}, "betas is"),
+        ({"base_layers": True}, "base_layers is True"),
+        ({"settings": {"data": object()}}, "settings must hold JSON values only"),
+        ({"settings": {"x": math.inf}}, "settings must hold JSON values only"),
+        ({"branches": "block"}, "branches is block; give names"),
+        ({"on_stream": "keep"}, "on_stream is keep; choose scale or leave"),
+    ],
+)
+def test_values_of_the_wrong_type_or_out_of_range_are_refused(change: dict[str, Any], said: str | None) -> None:
+    if said is None:
+        tiny_experiment(**change)
+        return
+    with pytest.raises(InputError, match=said):
+        tiny_experiment(**change)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 1.0, -0.5, 30.0, float("nan")])
@@ -60,6 +88,10 @@ def test_the_identity_is_json_and_holds_what_makes_runs_comparable() -> None:
         {"lam": 0.5},
         {"base_layers": 2},
         {"settings": {"width": 16}},
+        {"branches": ["block"]},
+        {"layers": 2},
+        {"loops": float},
+        {"on_stream": "leave"},
     ],
 )
 def test_the_identity_tells_experiments_apart(change: dict[str, Any]) -> None:
@@ -68,8 +100,7 @@ def test_the_identity_tells_experiments_apart(change: dict[str, Any]) -> None:
 
 def test_an_experiment_of_module_level_functions_is_portable() -> None:
     experiment = tiny_experiment()
-    experiment.check_portable()
-    assert pickle.loads(pickle.dumps(experiment)).identity() == experiment.identity()
+    assert pickle.loads(experiment.pickled()).identity() == experiment.identity()
 
 
 def test_an_experiment_with_a_local_function_is_refused_and_told_how_to_mend_it() -> None:
@@ -77,7 +108,7 @@ def test_an_experiment_with_a_local_function_is_refused_and_told_how_to_mend_it(
         return LoopedMLP(loops)
 
     with pytest.raises(InputError, match="define its functions at the top level of a module, or pass workers=1"):
-        tiny_experiment(make_model=make_model).check_portable()
+        tiny_experiment(make_model=make_model).pickled()
 
 
 def test_the_token_loss_is_the_mean_cross_entropy_over_all_positions() -> None:

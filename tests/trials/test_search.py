@@ -113,6 +113,21 @@ def test_an_edge_optimum_is_followed_outwards_to_the_limit_and_then_reported(slo
     assert search.optimum(finished(made, loss), 0.9).censored == ("low edge" if slope > 0 else "high edge")
 
 
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(optimum=st.floats(-9, -7), noise=st.integers(0, 2**32), order=st.integers(0, 2**32))
+def test_a_widening_stands_so_that_no_finished_run_is_left_out(optimum: float, noise: int, order: int) -> None:
+    """In a basin so shallow that noise puts the lowest loss on an edge, the first new runs may bring it back."""
+
+    def loss(run: Run) -> float:
+        scatter = np.random.default_rng([noise, run.seed, round(2 * math.log2(run.lr)) + 99]).normal(0, 0.006)
+        return float(2 + 0.0015 * (math.log2(run.lr) - optimum) ** 2 + scatter)
+
+    search = ProxySearch(2, (0, 1))
+    made = make_all(search, loss, order=order)
+    assert set(made) == set(search.wanted(finished(made, loss)))
+    assert set(made) == set(make_all(search, loss))
+
+
 def test_a_search_in_which_everything_diverges_ends() -> None:
     assert len(make_all(ProxySearch(2, SEEDS), lambda run: math.inf)) < 100
 

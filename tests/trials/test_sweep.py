@@ -6,13 +6,12 @@ from typing import Any
 import optuna
 import pandas as pd
 import pytest
-import torch
 from optuna.trial import TrialState
 
 from looptransfer.errors import InputError
 from looptransfer.transfer.optimum import Interval, Optimum
 from looptransfer.transfer.results import COLUMNS, tidy
-from looptransfer.trials.sweep import OCTAVES, TunedLR, read_tuned, sweep, trial_plan, tune
+from looptransfer.trials.sweep import OCTAVES, TunedLR, read_tuned, sweep, tune
 from looptransfer.trials.trial import Run
 from tests.experiments import tiny_experiment
 
@@ -171,15 +170,6 @@ def test_the_default_octaves_reach_further_down_than_up_and_hold_the_centre() ->
     assert 0.0 in OCTAVES
     assert min(OCTAVES) <= -2
     assert max(OCTAVES) >= 1
-
-
-def test_trying_the_plan_leaves_the_random_state_and_counts_loops_and_layers() -> None:
-    torch.manual_seed(5)
-    before = torch.random.get_rng_state()
-    plan = trial_plan(tiny_experiment(), 4, "factored")
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert plan.layers == 1
-    assert [branch.multiplier for branch in plan.branches] == [0.25]
 
 
 # -- tune

@@ -1,15 +1,19 @@
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import looptransfer as lt
 from looptransfer.errors import InputError
-from looptransfer.trials.trial import HOPELESS, Run, held_out_loss, lr_share, train
-from tests.experiments import BATCH, TinyTask, squared_error, tiny_experiment
+from looptransfer.trials.hooks import held_out_loss, seeded
+from looptransfer.trials.trial import HOPELESS, Run, Training, lr_share, train
+from tests.experiments import BATCH, FEATURES, LoopedMLP, TinyTask, squared_error, tiny_experiment
 
 LR = 2.0**-5
 Rules = Literal["factored", "sqrt", "unscaled"]
@@ -120,19 +124,110 @@ def test_a_model_whose_held_out_loss_is_no_number_has_diverged_at_the_full_steps
     assert math.isfinite(found.last_loss)
 
 
-def test_batches_that_run_out_repeat_the_last_one() -> None:
+def test_batches_that_run_out_are_an_error_and_not_repeated() -> None:
     def two(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         endless = TinyTask().batches(seed)
         return iter([next(endless), next(endless)])
 
-    def two_and_repeats(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        first, second = two(seed)
-        yield first
-        while True:
-            yield second
+    with pytest.raises(InputError, match=r"batches\(0\) ended after 2 of the 30 batches .*test_trial.py, line \d+\)"):
+        train(tiny_experiment(batches=two), Run("factored", 1, LR, 0))
+    assert train(tiny_experiment(batches=two, steps=2), Run("factored", 1, LR, 0)).steps == 2
 
-    run = Run("factored", 1, LR, 0)
-    assert training_losses(run, batches=two) == training_losses(run, batches=two_and_repeats)
+
+def test_inputs_by_name_and_by_position_train_alike() -> None:
+    def by_name(seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        return (({"inputs": inputs}, targets) for inputs, targets in TinyTask().batches(seed))
+
+    def by_position(seed: int) -> Iterator[tuple[tuple[Tensor], Tensor]]:
+        return (((inputs,), targets) for inputs, targets in TinyTask().batches(seed))
+
+    run = Run("factored", 2, LR, 0)
+    assert outcome(run, batches=by_name) == outcome(run, batches=by_position) == outcome(run)
+
+
+def test_training_leaves_all_random_states_as_they_were() -> None:
+    def states() -> list[float]:
+        return [float(torch.rand(())), float(np.random.rand()), random.random()]
+
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    before = states()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    train(tiny_experiment(steps=2), Run("factored", 2, LR, 0))
+    assert states() == before
+
+
+class Normed(LoopedMLP):
+    """A norm on the stream: its gain is visited N times outside every branch."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.embed(inputs)
+        for _ in range(self.loops):
+            stream = self.norm(stream + self.block(stream))
+        return self.head(stream)
+
+
+class DrawnDepth(LoopedMLP):
+    """Loops N times on average, 2 to 2N − 2 times in a forward."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.embed(inputs)
+        for _ in range(2 + int(torch.randint(2 * self.loops - 3, ()))):
+            stream = stream + self.block(self.norm(stream))
+        return self.head(stream)
+
+
+def training(make_model: Any, count: int = 4, **options: Any) -> Training:
+    with seeded(0):
+        return Training(tiny_experiment(make_model=make_model, **options), Run("factored", count, LR, 0))
+
+
+def test_branches_and_layers_reach_the_rewriting_and_on_stream_the_optimizer() -> None:
+    plan = training(LoopedMLP, branches=["block"], layers=4).plan
+    assert (plan.declared, plan.layers) == (True, 4)
+    scaled, left = (
+        [group["lr"] for group in training(Normed, on_stream=choice).optimizer.param_groups]
+        for choice in ("scale", "leave")
+    )
+    assert min(scaled) / max(scaled) == pytest.approx(1 / 4)
+    assert min(left) == max(left)
+
+
+@pytest.mark.parametrize("seed", range(5, 8))
+def test_a_loop_count_that_is_drawn_is_refused_without_its_mean(seed: int) -> None:
+    experiment = tiny_experiment(make_model=DrawnDepth)
+    with pytest.raises(InputError, match=r"loops another number of times.*Experiment\(…, loops=float\)"):
+        train(experiment, Run("factored", 8, LR, seed))
+
+
+def test_the_mean_of_a_loop_count_that_is_drawn_sets_the_multiplier() -> None:
+    plan = training(DrawnDepth, 8, loops=float).plan
+    assert (plan.random_loops, plan.loops) == (True, 8)
+    assert training(DrawnDepth, 8, loops=twice).plan.loops == 16
+
+
+def twice(loops: int) -> float:
+    return 2.0 * loops
+
+
+@pytest.mark.parametrize("rule", ["factored", "sqrt", "unscaled"])
+def test_a_model_that_make_model_rewrote_is_taken_and_its_rule_exchanged(rule: Rules) -> None:
+    def rewritten(loops: int) -> nn.Module:
+        model = LoopedMLP(loops)
+        lt.parametrize(model, torch.ones(2, FEATURES))
+        return model
+
+    run = Run(rule, 4, LR, 0)
+    assert outcome(run, make_model=rewritten) == outcome(run)
+
+
+def test_a_model_rewritten_for_another_base_depth_is_refused() -> None:
+    def rewritten(loops: int) -> nn.Module:
+        model = LoopedMLP(loops)
+        lt.parametrize(model, torch.ones(2, FEATURES), base_layers=2)
+        return model
+
+    with pytest.raises(InputError, match=r"with lam=1, base_layers=2, and the experiment says lam=1, base_layers=1 \("):
+        train(tiny_experiment(make_model=rewritten), Run("factored", 4, LR, 0))
 
 
 def test_the_held_out_loss_counts_each_batch_alike_and_in_evaluation_mode() -> None:
@@ -146,7 +241,7 @@ def test_the_held_out_loss_counts_each_batch_alike_and_in_evaluation_mode() -> N
 
 
 def test_no_held_out_batch_is_refused() -> None:
-    with pytest.raises(InputError, match=r"held_out\(\) gave no batch; it must give one or more"):
+    with pytest.raises(InputError, match=r"held_out\(\) gave no batch; it must give one or more, and end"):
         train(tiny_experiment(held_out=list, steps=2), Run("factored", 1, LR, 0))
 
 

@@ -1,0 +1,134 @@
+"""The experiment's functions, each called behind the boundary and held to what it must give."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from looptransfer.errors import UserCodeError
+from looptransfer.rewrite.record import call_arguments
+from looptransfer.trials.experiment import Batch, Batches, Experiment, token_loss
+from looptransfer.user_code import place, user_code
+
+MOST_HELD_OUT = 10_000  # batches; what goes on beyond is taken to be endless
+END = object()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's, numpy's and Python's random states, set by a seed and given back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with one thread, as in a worker: at small sizes more take longer, and sums come out the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fresh_model(make_model: Callable[..., nn.Module], loops: int, **sizes: int) -> nn.Module:
+    """A model with trainable weights from make_model(loops)."""
+    call = f"make_model({', '.join([str(loops), *(f'{name}={n}' for name, n in sizes.items())])})"
+    with user_code(f"{call} fails", make_model):
+        model = make_model(loops, **sizes)
+    if not isinstance(model, nn.Module):
+        raise UserCodeError(
+            f"{call} gives a {type(model).__name__}{place(make_model)}; it must return a torch.nn.Module"
+        )
+    with user_code(f"the parameters of {call} fail", make_model):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained or any(parameter.is_meta for parameter in trained):
+        problem = "has no weights, it is on the meta device" if trained else "has no parameter that requires a gradient"
+        raise UserCodeError(f"{call} gives a model that {problem}{place(make_model)}; return one that can be trained")
+    return model
+
+
+def batch_stream(batches: Batches | Iterable[Batch], seed: int, count: int) -> Iterator[Batch]:
+    """The first `count` batches of a seed; an early end is an error."""
+    call = f"batches({seed})" if callable(batches) else "batches"
+    with user_code(f"{call} fails", batches):
+        stream = iter(batches(seed) if callable(batches) else batches)
+    for number in range(count):
+        with user_code(f"{call} fails", batches):
+            batch = next(stream, END)
+        if batch is END:
+            raise UserCodeError(
+                f"{call} ended after {number} of the {count} batches that are needed{place(batches)}; give more of "
+                "them, such as by an endless generator, or take fewer steps"
+            )
+        yield _pair(batch, call, batches)
+
+
+def held_out_batches(held_out: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+    """The held-out batches: one or more, and an end."""
+    with user_code("held_out() fails", held_out):
+        stream = iter(held_out())
+    for number in itertools.count():
+        with user_code("held_out() fails", held_out):
+            batch = next(stream, END)
+        if batch is END and number:
+            return
+        if batch is END or number == MOST_HELD_OUT:
+            problem = f"gave {number} batches and goes on" if number else "gave no batch"
+            raise UserCodeError(f"held_out() {problem}{place(held_out)}; it must give one or more, and end")
+        yield _pair(batch, "held_out()", held_out)
+
+
+def _pair(batch: Any, call: str, hook: object) -> Batch:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise UserCodeError(
+            f"{call} gives a batch that is a {type(batch).__name__}{size}{place(hook)}; a batch is a pair, the inputs "
+            "of the model and the targets of the loss. Arguments by name: ({'input_ids': …}, targets)"
+        )
+    return batch[0], batch[1]
+
+
+def loss_of(
+    loss: Callable[[Any, Any], Tensor], model: nn.Module, batch: Batch, make_model: object
+) -> tuple[Tensor, float]:
+    """The loss of a model on a batch, as a tensor and as a number; a fault may be told at `make_model`."""
+    args, kwargs = call_arguments(batch[0])
+    with user_code("the model's forward fails", model, make_model):
+        output = model(*args, **kwargs)
+    hooks = loss, model, make_model
+    hint = "; without loss=… it takes logits (…, vocab) and token ids" if loss is token_loss else ""
+    with user_code("loss(output, targets) fails", *hooks, fix=hint):
+        value = loss(output, batch[1])
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        kind = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)[:100]
+        raise UserCodeError(
+            f"loss(output, targets) gives {kind}{place(*hooks)}; it must return one floating-point number as a tensor"
+        )
+    with user_code("the loss cannot be read", *hooks):
+        return value, float(value.detach())
+
+
+def held_out_loss(experiment: Experiment, model: nn.Module) -> float:
+    """Mean loss in nats over the held-out batches, each counted alike."""
+    with user_code("model.eval() fails", model):
+        model.eval()
+    with torch.no_grad():
+        batches = held_out_batches(experiment.held_out)
+        losses = [loss_of(experiment.loss, model, batch, experiment.make_model)[1] for batch in batches]
+    return sum(losses) / len(losses)

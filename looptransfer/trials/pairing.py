@@ -1,0 +1,220 @@
+"""Before any training: does a seed mean what it promises, and N?
+
+All that is concluded from a sweep rests on runs that differ in what they are said to differ in, and in nothing else.
+So the start of a training, two steps, is made at every N, and at the smallest N once more with the same seed and once
+with another, and compared.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from looptransfer.errors import InputError, PairingWarning
+from looptransfer.rewrite.names import named_parameters
+from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
+from looptransfer.rewrite.record import held
+from looptransfer.rules import Rule
+from looptransfer.trials.experiment import Batch, Experiment
+from looptransfer.trials.hooks import fresh_model, held_out_batches, held_out_loss, one_thread, seeded
+from looptransfer.trials.trial import Run, Training
+from looptransfer.user_code import calls_back, place, refuse_unguarded
+
+LR = 1e-6  # of the two steps
+SAME = 1e-5  # relative, of sums of weights and of losses
+
+
+@dataclass(frozen=True)
+class Start:
+    """A training's first batches, and the sum of absolute values of every trained tensor and the loss before it."""
+
+    batches: Sequence[Batch]
+    weights: tuple[float, ...]
+    loss: float
+    names: frozenset[str] = frozenset()  # of the parameters
+
+    def has_weights_of(self, other: "Start") -> bool:
+        """The same initialisation, but for rounding."""
+        pairs = itertools.zip_longest(self.weights, other.weights, fillvalue=math.nan)
+        return all(math.isclose(a, b, rel_tol=SAME) for a, b in pairs)
+
+    def has_loss_of(self, other: "Start") -> bool:
+        """The same loss, but for rounding."""
+        return math.isclose(self.loss, other.loss, rel_tol=SAME)
+
+    def has_batches_of(self, other: "Start") -> bool:
+        """The same data, bit for bit."""
+        return all(_equal(a, b) for a, b in zip(self.batches, other.batches, strict=True))
+
+
+def weights_of(model: nn.Module) -> tuple[float, ...]:
+    """The sum of absolute values of every trained tensor."""
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    return tuple(float(parameter.abs().sum(dtype=torch.float64)) for parameter in trained)
+
+
+def check_start(
+    experiment: Experiment, loops: Iterable[int], seeds: Sequence[int], rule: Rule = "factored"
+) -> dict[int, ScalingPlan]:
+    """Start a training at every N, see that seeds pair the runs and that N is the loop count, and return the plans.
+
+    Raises:
+        InputError: as `check_pairs`; the experiment's functions fail, or give too few batches, another held-out set at
+            each call, the same weights at each call, no finite loss, or a model whose loops do not follow N.
+
+    Warns:
+        PairingWarning: as `check_pairs`.
+    """
+    refuse_unguarded()
+    counts = sorted(set(loops))
+    smallest, seed = counts[0], seeds[0]
+    _check_fresh(experiment, smallest, seed)
+    plans, starts = {}, {}
+    for n in counts:
+        plans[n], starts[n] = _start(experiment, Run(rule, n, LR, seed))
+    _check_held_out(experiment)
+    _, repeated = _start(experiment, Run(rule, smallest, LR, seed), to_the_end=True)
+    others = {other: _start(experiment, Run(rule, smallest, LR, other))[1] for other in seeds[1:2]}
+    check_pairs(experiment.make_model, experiment.batches, {seed: starts[smallest], **others}, repeated)
+    for n in counts[1:]:
+        _check_same(experiment.batches, seed, starts[smallest], starts[n], f"at N = {n} than at N = {smallest}")
+    with calls_back("", experiment.make_model):
+        check_one_parameterization(plans, {n: start.names for n, start in starts.items()})
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # for the workers that share the device
+    return plans
+
+
+def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start], repeated: Start) -> None:
+    """Compare the starts of one or two seeds, and that of the first seed made again.
+
+    Raises:
+        InputError: the same seed gives other batches or weights, or two seeds give the same of both.
+
+    Warns:
+        PairingWarning: the batches are the same for both seeds, so that only the initialisation differs.
+    """
+    (seed, first), *others = starts.items()
+    _check_same(batches, seed, first, repeated, "at its second call")
+    if not repeated.has_weights_of(first):
+        raise InputError(
+            f"make_model gives other weights at each call with the same seed{place(make_model)}; draw them from the "
+            "random states of torch, numpy or Python, which are seeded before the call"
+        )
+    if not repeated.has_loss_of(first):
+        raise InputError(
+            f"the same weights and batch give the losses {first.loss:.6g} and {repeated.loss:.6g}{place(make_model)}; "
+            "what the forward and the loss draw must come from the random states of torch, numpy or Python, which are "
+            "seeded"
+        )
+    for other, second in others:
+        if not second.has_batches_of(first):
+            return
+        if second.has_weights_of(first) and second.has_loss_of(first):
+            raise InputError(
+                f"seeds {seed} and {other} give the same batches and the same weights{place(batches)}, so that seeds "
+                "would repeat one run and show no noise; draw the batches by the seed"
+            )
+        if not callable(batches):  # a list, given for all seeds
+            return
+        warnings.warn(
+            f"batches({seed}) and batches({other}) are the same{place(batches)}: seeds differ by their initialisation "
+            "alone, and the intervals hold for this one order of the data",
+            PairingWarning,
+            stacklevel=4,
+        )
+
+
+def check_finite(loss: float, moment: str, *hooks: object) -> None:
+    """Refuse a loss at initialisation that is no number: nothing could be trained.
+
+    Args:
+        loss: the number.
+        moment: such as "N = 2, seed 0".
+        hooks: the first of the user's functions among these is named.
+    """
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss at initialisation is {loss} at {moment}{place(*hooks)}, so nothing can be trained; look "
+            "for nan in the batches, and for a log or a root of 0"
+        )
+
+
+def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[ScalingPlan, Start]:
+    """Make two steps; to the end, also draw all batches and take the held-out loss."""
+    moment = f"N = {run.loops}, seed {run.seed}"
+    with one_thread(), seeded(run.seed):
+        training = Training(experiment, run)
+        batches, weights, loss = [training.batch], weights_of(training.model), training.loss()
+        check_finite(loss, moment, experiment.loss, experiment.make_model)
+        training.update()
+        batches.append(training.batch)
+        training.loss()
+        training.update()
+        if to_the_end:
+            for _ in training.stream:
+                pass
+            check_finite(held_out_loss(experiment, training.model), f"{moment}, held out", experiment.held_out)
+    return training.plan, Start(batches, weights, loss, frozenset(named_parameters(training.model)))
+
+
+def _check_fresh(experiment: Experiment, loops: int, seed: int) -> None:
+    with seeded(seed):
+        models = [fresh_model(experiment.make_model, loops) for _ in range(2)]
+    first, second = ({id(p) for p in model.parameters() if p.requires_grad} for model in models)
+    if first & second:
+        raise InputError(
+            f"make_model({loops}) gives the same weights at each call, so that a run would go on where another "
+            f"ended{place(experiment.make_model)}; build a fresh model in it"
+        )
+
+
+def _check_held_out(experiment: Experiment) -> None:
+    """Two calls give the same batches; only one of each is held at a time."""
+    both = itertools.zip_longest(*(held_out_batches(experiment.held_out) for _ in range(2)))
+    for number, (first, second) in enumerate(both):
+        if not _equal(first, second):
+            raise InputError(
+                f"held_out() gives another batch {number} at its second call{place(experiment.held_out)}; losses are "
+                "compared between runs, so it must be the same at every call: draw it with a seed of its own"
+            )
+
+
+def _check_same(batches: object, seed: int, first: Start, second: Start, moment: str) -> None:
+    for number, pair in enumerate(zip(first.batches, second.batches, strict=True)):
+        if not _equal(*pair):
+            raise InputError(
+                f"batches({seed}) gives another batch {number} {moment}{place(batches)}; runs of one seed must see the "
+                "same data: draw it from a generator of its own, such as torch.Generator().manual_seed(seed)"
+            )
+
+
+def _equal(first: Batch, second: Batch) -> bool:
+    """Two batches hold the same tensors and arrays, bit for bit, and the same numbers and words."""
+    pairs = itertools.zip_longest(_values(first), _values(second))
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else type(a) is type(b) and a == b
+        for a, b in pairs
+    )
+
+
+def _values(batch: Any) -> Iterator[Any]:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, (int, float, str, bytes)):
+            yield leaf
+        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
+            yield (leaf.shape, leaf.dtype.str, leaf.tobytes())
+        yield from (tensor for tensor in held(leaf) if tensor.layout == torch.strided)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)

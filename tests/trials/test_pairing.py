@@ -1,0 +1,242 @@
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import looptransfer as lt
+from looptransfer.trials.pairing import _equal, check_start
+from tests.experiments import BATCH, FEATURES, LoopedMLP, TinyTask, samples, squared_error, tiny_experiment
+
+HERE = r"\(.*test_pairing\.py, line \d+\)"
+Batch = tuple[Any, Any]
+
+
+def start(loops: tuple[int, ...] = (1, 2), seeds: tuple[int, ...] = (0, 1), **changes: Any) -> Any:
+    return check_start(tiny_experiment(**({"steps": 4} | changes)), loops, seeds)
+
+
+def test_a_sound_experiment_gives_the_plan_of_every_n_and_leaves_the_random_states() -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lt.PairingWarning)
+        plans = start((4, 1))
+    assert {n: plan.loops for n, plan in plans.items()} == {1: 1, 4: 4}
+    assert [plan.branches[0].multiplier for plan in plans.values()] == [1, 0.25]
+    after = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def stream(rng: Callable[[int], np.random.Generator]) -> Callable[[int], Iterator[Batch]]:
+    def batches(seed: int) -> Iterator[Batch]:
+        own = rng(seed)
+        while True:
+            yield samples(own, BATCH)
+
+    return batches
+
+
+def first_batch(seed: int) -> Iterator[Batch]:
+    return itertools.repeat(samples(np.random.default_rng(seed), BATCH))
+
+
+def from_the_global_state(seed: int) -> Iterator[Batch]:
+    while True:
+        yield torch.randn(BATCH, FEATURES), torch.randn(BATCH, 1)
+
+
+class Dropped(LoopedMLP):
+    """Draws random numbers as often as it loops."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs + 0 * torch.rand(self.loops).sum())
+
+
+class Shrinking(LoopedMLP):
+    """No more than two loops."""
+
+    def __init__(self, loops: int) -> None:
+        super().__init__(min(loops, 2))
+
+
+def of_one_seed(loops: int) -> nn.Module:
+    torch.manual_seed(0)
+    return LoopedMLP(loops)
+
+
+def of_no_seed(loops: int) -> nn.Module:
+    model = LoopedMLP(loops)
+    generator = torch.Generator()
+    generator.seed()
+    nn.init.normal_(model.head.weight, generator=generator)
+    return model
+
+
+MODEL = LoopedMLP(2)
+
+
+def cached(loops: int) -> nn.Module:
+    MODEL.loops = loops
+    return MODEL
+
+
+def unrolled(loops: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), *(LoopedOnce() for _ in range(loops)), nn.Linear(8, 1))
+
+
+class LoopedOnce(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+def deeper(loops: int) -> nn.Module:
+    """Two blocks from N = 2 on."""
+    return Twice(loops) if loops > 1 else LoopedMLP(1)
+
+
+class Twice(LoopedMLP):
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        self.more = LoopedOnce()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.embed(inputs)
+        for _ in range(self.loops):
+            stream = self.more(stream + self.block(self.norm(stream)))
+        return self.head(stream)
+
+
+def of_no_seed_and_silent(loops: int) -> nn.Module:
+    """As above, behind a head of zeros: the initial loss does not tell."""
+    model = of_no_seed(loops)
+    generator = torch.Generator()
+    generator.seed()
+    nn.init.normal_(model.get_submodule("embed").weight, generator=generator)  # type: ignore[arg-type]
+    return silent(model)
+
+
+def silent(model: nn.Module) -> nn.Module:
+    for parameter in model.get_submodule("head").parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+def noisy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Noise from a generator that nobody seeds."""
+    generator = torch.Generator()
+    generator.seed()
+    return squared_error(outputs, targets + torch.randn(targets.shape, generator=generator))
+
+
+def held_out(count: int, rng: Any) -> Callable[[], list[Batch]]:
+    return lambda: [samples(rng, 16) for _ in range(count)]
+
+
+SHARED = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"batches": stream(lambda seed: np.random.default_rng())},
+            "gives another batch 0 at its second",
+        ),
+        (
+            {"batches": from_the_global_state, "make_model": Dropped},
+            r"batches\(0\) gives another batch 1 at N = 2 than at N = 1",
+        ),
+        (
+            {"batches": first_batch, "make_model": of_one_seed, "steps": 2} | {"batches": lambda seed: first_batch(0)},
+            "seeds 0 and 1 give the same batches and the same weights",
+        ),
+        ({"make_model": of_no_seed}, "make_model gives other weights at each call with the same seed"),
+        ({"make_model": of_no_seed_and_silent}, "make_model gives other weights at each call with the same seed"),
+        (
+            {"loss": noisy, "make_model": lambda loops: LoopedMLP(loops + 0)},
+            r"the same weights and batch give the losses [\d.]+ and [\d.]+",
+        ),
+        ({"make_model": cached}, r"make_model\(1\) gives the same weights at each call"),
+        (
+            {"make_model": Shrinking, "loops": (2, 4)},
+            r"make_model\(2\) and make_model\(4\) .* loop equally often",
+        ),
+        (
+            {"make_model": unrolled, "loops": (2,)},
+            r"make_model\(2\) .*applies no layer more than once",
+        ),
+        ({"make_model": deeper}, r"N = 1 has L = 1 unique layers and N = 2 has L = 2"),
+        ({"held_out": held_out(2, SHARED)}, r"held_out\(\) gives another batch 0 at its second call"),
+        (
+            {"held_out": lambda: itertools.repeat(samples(np.random.default_rng(0), 2))},
+            "gave 10000 batches",
+        ),
+        ({"batches": lambda seed: itertools.islice(TinyTask().batches(seed), 3)}, "ended after 3 of the 4 batches"),
+        ({"loss": lambda o, y: squared_error(o, y) * torch.nan}, "the loss at initialisation is nan at N = 1, seed 0"),
+        ({"loss": lambda o, y: squared_error(o, y).log() / 0}, "the loss at initialisation is -?inf"),
+        (
+            {"held_out": lambda: [(torch.full((2, FEATURES), torch.nan), torch.zeros(2, 1))]},
+            "initialisation is nan at N = 1, seed 0, held out",
+        ),
+        ({"make_model": lambda loops: LoopedMLP(loops).requires_grad_(False)}, "no parameter that requires a gradient"),
+    ],
+)
+def test_runs_that_would_not_be_what_they_are_called_are_refused_before_the_training(
+    changes: dict[str, Any], said: str
+) -> None:
+    changes = dict(changes)
+    loops = changes.pop("loops", (1, 2))
+    with pytest.raises(lt.InputError, match=rf"{said}.*{HERE}"):
+        start(loops, **changes)
+
+
+def test_seeds_differ_by_their_weights_where_the_initial_loss_does_not_tell() -> None:
+    with pytest.warns(lt.PairingWarning):
+        start(make_model=lambda loops: silent(LoopedMLP(loops)), batches=lambda seed: first_batch(0))
+
+
+def test_batches_that_are_the_same_for_every_seed_are_told() -> None:
+    with pytest.warns(lt.PairingWarning, match=r"batches\(0\) and batches\(1\) are the same.*initialisation alone"):
+        start(batches=lambda seed: first_batch(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lt.PairingWarning)
+        start(batches=lambda seed: first_batch(0), seeds=(0,))
+
+
+@pytest.mark.parametrize("make_model", [LoopedMLP, Dropped])
+def test_data_from_the_random_state_that_is_seeded_pair_where_the_model_draws_alike(make_model: Any) -> None:
+    alike = make_model is LoopedMLP
+    loops = (1, 2) if alike else (2,)
+    start(loops, batches=from_the_global_state, make_model=make_model)
+
+
+values = st.one_of(
+    st.integers(),
+    st.text(),
+    st.lists(st.floats(width=32), max_size=3).map(torch.tensor),
+    st.lists(st.floats(), max_size=3).map(np.array),
+    st.booleans().map(lambda x: {"mask": torch.tensor(x)}),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.tuples(values, values))
+def test_a_batch_is_the_same_as_its_copy_nan_included(batch: Batch) -> None:
+    import copy  # noqa: PLC0415
+
+    assert _equal(batch, copy.deepcopy(batch))
+    assert not _equal(batch, (batch[0], torch.ones(7)))
+    assert not _equal(batch, (*batch, 1))
