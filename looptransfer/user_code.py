@@ -45,7 +45,7 @@ def user_code(failure: str, *hooks: object, fix: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise UserCodeError(f"{failure}: {described(error)}{_line(error) or place(*hooks)}{fix}") from error
+        raise UserCodeError(f"{failure}: {described(error)}{line_of(error) or place(*hooks)}{fix}") from error
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def calls_back(failure: str, *hooks: object) -> Iterator[None]:
     except (KeyboardInterrupt, UserCodeError):
         raise
     except InputError as error:
-        line = (error.__cause__ and _line(error.__cause__)) or _line(error) or place(*hooks)
+        line = (error.__cause__ and line_of(error.__cause__)) or line_of(error) or place(*hooks)
         if not line:
             raise
         raise UserCodeError(f"{_on_one_line(str(error))}{line}") from error
@@ -72,7 +72,7 @@ def calls_back(failure: str, *hooks: object) -> Iterator[None]:
         frames = [frame for frame, _ in _frames(error) if not _is_installed(frame)]
         if not frames or _is_ours(frames[-1]):
             raise
-        raise UserCodeError(f"{failure}: {described(error)}{_line(error)}") from error
+        raise UserCodeError(f"{failure}: {described(error)}{line_of(error)}") from error
 
 
 def end_with_parent() -> None:
@@ -105,6 +105,16 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+def line_of(error: BaseException) -> str:
+    """The innermost line of the user's that an exception went through, in brackets."""
+    for frame, number in reversed(_frames(error)):
+        if not _is_installed(frame) and not _is_ours(frame):
+            file = frame.f_code.co_filename
+            text = _on_one_line(linecache.getline(file, number, frame.f_globals))
+            return f" ({file}, line {number}{': ' * bool(text)}{text})"
+    return ""
+
+
 def place(*hooks: object) -> str:
     """File and line of the first of the functions that is the user's own, in brackets; empty if none is."""
     return next(filter(None, map(_definition, hooks)), "")
@@ -130,16 +140,6 @@ def _definition(hook: object) -> str:
 def _on_one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= LONGEST else text[:LONGEST] + "…"
-
-
-def _line(error: BaseException) -> str:
-    """The innermost line of the user's that an exception went through, in brackets."""
-    for frame, number in reversed(_frames(error)):
-        if not _is_installed(frame) and not _is_ours(frame):
-            file = frame.f_code.co_filename
-            text = _on_one_line(linecache.getline(file, number, frame.f_globals))
-            return f" ({file}, line {number}{': ' * bool(text)}{text})"
-    return ""
 
 
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:

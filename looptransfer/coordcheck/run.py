@@ -236,9 +236,10 @@ class _Runs:
         peers = {
             at.loops: p for (name, at), p in self.plans.items() if p and name == rule and at.is_but_for_loops(size)
         }
-        check_one_parameterization(
-            peers, {at.loops: names for at, names in self.names.items() if at.is_but_for_loops(size)}
-        )
+        names = {at.loops: names for at, names in self.names.items() if at.is_but_for_loops(size)}
+        if peers:
+            with calls_back("", setting.make_model):
+                check_one_parameterization(peers, names)
         return plan
 
     def judged(self, rules: Sequence[str], tolerance: float, level: float) -> CoordCheck:

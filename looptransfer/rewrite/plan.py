@@ -183,8 +183,7 @@ def check_one_parameterization(plans: Mapping[int, ScalingPlan], parameters: Map
         difference = next(filter(None, differences), "")
         if difference:
             raise InputError(f"N = {least} and N = {n} are not one parameterization: {difference}. {ONE_MODEL}")
-    if len(plans) > 1:
-        _check_visits({n: {str(b.handle): b.visits for b in plan.branches} for n, plan in sorted(plans.items())})
+    _check_visits({n: {str(b.handle): b.visits for b in plan.branches} for n, plan in sorted(plans.items())})
 
 
 ONE_MODEL = (
@@ -207,20 +206,28 @@ def _difference(name: str, first: set[Any], second: set[Any]) -> str:
 
 
 def _check_visits(visits: Mapping[int, Mapping[str, float]]) -> None:
-    (least, first), *others = visits.items()
-    follows = {name: [counts[name] for counts in visits.values()] for name in first}
-    for name, counts in follows.items():
-        slopes = [(count - counts[0]) / (n - least) for (n, _), count in zip(others, counts[1:], strict=True)]
-        proportional = math.isclose(slopes[0] * least, counts[0], rel_tol=1e-9)
-        steady = all(math.isclose(slope, slopes[0], rel_tol=1e-9, abs_tol=1e-12) for slope in slopes)
-        if not (steady and (slopes[0] >= 0) and (proportional or slopes[0].is_integer())):
-            seen = ", ".join(f"{count:g} at N = {n}" for n, count in zip(visits, counts, strict=True))
+    for n, of_branch in visits.items():
+        if n > 1 and max(of_branch.values()) == 1:
+            raise InputError(f"the model at N = {n} applies no layer more than once. {FOLLOW}")
+    by_branch = {name: {n: of_branch[name] for n, of_branch in visits.items()} for name in visits[min(visits)]}
+    for name, counts in by_branch.items():
+        if not _follows(counts):
+            seen = ", ".join(f"{count:g} at N = {n}" for n, count in counts.items())
             raise InputError(f"the branch {name} is visited {seen}, which does not follow N. {FOLLOW}")
-    if all(max(counts) == min(counts) for counts in follows.values()):
+    if len(visits) > 1 and all(len(set(counts.values())) == 1 for counts in by_branch.values()):
         raise InputError(
-            f"the models at N = {least} and N = {others[-1][0]} loop equally often: no branch is visited more often as "
-            f"N grows. {FOLLOW}"
+            f"the models at N = {min(visits)} and N = {max(visits)} loop equally often: no branch is visited more "
+            f"often as N grows. {FOLLOW}"
         )
+
+
+def _follows(counts: Mapping[int, float]) -> bool:
+    """Visits by N are constant, in proportion to N, or grow by a whole number with every loop."""
+    (least, fewest), *others = counts.items()
+    slopes = [(count - fewest) / (n - least) for n, count in others]
+    steady = all(math.isclose(slope, slopes[0], rel_tol=1e-9, abs_tol=1e-12) for slope in slopes)
+    proportional = all(math.isclose(slope * least, fewest, rel_tol=1e-9) for slope in slopes)
+    return steady and all(slope >= 0 for slope in slopes) and (proportional or all(s.is_integer() for s in slopes))
 
 
 FOLLOW = "N is the loop count: make the model loop that often, by the argument of make_model"

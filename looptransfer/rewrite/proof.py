@@ -14,6 +14,7 @@ from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.record import ExampleInputs, as_written, run, run_scaled
 from looptransfer.rewrite.twin import twin_of
+from looptransfer.user_code import described, line_of
 
 SEED = 1  # of what a model draws while it is put to the proof
 
@@ -83,7 +84,13 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, analysis: An
         factors = {scale.get((site, occurrence)) for occurrence in range(times)}
         if len(factors) == 1 and (factor := factors.pop()):
             scale[site, ANY] = factor
-    rewritten = dict(enumerate(run_scaled(_with(twin, multipliers), example_inputs, {}, SEED)))
+    try:
+        rewritten = dict(enumerate(run_scaled(_with(twin, multipliers), example_inputs, {}, SEED)))
+    except Exception as error:
+        raise InputError(
+            f"the model fails where its branches are multiplied ({described(error)}{line_of(error)}), perhaps asking "
+            "for a module's exact class, and a multiplied module is of a subclass; ask by isinstance"
+        ) from error
     wanted = dict(enumerate(run_scaled(twin_of(twin), example_inputs, scale, SEED)))
     if len(rewritten) != len(wanted) or not all_agree(
         [rewritten[n] for n in graph.results if n in rewritten], [wanted[n] for n in graph.results if n in wanted], twin

@@ -13,7 +13,6 @@ import random
 import re
 import sys
 import threading
-import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ from looptransfer.rewrite.graph import ANY, Call, Graph, Handle, Node, Part, Sit
 from looptransfer.rewrite.names import homes, named_parameters, plain_names
 from looptransfer.rewrite.ops import GATHERED, GIVEN, Operator, operator
 from looptransfer.rewrite.twin import state_kept
-from looptransfer.user_code import described
+from looptransfer.user_code import described, line_of
 
 Scale = Mapping[tuple[Site, int], tuple[int, float]]  # additions -> which operand is multiplied, by what
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -585,7 +584,7 @@ def _same_state(before: Any) -> bool:
 
 def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -> InputError:
     """Whose fault it is: the model runs without an observer, or it does not."""
-    cause = f"{described(error)}{_raised_at(error)}"
+    cause = f"{described(error)}{line_of(error)}"
     try:
         with state_kept(model):
             run(model, example_inputs)
@@ -598,13 +597,6 @@ def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception
         f"the trace cannot follow this model, which runs without it ({cause}). It observes plain tensors and torch's "
         "own operations: pass ordinary tensors, and replace a custom kernel for the trace"
     )
-
-
-def _raised_at(error: Exception) -> str:
-    """The last line of the user's that an error came through."""
-    frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-    own = [place for place in frames if "/torch/" not in place and not place.startswith((__file__, "<"))]
-    return f", at {own[-1]}" if own else ""
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
