@@ -210,7 +210,7 @@ def test_a_model_that_only_the_trace_cannot_run_is_told_from_wrong_inputs_with_i
             return super().forward(h)
 
     with pytest.raises(
-        lt.InputError, match=r"the trace cannot follow this model, which runs without it .*:\d+"
+        lt.InputError, match=r"the trace cannot follow this model, which runs without it .*, line \d+"
     ) as caught:
         lt.parametrize(Watchful(), torch.ones(3, 2, WIDTH))
     place = re.search(r"at (\S+:\d+)", str(caught.value))
