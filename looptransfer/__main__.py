@@ -2,7 +2,7 @@
 
 import sys
 
-from looptransfer.cli import main
+from looptransfer.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

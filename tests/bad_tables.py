@@ -30,7 +30,7 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from looptransfer.cli import main
+from looptransfer.command.cli import main
 
 SECONDS = 60  # after which a source counts as one that hangs
 REFUSED = (2,)

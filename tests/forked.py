@@ -68,7 +68,7 @@ def _run(trial: Trial, place: Path) -> Outcome:
 
 
 def _main() -> int:
-    from looptransfer.cli import main  # noqa: PLC0415
+    from looptransfer.command.cli import main  # noqa: PLC0415
 
     forked = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]
@@ -98,7 +98,7 @@ if __name__ == "__main__":
     import torch._dynamo
 
     import looptransfer.coordcheck.run
-    import looptransfer.inspection
+    import looptransfer.command.inspection
     import looptransfer.trials.gate
     import looptransfer.trials.sweep  # noqa: F401
 

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from looptransfer.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
+from looptransfer.command.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
 from looptransfer.errors import InputError
 from looptransfer.files import check_new, check_writable, locked, same_file, write_file
 from looptransfer.text import plain_lines, without_password
@@ -362,7 +362,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> Answer:
-    from looptransfer.demo import run_demo  # noqa: PLC0415
+    from looptransfer.command.demo import run_demo  # noqa: PLC0415
 
     if arguments.seed < 0:
         raise InputError(f"--seed is {arguments.seed}; it must be 0 or more")
@@ -370,7 +370,7 @@ def _demo(arguments: argparse.Namespace) -> Answer:
 
 
 def _inspect(arguments: argparse.Namespace) -> Answer:
-    from looptransfer.inspection import inspect_model  # noqa: PLC0415
+    from looptransfer.command.inspection import inspect_model  # noqa: PLC0415
 
     plan = inspect_model(
         arguments.target,
@@ -394,7 +394,7 @@ def _coordcheck(arguments: argparse.Namespace) -> Answer:
 
     from looptransfer.coordcheck.recommend import recommend  # noqa: PLC0415
     from looptransfer.coordcheck.run import coord_check  # noqa: PLC0415
-    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.command.targets import load_experiment  # noqa: PLC0415
 
     torch.set_num_threads(1)  # as in a sweep's workers: at these sizes more threads take longer
     started = time.perf_counter()
@@ -438,7 +438,7 @@ def _tune(arguments: argparse.Namespace) -> Answer:
     if arguments.output:
         check_new(arguments.output)
         check_writable(arguments.output, arguments.ledger)
-    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.command.targets import load_experiment  # noqa: PLC0415
     from looptransfer.trials.sweep import tune  # noqa: PLC0415
 
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
@@ -462,7 +462,7 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
     runs_there = read_table(path)[1] if arguments.append else []
     check_writable(path, arguments.ledger)
     where = learning_rates(arguments)
-    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.command.targets import load_experiment  # noqa: PLC0415
     from looptransfer.trials.sweep import sweep  # noqa: PLC0415
     from looptransfer.trials.trial import Run  # noqa: PLC0415
 
@@ -561,7 +561,7 @@ def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Com
 
 def _gate(arguments: argparse.Namespace) -> Answer:
     loops = None if arguments.loops is None else listed("--loops", arguments.loops, int, "2,16")
-    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.command.targets import load_experiment  # noqa: PLC0415
     from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
     from looptransfer.trials.gate import gate  # noqa: PLC0415
 

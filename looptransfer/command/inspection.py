@@ -12,7 +12,7 @@ from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.parametrize import parametrize
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule
-from looptransfer.targets import load_target
+from looptransfer.command.targets import load_target
 from looptransfer.user_code import calls_back
 
 DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}

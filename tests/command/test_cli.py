@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from looptransfer import cli
-from looptransfer.arguments import seeds_of
-from looptransfer.cli import main
+from looptransfer.command.arguments import seeds_of
+from looptransfer.command.cli import main
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials import sweep as trials
 from tests import experiments
@@ -108,7 +108,7 @@ def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> 
 
 def test_check_loads_no_torch(csv: Path) -> None:
     code = (
-        f"import sys, looptransfer.cli as c; s = c.main(['check', {str(csv)!r}]); sys.exit(s or 'torch' in sys.modules)"
+        f"import sys, looptransfer.command.cli as c; s = c.main(['check', {str(csv)!r}]); sys.exit(s or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
@@ -498,7 +498,7 @@ def test_options_that_lack_or_exclude_each_other_end_with_2(arguments: str) -> N
 
 @pytest.mark.parametrize("command", ["tune", "sweep"])
 def test_help_loads_neither_torch_nor_pandas(command: str) -> None:
-    code = f"import sys, looptransfer.cli as c\ntry: c.main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
+    code = f"import sys, looptransfer.command.cli as c\ntry: c.main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
     code += "sys.exit(bool({'torch', 'pandas', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0

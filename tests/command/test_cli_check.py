@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from looptransfer.cli import main
+from looptransfer.command.cli import main
 from looptransfer.transfer.baseline import code_version, read_baseline
 from looptransfer.transfer.sources import read_results
 from tests.bad_tables import TEXT, study, sweep
@@ -421,7 +421,7 @@ import sys
 import pandas as pd
 from looptransfer.transfer.results import COLUMNS
 import looptransfer.trials.sweep as trials
-from looptransfer.cli import main
+from looptransfer.command.cli import main
 
 def quick(experiment, loops, rules, seeds, known, **rest):  # the rows of a sweep without its training
     there = {(run.loops, run.seed) for run in known}

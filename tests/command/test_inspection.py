@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import looptransfer as lt
-from looptransfer.cli import main
-from looptransfer.inspection import inspect_model, parse_inputs
+from looptransfer.command.cli import main
+from looptransfer.command.inspection import inspect_model, parse_inputs
 from tests import models
 
 

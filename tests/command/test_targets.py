@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 import looptransfer as lt
-from looptransfer.inspection import inspect_model
-from looptransfer.targets import load_experiment, load_target
+from looptransfer.command.inspection import inspect_model
+from looptransfer.command.targets import load_experiment, load_target
 from looptransfer.trials.experiment import Experiment
 from tests import experiments
 

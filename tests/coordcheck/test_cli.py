@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from looptransfer.cli import main
+from looptransfer.command.cli import main
 
 GOOD = "from tests.experiments import tiny_experiment as experiment"
 LOST = """

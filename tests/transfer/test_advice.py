@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looptransfer.cli import _parser
+from looptransfer.command.cli import _parser
 from looptransfer.transfer.advice import (
     FurtherRuns,
     closer_lrs,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looptransfer.cli import main
+from looptransfer.command.cli import main
 from looptransfer.errors import InputError
 from looptransfer.transfer.baseline import (
     Baseline,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from looptransfer.cli import main
+from looptransfer.command.cli import main
 from looptransfer.errors import InputError
 from looptransfer.transfer.baseline import Baseline, StoredOptimum
 from looptransfer.transfer.optimum import Interval
