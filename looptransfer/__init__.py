@@ -35,10 +35,8 @@ if TYPE_CHECKING:
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
     from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
-    from looptransfer.transfer.baseline import baseline_of as baseline_of
-    from looptransfer.transfer.baseline import read_baseline as read_baseline
+    from looptransfer.transfer.baseline import Baseline as Baseline
     from looptransfer.transfer.check import check as check
-    from looptransfer.transfer.comparison import compare as compare
     from looptransfer.transfer.sources import read_results as read_results
     from looptransfer.transfer.verdict import Verdict as Verdict
     from looptransfer.trials.experiment import Experiment as Experiment
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
 
 # Each name is imported when it is first used: `import looptransfer` and judging a table load no torch (PEP 562).
 _HOMES = {
+    "Baseline": "transfer.baseline",
     "Branch": "rewrite.plan",
     "CoordCheck": "coordcheck.verdict",
     "Experiment": "trials.experiment",
@@ -63,9 +62,7 @@ _HOMES = {
     "Verdict": "transfer.verdict",
     "VerificationError": "errors",
     "apply_plan": "rewrite.parametrize",
-    "baseline_of": "transfer.baseline",
     "check": "transfer.check",
-    "compare": "transfer.comparison",
     "coord_check": "coordcheck.run",
     "fold": "rewrite.parametrize",
     "gate": "trials.gate",
@@ -77,7 +74,6 @@ _HOMES = {
     "plot_growth": "report.coordinates",
     "plot_optima": "report.figures",
     "plot_stream": "report.coordinates",
-    "read_baseline": "transfer.baseline",
     "read_results": "transfer.sources",
     "recommend": "coordcheck.recommend",
     "reference_experiment": "reference.experiment",

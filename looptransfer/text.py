@@ -1,7 +1,10 @@
 """Text for people: aligned tables, Markdown, and foreign words that terminals, logs and pages show as what they are."""
 
 import re
+from collections.abc import Mapping, Sequence
 from urllib.parse import unquote
+
+SHOWN = 60  # characters of somebody else's value in a message
 
 
 def printable(text: str) -> str:
@@ -9,6 +12,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def short(value: object) -> str:
+    """A value in quotes, for an error."""
+    text = str(value)
+    return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
 
 
 def plain(text: str) -> str:
@@ -43,21 +52,19 @@ def without_secrets(text: str, url: str) -> str:
     return text
 
 
-def text_table(rows: list[dict[str, str]]) -> list[str]:
+def text_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Rows as aligned lines under their header; columns that are empty throughout are left out."""
-    if not rows:
-        return []
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-    cells = [dict(zip(names, names, strict=True)), *rows]
-    return ["  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in cells]
+    cells = _cells(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def markdown_table(rows: list[dict[str, str]]) -> list[str]:
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Rows as a Markdown table, every cell escaped; columns that are empty throughout are left out."""
-    if not rows:
-        return []
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    cells = [names, *([row[name] for name in names] for row in rows)]
-    head, *body = [f"| {' | '.join(map(escaped, row))} |" for row in cells]
-    return [head, "|" + "---|" * len(names), *body]
+    lines = [f"| {' | '.join(map(escaped, row))} |" for row in _cells(rows)]
+    return [*lines[:1], "|" + "---|" * len(_cells(rows)[0]), *lines[1:]] if lines else []
+
+
+def _cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    names = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
+    return [names, *([row[name] for name in names] for row in rows)] if rows else []

@@ -392,9 +392,9 @@ def _coordcheck(arguments: argparse.Namespace) -> Answer:
         write_file(path, None)  # before the training
     import torch  # noqa: PLC0415
 
+    from looptransfer.command.targets import load_experiment  # noqa: PLC0415
     from looptransfer.coordcheck.recommend import recommend  # noqa: PLC0415
     from looptransfer.coordcheck.run import coord_check  # noqa: PLC0415
-    from looptransfer.command.targets import load_experiment  # noqa: PLC0415
 
     torch.set_num_threads(1)  # as in a sweep's workers: at these sizes more threads take longer
     started = time.perf_counter()

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from looptransfer.command.targets import load_target
 from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.parametrize import parametrize
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule
-from looptransfer.command.targets import load_target
 from looptransfer.user_code import calls_back
 
 DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}

@@ -1,168 +1,272 @@
-"""The smallest set of further runs that would settle a verdict."""
+"""One table: every situation with its answer, its sentence, and the runs that would settle it.
+
+A situation is a cause, with a note behind a colon where a cause has several sentences. A new cause is a name in
+`verdict.Cause`, a line in `judge.situation_of`, and a row here.
+"""
 
 import math
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
-import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
+from looptransfer.transfer import drift, further
+from looptransfer.transfer.further import FurtherRuns, Tables, listed, of_counts, runs_at
 from looptransfer.transfer.optimum import Censored
+from looptransfer.transfer.verdict import Answer, Cause, Measured, RuleVerdict, Terms
 
-POWER = 0.8  # how likely the advised runs settle it, if mean and scatter stay as they are
 SEEDS = 4  # in all, where there is one: at the noise of the reference model they settle most sweeps (reports/verdict/)
-MOST = 64  # seeds beyond which more of them are no advice
+FEWEST_OCTAVES = 4  # a plateau over fewer of them is first looked at with a wider grid
+CENSORED: Mapping[Censored, str] = {
+    "low edge": "the lowest LR is the best: the optimum is censored; extend the grid to lower LRs",
+    "high edge": "the highest LR is the best: the optimum is censored; extend the grid to higher LRs",
+    "diverged": "divergence hides the optimum",
+    "plateau": "the loss has no curvature that stands out of the noise",
+    "flat bottom": "the basin is flat at its bottom, so that no LR in it stands out as the optimum",
+    "one seed": "there is one seed, so nothing tells noise from a shift",
+    "too few LRs": "fewer than three LRs near the optimum were run by every seed",
+}
 
 
 @dataclass(frozen=True)
-class FurtherRuns:
-    """Runs at every combination of `at` (loop counts, or values of the axis), `lrs` (absolute) and `seeds`."""
+class Case:
+    """A table that is judged: what was measured, the terms, and the N that the situation is about."""
 
-    at: tuple[int, ...]
-    lrs: tuple[float, ...]
-    seeds: tuple[str, ...]
+    measured: Measured
+    terms: Terms
+    counts: list[int]
 
-    def __len__(self) -> int:
-        return len(self.at) * len(self.lrs) * len(self.seeds)
+    @property
+    def tables(self) -> Tables:
+        """The losses at those N."""
+        return of_counts(self.measured.tables, self.counts)
 
-    def words(self, label: str) -> str:
-        """The combinations, in one line."""
-        at, lrs, seeds = (", ".join(map(str, each)) for each in (self.at, (f"{lr:.6g}" for lr in self.lrs), self.seeds))
-        return f"{len(self)} runs: {label} = {at}; LR {lrs}; seed {seeds}"
+    @property
+    def seeds(self) -> int:
+        """The number of seeds that are compared: those of all N, or of the largest where that is what it is about."""
+        return len(self._by_seed)
 
-    def rows(self, axis: str) -> pd.DataFrame:
-        """A row per run, with columns `axis`, lr and seed."""
-        return pd.DataFrame(product(self.at, self.lrs, self.seeds), columns=[axis, "lr", "seed"])
+    @property
+    def seeds_in_all(self) -> int | None:
+        """The number that would settle the drift or, of the largest N, the regret; None where that is over 64.
 
-    def command(self, rule: str, table: str, ledger: bool = False) -> str:
-        """What makes them, for an experiment of ours over loop counts, and adds them to a table or a ledger of ours.
-
-        EXPERIMENT is the user's.
+        They bring the interval to one side of the tolerance, or narrow that of the optimum until the LR is good all
+        over it, if mean and scatter stay as they are.
         """
-        options = {
-            "--loops": ",".join(map(str, self.at)),
-            "--lrs": ",".join(f"{lr:.6g}" for lr in self.lrs),
-            "--seeds": _ranges(self.seeds),
-            "--rules": rule,
-            **({"--ledger": table, "-o": "more.csv"} if ledger else {"--append": table}),
-        }
-        words = [word for name, value in options.items() for word in (name, value)]
-        return "looptransfer sweep EXPERIMENT " + shlex.join(words)
+        measured, target = self.measured, self.measured.optima[-1]
+        assert measured.drift is not None
+        assert measured.log2_lr is not None
+        room = abs(abs(measured.drift.estimate) - self.terms.tolerance)
+        if self.counts == [target.n]:
+            room = drift.room_for_regret(target, measured.log2_lr, self.terms.regret_tolerance)
+        seeds = further.seeds_needed(float(self._by_seed.std(ddof=1)), room, self.terms.confidence)
+        return None if seeds is None else max(seeds, self.seeds + 1)
+
+    @property
+    def _by_seed(self) -> pd.Series:
+        target = self.measured.optima[-1]
+        by_seed = target.by_seed if self.counts == [target.n] else self.measured.drift_by_seed
+        return pd.Series(dtype=float) if by_seed is None else by_seed
 
 
-def seeds_needed(scatter: float, room: float, confidence: float) -> int | None:
-    """How many seeds leave an interval less than `room` to one side of its estimate, four times out of five.
+@dataclass(frozen=True)
+class Row:
+    """A row of the table; its sentences have the fields of `_facts`."""
 
-    None where over 64 would be needed.
-
-    Args:
-        scatter: standard deviation over seeds.
-        room: distance from the estimate to the tolerance, in the same unit.
-        confidence: of the two-sided interval.
-    """
-    for seeds in range(2, MOST + 1):
-        t = float(stdtrit(seeds - 1, 0.5 + confidence / 2)) + float(stdtrit(seeds - 1, POWER))
-        if t * scatter / math.sqrt(seeds) < room:
-            return seeds
-    return None
+    answer: Answer
+    reason: str
+    advice: str = ""
+    runs: Callable[[Case], FurtherRuns | None] = lambda case: None
 
 
-def more_seeds(tables: Mapping[int, pd.DataFrame], total: int) -> FurtherRuns:
-    """Every LR at every N with new seeds, up to `total` in all."""
-    there = sorted({str(seed) for table in tables.values() for seed in table.columns})
-    lrs = sorted({float(x) for table in tables.values() for x in table.index})
-    return FurtherRuns(tuple(tables), _lrs(lrs), _new_seeds(there, total - len(there)))
+def advised(measured: Measured, situation: str, terms: Terms) -> RuleVerdict:
+    """The verdict for a situation."""
+    case = Case(measured, terms, _counts(measured, situation))
+    if situation + OVER in ROWS and case.seeds_in_all is None:
+        situation += OVER
+    row = ROWS[situation]
+    runs = row.runs(case)
+    facts = _facts(case, runs)
+    return RuleVerdict(
+        **{field.name: getattr(measured, field.name) for field in fields(Measured)},
+        answer=row.answer,
+        cause=cast(Cause, situation.partition(":")[0]),
+        reason=row.reason.format(**facts),
+        advice=row.advice.format(**facts),
+        further_runs=runs,
+    )
 
 
-def missing_seeds(tables: Mapping[int, pd.DataFrame]) -> FurtherRuns:
-    """The seeds that some N has and another lacks, at those that lack them."""
-    everywhere = sorted({str(seed) for table in tables.values() for seed in table.columns})
-    lacking = [at for at, table in tables.items() if set(map(str, table.columns)) < set(everywhere)]
-    lrs = sorted({float(x) for at in lacking for x in tables[at].index})
-    return FurtherRuns(tuple(lacking), _lrs(lrs), tuple(everywhere))
+def _counts(measured: Measured, situation: str) -> list[int]:
+    """The N that a situation is about."""
+    if situation == "too few LRs: none shared":
+        return [n for n, table in measured.tables.items() if table.empty]
+    if situation == "shape: a wall":
+        return [optimum.n for optimum in measured.optima if optimum.walled]
+    if situation.startswith("regret"):
+        return [measured.optima[-1].n]
+    return [optimum.n for optimum in measured.optima if optimum.censored == situation] or measured.fitted
 
 
-def larger_n(tables: Mapping[int, pd.DataFrame], factor: int) -> FurtherRuns:
-    """The LRs and seeds of the largest N at an N `factor` times as large."""
-    largest = max(tables)
-    return FurtherRuns((largest * factor,), _lrs(tables[largest].index), _seeds(tables[largest]))
+def _facts(case: Case, runs: FurtherRuns | None) -> dict[str, Any]:
+    """The fields of the sentences."""
+    measured, terms = case.measured, case.terms
+    estimate = math.nan if measured.drift is None else measured.drift.estimate
+    return {
+        "N": terms.axis_label,
+        "counts": listed(case.counts),
+        "drift": estimate,
+        "octaves": abs(estimate),
+        "direction": "down" if estimate < 0 else "up",
+        "by_reach": listed(f"{by_reach:+.2f}" for by_reach in measured.drift_by_reach),
+        "tolerance": terms.regret_tolerance,
+        "height": measured.height,
+        "controls": listed(measured.flat_controls),
+        "basin": _shared_basin(measured, terms),
+        "lrs": "" if runs is None else listed(f"{lr:.3g}" for lr in runs.lrs),
+        "new_seeds": "" if runs is None else listed(runs.seeds),
+        "case": case,
+        "most": further.MOST,
+    }
 
 
-def closer_lrs(tables: Mapping[int, pd.DataFrame], at: Sequence[int]) -> FurtherRuns:
-    """LRs half-way between those around the best, at some N."""
-    lrs: set[float] = set()
-    for n in at:
-        x, best = _best(tables[n])
-        near = x[np.abs(x - best) <= 1.51 * _step(x)]
-        lrs |= {round(float(middle), 9) for middle in (near[1:] + near[:-1]) / 2}
-    return FurtherRuns(tuple(at), _lrs(sorted(lrs)), _seeds(*(tables[n] for n in at)))
+def _shared_basin(measured: Measured, terms: Terms) -> str:
+    """The LRs that serve at every N although none is the best."""
+    basins = [optimum.basin for optimum in measured.optima]
+    low = max(-math.inf if basin is None else basin.low for basin in basins)
+    high = min(-math.inf if basin is None else basin.high for basin in basins)
+    within = f"within {terms.regret_tolerance:.3g} of the best at every {terms.axis_label}"
+    return f"; any LR from {2**low:.3g} to {2**high:.3g} is {within}" if low < high else ""
 
 
-def uncensor(tables: Mapping[int, pd.DataFrame], hidden: Mapping[int, Censored]) -> FurtherRuns:
-    """The LRs that would bring a hidden optimum inside the grid, at the N where it hides for the first one's reason."""
-    why = next(iter(hidden.values()))
-    at = tuple(n for n, reason in hidden.items() if reason == why)
-    step = max(_step(tables[n].index.to_numpy(dtype=float)) for n in at)
-    low = min(float(tables[n].index[0]) for n in at if len(tables[n]))
-    high = max(float(tables[n].index[-1]) for n in at if len(tables[n]))
-    if why == "low edge":
-        return FurtherRuns(at, _lrs([low - 2 * step, low - step]), _seeds(*(tables[n] for n in at)))
-    if why == "high edge":
-        return FurtherRuns(at, _lrs([high + step, high + 2 * step]), _seeds(*(tables[n] for n in at)))
-    if why == "plateau":
-        widen = [low - 2 * step, low - step, high + step, high + 2 * step]
-        return (
-            more_seeds(tables, 2 * _most_seeds(tables))
-            if high - low >= 4
-            else FurtherRuns(tuple(tables), _lrs(widen), _seeds(*tables.values()))
-        )
-    if why == "flat bottom":
-        return closer_lrs(tables, at)
-    if why == "diverged":
-        lowest_stable = min(_best(tables[n])[1] for n in at)
-        lrs = [lowest_stable - 2 * step, lowest_stable - step, lowest_stable + step / 2]
-        return FurtherRuns(at, _lrs(lrs), _seeds(*(tables[n] for n in at)))
-    if why == "one seed":
-        return more_seeds(tables, SEEDS) if _most_seeds(tables) == 1 else missing_seeds(tables)
-    best = [_best(tables[n])[1] for n in at]
-    return FurtherRuns(at, _lrs([min(best) + half / 2 for half in range(-4, 5)]), _seeds(*(tables[n] for n in at)))
+# -- runs
 
 
-def _best(table: pd.DataFrame) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float64]], float]:
-    x = table.index.to_numpy(dtype=float)
-    return x, float(x[int(np.argmin(table.to_numpy(dtype=float).mean(axis=1)))])
+def _below_divergence(case: Case) -> FurtherRuns:
+    best, step = min(map(further.best_lr, case.tables.values())), further.span(case.tables)[2]
+    return runs_at(case.tables, [best - 2 * step, best - step, best + step / 2])
 
 
-def _step(x: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
-    return float(np.median(np.diff(x))) if len(x) > 1 else 1.0
+def _off_the_plateau(case: Case) -> FurtherRuns:
+    low, high, step = further.span(case.tables)
+    tables = case.measured.tables
+    if high - low >= FEWEST_OCTAVES:
+        return further.more_seeds(tables, 2 * len(further.all_seeds(tables)))
+    return runs_at(tables, [low - 2 * step, low - step, high + step, high + 2 * step])
 
 
-def _lrs(log2_lrs: Sequence[float] | pd.Index) -> tuple[float, ...]:
-    return tuple(float(f"{2.0 ** float(x):.6g}") for x in log2_lrs)
+def _beyond_edge(case: Case, steps: tuple[int, int]) -> FurtherRuns:
+    low, high, step = further.span(case.tables)
+    return runs_at(case.tables, [(high if steps[0] > 0 else low) + number * step for number in steps])
 
 
-def _seeds(*tables: pd.DataFrame) -> tuple[str, ...]:
-    return tuple(sorted({str(seed) for table in tables for seed in table.columns}))
+def _beside_one_seed(case: Case) -> FurtherRuns:
+    tables = case.measured.tables
+    alone = len(further.all_seeds(tables)) == 1
+    return further.more_seeds(tables, SEEDS) if alone else further.missing_seeds(tables)
 
 
-def _most_seeds(tables: Mapping[int, pd.DataFrame]) -> int:
-    return len(_seeds(*tables.values()))
+def _around_best_lr(case: Case) -> FurtherRuns:
+    best = min(map(further.best_lr, case.tables.values()))
+    return runs_at(case.tables, [best + half / 2 for half in range(-4, 5)])
 
 
-def _new_seeds(there: Sequence[str], count: int) -> tuple[str, ...]:
-    numbers = [int(seed) for seed in there if seed.isdecimal()]
-    first = max(numbers, default=-1) + 1
-    return tuple(str(seed) for seed in range(first, first + max(0, count)))
+def _censored(cause: Censored, advice: str, runs: Callable[[Case], FurtherRuns]) -> Row:
+    return Row("INCONCLUSIVE", f"At {{N}} = {{counts}} {CENSORED[cause]}.", advice, runs)
 
 
-def _ranges(seeds: Sequence[str]) -> str:
-    """0,1,2,3 as 0-3."""
-    if all(seed.isdecimal() for seed in seeds):
-        numbers = sorted(map(int, seeds))
-        if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
-            return f"{numbers[0]}-{numbers[-1]}"
-        return ",".join(map(str, numbers))
-    return ",".join(seeds)
+OVER = ": over 64 seeds"
+RUN_LRS = "run LRs {lrs} at {N} = {counts}"
+MOVES = "The optimum moves {direction} by {octaves:.2f} octave per doubling of {N}"
+IN_ALL = "run about {case.seeds_in_all} seeds in all"
+REGRET = "The regret of the transferred LR may reach the tolerance."
+CLOSER = "run LRs between those around the optima"
+ROWS: Mapping[str, Row] = {
+    "flat": Row("FLAT", "The optimum stays put and the transferred LR loses nothing that matters."),
+    "drifts": Row("DRIFTS", f"{MOVES}."),
+    "drifts: some censored": Row("DRIFTS", f"{MOVES} over {{N}} = {{counts}}, the others being censored."),
+    "one N": Row(
+        "INCONCLUSIVE",
+        "Only {N} = {case.measured.optima[0].n} was run.",
+        "run the same LRs at one larger {N} or more",
+        lambda case: further.larger_n(case.measured.tables, 4),
+    ),
+    "low edge": _censored("low edge", RUN_LRS, lambda case: _beyond_edge(case, (-2, -1))),
+    "high edge": _censored("high edge", RUN_LRS, lambda case: _beyond_edge(case, (1, 2))),
+    "diverged": _censored("diverged", RUN_LRS, _below_divergence),
+    "plateau": _censored("plateau", "run LRs {lrs} as well, with seeds {new_seeds}", _off_the_plateau),
+    "flat bottom": _censored("flat bottom", f"{RUN_LRS}{{basin}}", lambda case: further.closer_lrs(case.tables)),
+    "one seed": _censored("one seed", "run the same LRs with seeds {new_seeds} at {N} = {counts}", _beside_one_seed),
+    "too few LRs": _censored("too few LRs", RUN_LRS, _around_best_lr),
+    "too few LRs: none shared": Row(
+        "INCONCLUSIVE",
+        "At {N} = {counts} no LR was run by every seed.",
+        "run every LR with every seed at {N} = {counts}, or write one LR alike for all of them",
+    ),
+    "no shared seeds": Row(
+        "INCONCLUSIVE",
+        "Fewer than two seeds are shared by all {N}.",
+        "run the same seeds at every {N}",
+        lambda case: further.missing_seeds(case.measured.tables),
+    ),
+    "too few seeds": Row(
+        "INCONCLUSIVE",
+        "The interval of the drift reaches across the tolerance.",
+        f"{IN_ALL} (there are {{case.seeds}})",
+        lambda case: further.more_seeds(case.measured.tables, case.seeds_in_all or 0),
+    ),
+    f"too few seeds{OVER}": Row(
+        "INCONCLUSIVE",
+        "The interval of the drift reaches across the tolerance.",
+        "run a {N} twice as large: more seeds alone would take over {most}",
+        lambda case: further.larger_n(case.measured.tables, 2),
+    ),
+    "shape": Row(
+        "INCONCLUSIVE",
+        "The drift depends on how much of the curve is fitted ({drift:+.2f}; by narrower and wider fits {by_reach}): "
+        "the basin's shape changes with {N}.",
+        CLOSER,
+        lambda case: further.closer_lrs(case.tables),
+    ),
+    "shape: a wall": Row(
+        "INCONCLUSIVE",
+        "At {N} = {counts} runs with a finite but far higher loss stand within 1.5 octaves of the optimum and bend the "
+        "fit.",
+        f"mark runs that went unstable as diverged, or {CLOSER}",
+        lambda case: further.closer_lrs(of_counts(case.measured.tables, case.measured.fitted)),
+    ),
+    "tolerance": Row(
+        "INCONCLUSIVE",
+        "The tolerance of the regret, {tolerance:.3g}, is as large as the whole curve is high, {height:.3g}: any LR "
+        "would pass.",
+        "give a smaller tolerance, with --regret",
+    ),
+    "regret: not run": Row(
+        "INCONCLUSIVE",
+        "The transferred LR lies outside the LRs run at the largest {N}.",
+        "run LRs around the transferred LR",
+    ),
+    "regret: too large": Row(
+        "INCONCLUSIVE",
+        "The optimum stays, but the transferred LR costs more than the tolerance.",
+        "tune the proxy again, nearer to its optimum",
+    ),
+    "regret": Row(
+        "INCONCLUSIVE",
+        REGRET,
+        f"{IN_ALL} at {{N}} = {{counts}} (there are {{case.seeds}})",
+        lambda case: further.more_seeds(case.tables, case.seeds_in_all or 0),
+    ),
+    f"regret{OVER}": Row(
+        "INCONCLUSIVE",
+        REGRET,
+        "tune the proxy again: over {most} seeds would be needed to see the regret of this LR",
+    ),
+    "no power": Row(
+        "INCONCLUSIVE",
+        "No power: the control ({controls}) is as flat, so this sweep could not have seen a drift that the rule mends.",
+        "run a {N} four times as large, where a control drifts",
+        lambda case: further.larger_n(case.measured.tables, 4),
+    ),
+}

@@ -1,18 +1,19 @@
 """Judge a table of runs: every rule in it, the one asked for against its controls, and what else to know."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 
+from looptransfer.checks import check_number
 from looptransfer.errors import InputError
-from looptransfer.transfer import advice, drift
-from looptransfer.transfer.judge import Terms, judge_tables, outside, shape_changes
-from looptransfer.transfer.optimum import Interval, Optimum, curve, curve_height, t_interval
+from looptransfer.transfer import drift
+from looptransfer.transfer.advice import advised
+from looptransfer.transfer.judge import judge_tables, situation_of
+from looptransfer.transfer.optimum import Interval, Optimum, curve_height, curves, t_interval_of_runs
 from looptransfer.transfer.results import at_horizon, tidy
-from looptransfer.transfer.verdict import LOSS, METRIC, NATS, Difference, RuleVerdict, Verdict
+from looptransfer.transfer.verdict import LOSS, METRIC, NATS, Difference, RuleVerdict, Terms, Verdict
 
 REGRET_NATS = 0.02
 REGRET_SHARE = 0.05  # of the curve's height, where the loss is not in nats: about what 0.02 nats are of the usual basin
@@ -58,7 +59,14 @@ def check(
     Raises:
         InputError: `tidy` refuses the table, the rule is not in it, or a number is out of range.
     """
-    _check_terms(tolerance, regret_tolerance, confidence, transferred_lr)
+    for name, value in (
+        ("tolerance", tolerance),
+        ("regret_tolerance", regret_tolerance),
+        ("transferred_lr", transferred_lr),
+    ):
+        if value is not None:
+            check_number(name, value)
+    check_number("confidence", confidence, 0, 1)
     if maximize and results.attrs.get("maximize") is False:
         raise InputError("the study minimizes its value; leave out --maximize")
     maximize = maximize or bool(results.attrs.get("maximize"))
@@ -67,40 +75,45 @@ def check(
         steps["loss"] = (-steps["loss"]).mask(steps["diverged"], math.inf)
     runs = at_horizon(steps, axis)
     present = list(dict.fromkeys(runs["rule"]))
-    if rule is None:
-        rule = "factored" if "factored" in present or len(present) > 1 else present[0]
-    if rule not in present:
-        raise InputError(f"rule {rule!r} is not in the table, which has {', '.join(present)}; choose one with --rule")
-    tables = _tables(runs[runs["rule"] == rule], axis)
-    height = _height(tables)
-    unit = unit or (METRIC if maximize else results.attrs.get("unit")) or _unit(height, tables)
-    regret_tolerance = regret_tolerance or _regret_tolerance(unit, height)
+    rule = _rule(rule, present)
+    tables = {name: curves(runs[runs["rule"] == name], axis) for name in present}
+    height = _height(tables[rule])
+    unit = unit or (METRIC if maximize else results.attrs.get("unit")) or _unit(height, tables[rule])
+    regret_tolerance = regret_tolerance or (REGRET_NATS if unit == NATS or height is None else REGRET_SHARE * height)
     terms = Terms(axis, transferred_lr, tolerance, regret_tolerance, confidence)
     order = [rule, *(name for name in present if name != rule)]
-    verdicts = {name: _judge(name, steps[steps["rule"] == name], runs[runs["rule"] == name], terms) for name in order}
+    horizons = {name: _horizons(steps[steps["rule"] == name], terms) for name in order}
+    verdicts = {name: judge_tables(name, tables[name], terms, horizons[name]) for name in order}
     differences = tuple(_difference(verdicts[rule], verdicts[name], terms) for name in order[1:])
-    verdicts[rule] = _with_power(verdicts, rule, runs, terms)
-    proxy = verdicts[rule].optima[0].log2_lr
-    carried = 2.0**proxy.estimate if transferred_lr is None and proxy is not None else transferred_lr
-    notes = (*_notes(runs, terms), *(note for one in verdicts.values() for note in _shape_notes(one, terms)))
+    verdicts[rule] = _with_power(verdicts, rule, terms)
+    proxy = verdicts[rule].log2_lr  # of the transferred LR too
     left_out = results.attrs.get("left_out")
-    notes = (*notes, str(left_out)) if left_out else notes
+    late = (note for verdict in verdicts.values() for note in _late_moves(verdict, terms))
     return Verdict(
-        rule,
         axis,
-        carried,
+        transferred_lr if transferred_lr is not None or proxy is None else 2.0**proxy,
         tolerance,
         regret_tolerance,
         confidence,
+        rule,
         verdicts,
         differences,
-        notes,
+        (*_notes(runs, terms), *late, *([str(left_out)] if left_out else [])),
         unit=unit,
         source=str(results.attrs.get("source", "")),
         grows=results.attrs.get("grows"),
         rows=len(steps),
         runs=runs,
     )
+
+
+def _rule(rule: str | None, present: list[str]) -> str:
+    """The rule to judge: the one asked for, "factored", or the only one."""
+    if rule is None:
+        rule = "factored" if "factored" in present or len(present) > 1 else present[0]
+    if rule not in present:
+        raise InputError(f"rule {rule!r} is not in the table, which has {', '.join(present)}; choose one with --rule")
+    return rule
 
 
 def _height(tables: Mapping[int, pd.DataFrame]) -> float | None:
@@ -119,116 +132,65 @@ def _unit(height: float | None, tables: Mapping[int, pd.DataFrame]) -> str:
     return LOSS if flat or 0 < lowest < REGRET_NATS / LARGE_OF_LOSS else NATS
 
 
-def _regret_tolerance(unit: str, height: float | None) -> float:
-    return REGRET_NATS if unit == NATS or height is None else REGRET_SHARE * height
-
-
-def _check_terms(
-    tolerance: float, regret_tolerance: float | None, confidence: float, transferred_lr: float | None
-) -> None:
-    for name, value, top in (
-        ("tolerance", tolerance, math.inf),
-        ("regret_tolerance", REGRET_NATS if regret_tolerance is None else regret_tolerance, math.inf),
-        ("confidence", confidence, 1.0),
-        ("transferred_lr", 1.0 if transferred_lr is None else transferred_lr, math.inf),
-    ):
-        if not 0 < value < top:
-            raise InputError(f"{name} is {value!r}; it must lie between 0 and {top:g}")
-
-
-def _judge(rule: str, steps: pd.DataFrame, runs: pd.DataFrame, terms: Terms) -> RuleVerdict:
-    tables = _tables(runs, terms.axis)
-    first = next(iter(tables.values()))
-    shifts = tuple(drift.curve_shift(table, first, terms.confidence) for table in tables.values())
-    return replace(judge_tables(rule, tables, terms), shifts=shifts, horizons=_horizons(steps, terms))
-
-
-def _tables(runs: pd.DataFrame, axis: str) -> dict[int, pd.DataFrame]:
-    return {int(str(at)): curve(group) for at, group in runs.groupby(axis)}
-
-
 def _horizons(steps: pd.DataFrame, terms: Terms) -> dict[float, tuple[Optimum, ...]]:
     """The optima at earlier shares of the training and at its end; nothing where the table has no steps."""
     if "step" not in steps or steps["step"].nunique() < 2:
         return {}
+    tables = {share: curves(at_horizon(steps, terms.axis, share), terms.axis) for share in (*HORIZONS, 1.0)}
     return {
-        share: drift.find_optima(
-            _tables(at_horizon(steps, terms.axis, share), terms.axis), terms.confidence, terms.regret_tolerance
-        )
-        for share in (*HORIZONS, 1.0)
+        share: drift.find_optima(table, terms.confidence, terms.regret_tolerance) for share, table in tables.items()
     }
 
 
-def _with_power(verdicts: Mapping[str, RuleVerdict], rule: str, runs: pd.DataFrame, terms: Terms) -> RuleVerdict:
+def _with_power(verdicts: Mapping[str, RuleVerdict], rule: str, terms: Terms) -> RuleVerdict:
     """A rule that is flat where every control is flat as well says nothing for the rule."""
-    judged, controls = verdicts[rule], [one for name, one in verdicts.items() if name != rule]
-    if judged.answer != "FLAT" or not controls or any(one.answer != "FLAT" for one in controls):
-        return judged
-    names = ", ".join(one.rule for one in controls)
-    reason = (
-        f"No power: the control ({names}) is as flat, so this sweep could not have seen a drift that the rule mends."
+    controls = [verdict for name, verdict in verdicts.items() if name != rule]
+    if any(control.answer != "FLAT" for control in controls):
+        return verdicts[rule]
+    measured = replace(verdicts[rule], flat_controls=tuple(control.rule for control in controls))
+    return advised(measured, situation_of(measured, terms), terms)
+
+
+def _difference(judged: RuleVerdict, control: RuleVerdict, terms: Terms) -> Difference:
+    shared = set(judged.fitted) & set(control.fitted)
+    slopes, judged_slopes = (
+        drift.drift_by_seed([optimum for optimum in verdict.optima if optimum.n in shared])
+        for verdict in (control, judged)
     )
-    words = f"run a {terms.label} four times as large, where a control drifts"
-    tables = _tables(runs[runs["rule"] == rule], terms.axis)
-    further = advice.larger_n(tables, 4)
-    return replace(judged, answer="INCONCLUSIVE", cause="no power", reason=reason, advice=words, further_runs=further)
+    same_target = judged.optima[-1].n == control.optima[-1].n
+    regret = _paired(control.regret_by_seed, judged.regret_by_seed, terms.confidence) if same_target else None
+    return Difference(control.rule, _paired(slopes, judged_slopes, terms.confidence), regret)
 
 
-def _difference(ours: RuleVerdict, control: RuleVerdict, terms: Terms) -> Difference:
-    known = {o.at: o for o in ours.optima if o.censored is None}
-    theirs = {o.at: o for o in control.optima if o.censored is None}
-    shared = sorted(known.keys() & theirs.keys())
-    mine = drift.drift_by_seed([known[n] for n in shared])
-    other = drift.drift_by_seed([theirs[n] for n in shared])
-    regret = None
-    if ours.optima[-1].at == control.optima[-1].at:
-        regret = _paired(control.regret_by_seed, ours.regret_by_seed, terms.confidence)
-    return Difference(control.rule, _paired(other, mine, terms.confidence), regret)
+def _paired(minuend: pd.Series | None, subtrahend: pd.Series | None, confidence: float) -> Interval | None:
+    """The mean difference over the seeds that both have; None where those are fewer than two."""
+    gaps = pd.Series(dtype=float) if minuend is None or subtrahend is None else (minuend - subtrahend).dropna()
+    return None if len(gaps) < 2 else t_interval_of_runs(gaps, confidence)
 
 
-def _paired(theirs: pd.Series | None, ours: pd.Series | None, confidence: float) -> Interval | None:
-    if theirs is None or ours is None:
-        return None
-    gaps = (theirs - ours).dropna()
-    if len(gaps) < 2:
-        return None
-    return t_interval(gaps, confidence) if np.isfinite(gaps).all() else Interval(math.inf, math.inf, math.inf)
-
-
-def _notes(runs: pd.DataFrame, terms: Terms) -> list[str]:
-    notes = []
+def _notes(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
+    """What in the table may stand behind a drift, or is left out of the fits."""
+    label = terms.axis_label
     if "fingerprint" in runs and runs["fingerprint"].nunique() > 1:
-        notes.append(f"the rows come from {runs['fingerprint'].nunique()} different experiments (column fingerprint)")
+        yield f"the rows come from {runs['fingerprint'].nunique()} different experiments (column fingerprint)"
     for name in ("loops", "layers", "width", "steps"):
         if name != terms.axis and name in runs and runs.loc[~runs["diverged"], name].nunique() > 1:
-            notes.append(f"{name} differs between the rows, so a drift in {terms.label} may be a drift in {name}")
-    grid = runs.groupby(["rule", terms.axis])
-    for (rule, at), group in grid:
+            yield f"{name} differs between the rows, so a drift in {label} may be a drift in {name}"
+    for (rule, n), group in runs.groupby(["rule", terms.axis]):
         seeds, per_lr = group["seed"].nunique(), group.groupby("lr")["seed"].nunique()
         partial = [f"{lr:.6g}" for lr in per_lr.index[per_lr < seeds]]
         if partial:
-            named = ", ".join(partial[:MOST_NAMED]) + (
-                f" and {len(partial) - MOST_NAMED} more" if partial[MOST_NAMED:] else ""
+            more = f" and {len(partial) - MOST_NAMED} more" if partial[MOST_NAMED:] else ""
+            named = ", ".join(partial[:MOST_NAMED]) + more
+            yield f"{rule}, {label} = {n}: LR {named} is left out, not being run by all {seeds} seeds"
+
+
+def _late_moves(verdict: RuleVerdict, terms: Terms) -> Iterator[str]:
+    """A note for every N whose optimum still moved by more than the tolerance over the last half of the training."""
+    for halfway, end in zip(verdict.horizons.get(HORIZONS[0], ()), verdict.optima, strict=False):
+        moved = _paired(end.by_seed, halfway.by_seed, terms.confidence)
+        if moved is not None and moved.outside(0.0) and abs(moved.estimate) > terms.tolerance:
+            yield (
+                f"{verdict.rule}, {terms.axis_label} = {end.n}: over the last half of the training the optimum still "
+                f"moved by {moved} octaves; train longer before it is transferred"
             )
-            notes.append(f"{rule}, {terms.label} = {at}: LR {named} is left out, not being run by all {seeds} seeds")
-    return notes
-
-
-def _shape_notes(one: RuleVerdict, terms: Terms) -> list[str]:
-    notes = []
-    trend = drift.skew_trend(one.optima, terms.confidence)
-    if trend is not None and shape_changes(trend):
-        notes.append(
-            f"{one.rule}: the shape of the basin changes with {terms.label} (its skew by {trend.estimate:+.2f}/octave "
-            f"per doubling), so the optimum may move a little more or less than the drift says"
-        )
-    for share, optima in one.horizons.items():
-        for then, now in zip(optima, one.optima, strict=True):
-            if share == HORIZONS[0] and then.by_seed is not None and now.by_seed is not None:
-                moved = _paired(now.by_seed, then.by_seed, terms.confidence)
-                if moved is not None and outside(moved, 0.0) and abs(moved.estimate) > terms.tolerance:
-                    notes.append(
-                        f"{one.rule}, {terms.label} = {now.at}: over the last half of the training the optimum still "
-                        f"moved by {moved} octaves; train longer before it is transferred"
-                    )
-    return notes

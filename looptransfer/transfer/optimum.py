@@ -36,6 +36,18 @@ class Interval:
         """The estimate, and the interval in brackets."""
         return f"{self.estimate:+.{decimals}f} [{self.low:+.{decimals}f}, {self.high:+.{decimals}f}]"
 
+    def inside(self, tolerance: float) -> bool:
+        """Every value of the interval is within the tolerance."""
+        return -tolerance < self.low <= self.high < tolerance
+
+    def outside(self, tolerance: float) -> bool:
+        """No value of the interval is within the tolerance."""
+        return self.low > tolerance or self.high < -tolerance
+
+    def to_dict(self) -> dict[str, float | str]:
+        """Plain JSON, which knows no infinity: a regret without bound is the text "inf"."""
+        return {name: value if math.isfinite(value) else str(value) for name, value in vars(self).items()}
+
     def __str__(self) -> str:
         return self.text(3)
 
@@ -60,10 +72,10 @@ class Basin:
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where the loss of one loop count is lowest, in log2(LR).
+    """The log2(LR) at which the loss of one loop count is lowest.
 
     Attributes:
-        at: the loop count N, or the value of another axis that is checked.
+        n: the loop count N, or the value of another axis that is checked.
         seeds: how many there are.
         censored: why there is no usable optimum; all below but the stability edge is then None, and the basin too but
             for one with a flat bottom.
@@ -76,7 +88,7 @@ class Optimum:
         walled: an LR within 1.5 octaves of the vertex has so high a finite loss that it is no part of the basin.
     """
 
-    at: int
+    n: int
     seeds: int
     censored: Censored | None
     stable_up_to: float | None = None
@@ -111,14 +123,24 @@ def t_interval(values: pd.Series | Array, confidence: float) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def t_interval_of_runs(values: pd.Series | Array, confidence: float) -> Interval:
+    """As `t_interval`; without bound where a run diverged."""
+    return t_interval(values, confidence) if np.isfinite(values).all() else Interval(math.inf, math.inf, math.inf)
+
+
 def curve(runs: pd.DataFrame) -> pd.DataFrame:
     """Losses of one rule and loop count with log2(LR) down and seeds across; only LRs that every seed ran."""
     table = runs.assign(x=np.log2(runs["lr"])).pivot(index="x", columns="seed", values="loss")
     return table.dropna().sort_index()
 
 
+def curves(runs: pd.DataFrame, axis: str) -> dict[int, pd.DataFrame]:
+    """The `curve` of every N of one rule."""
+    return {int(str(n)): curve(group) for n, group in runs.groupby(axis)}
+
+
 def find_optimum(
-    at: int,
+    n: int,
     table: pd.DataFrame,
     confidence: float,
     basin_tolerance: float = 0.02,
@@ -135,7 +157,7 @@ def find_optimum(
     those is v exactly.
 
     Args:
-        at: N, for the record.
+        n: N, for the record.
         table: losses from `curve`; inf where a run diverged. An LR at which any seed diverged takes no part in the fit.
         confidence: of the two-sided interval, such as 0.9.
         basin_tolerance: loss above the lowest mean that still counts as the basin.
@@ -147,13 +169,13 @@ def find_optimum(
     diverges = not finite.all()
     stable_up_to = float(grid[edge - 1]) if edge else None
 
-    def censored(why: Censored) -> Optimum:
-        return Optimum(at, table.shape[1], why, stable_up_to, diverges)
+    def censored(reason: Censored) -> Optimum:
+        return Optimum(n, table.shape[1], reason, stable_up_to, diverges)
 
     x, losses = grid[finite], table.to_numpy(dtype=float)[finite]
-    why = _hidden(grid, x, losses)
-    if why is not None:
-        return censored(why)
+    hidden = _hidden(grid, x, losses)
+    if hidden is not None:
+        return censored(hidden)
     mean = losses.mean(axis=1)
     vertex = _descend(x, mean, degree, REACH)
     if vertex is None:
@@ -169,18 +191,23 @@ def find_optimum(
     curves = pd.DataFrame(fitted.T, table.columns)
     basin = _basin(x, mean, vertex, float(fitted[0].mean()), basin_tolerance)
     log2_lr = t_interval(by_seed, confidence)
-    return Optimum(at, table.shape[1], None, stable_up_to, diverges, log2_lr, by_seed, curves, basin, walled)
+    return Optimum(n, table.shape[1], None, stable_up_to, diverges, log2_lr, by_seed, curves, basin, walled)
+
+
+def stable_mean(table: pd.DataFrame) -> tuple[Array, Array]:
+    """The log2(LR)s at which no seed diverged, and their mean losses."""
+    losses = table.to_numpy(dtype=float)
+    finite = np.isfinite(losses).all(axis=1)
+    return table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1)
 
 
 def curve_height(table: pd.DataFrame) -> float | None:
-    """What leaving the best LR by 2.5 octaves costs, on the cheaper side, in the unit of the loss.
+    """The cost of leaving the best LR by 2.5 octaves, on the cheaper side, in the unit of the loss.
 
     It is to the loss what an octave is to the LR: a loss that is scaled or shifted has the height scaled. None where
     fewer than two LRs are stable, or nothing rises.
     """
-    losses = table.to_numpy(dtype=float)
-    finite = np.isfinite(losses).all(axis=1)
-    x, mean = table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1)
+    x, mean = stable_mean(table)
     if len(x) < 2:
         return None
     vertex = _descend(x, mean, 3, REACH)
@@ -191,9 +218,7 @@ def curve_height(table: pd.DataFrame) -> float | None:
 
 def pooled_vertex(table: pd.DataFrame, degree: int, reach: float) -> float | None:
     """The vertex alone, in log2(LR), by a fit of another reach; None where that fit has none inside the stable LRs."""
-    losses = table.to_numpy(dtype=float)
-    finite = np.isfinite(losses).all(axis=1)
-    return _descend(table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1), degree, reach)
+    return _descend(*stable_mean(table), degree, reach)
 
 
 def bottom_curvature(table: pd.DataFrame, vertex: float) -> float | None:
@@ -203,9 +228,7 @@ def bottom_curvature(table: pd.DataFrame, vertex: float) -> float | None:
     That of a quartic over that of a cubic, both with the weights of a wide fit: about 1 for the bowls that LR basins
     are, 0 or less for a flat floor between walls, on which a polynomial's vertex is no optimum.
     """
-    losses = table.to_numpy(dtype=float)
-    finite = np.isfinite(losses).all(axis=1)
-    x, mean = table.index.to_numpy(dtype=float)[finite], losses[finite].mean(axis=1)
+    x, mean = stable_mean(table)
     root_weights = _root_weights(x, mean, vertex, WIDE)
     if (root_weights > 0).sum() < 5:
         return None
@@ -214,7 +237,7 @@ def bottom_curvature(table: pd.DataFrame, vertex: float) -> float | None:
 
 
 def _hidden(grid: Array, x: Array, losses: Array) -> Censored | None:
-    """What keeps the optimum from being seen at all, before anything is fitted."""
+    """The reason for which the optimum cannot be seen at all, before anything is fitted; None where it can."""
     if len(x) < 3:
         return "diverged" if len(grid) >= 3 else "too few LRs"
     mean = losses.mean(axis=1)
@@ -254,7 +277,7 @@ def _step(x: Array, mean: Array, centre: float, degree: int, reach: float) -> fl
 
 
 def _stiffness(x: Array, mean: Array, vertex: float, degree: int) -> float:
-    """How much the step from a centre shrinks per octave that the centre moves towards the vertex; 1 for a polynomial.
+    """Octaves by which the step from a centre shrinks per octave that the centre nears the vertex; 1 for a polynomial.
 
     The weights move with the vertex, so that one seed's pull moves it by more or less than a fixed window says.
     """
@@ -299,15 +322,15 @@ def _fit(x: Array, losses: Array, centre: float, degree: int, root_weights: Arra
 
 
 def _basin(x: Array, mean: Array, vertex: float, lowest: float, tolerance: float) -> Basin:
-    """Where the mean losses, joined by monotone pieces through the vertex, first rise above lowest + tolerance."""
+    """The LRs between which the mean losses, joined by monotone pieces, stay below lowest + tolerance."""
     apart = np.abs(x - vertex) > 1e-6
     knots = np.append(x[apart], vertex)
     order = np.argsort(knots)
     loss = PchipInterpolator(knots[order], np.append(mean[apart], lowest)[order])
     ends = []
     for end in (x[0], x[-1]):
-        way = np.linspace(vertex, end, 2001)
-        above = loss(way) > lowest + tolerance
-        ends.append((float(way[int(np.argmax(above))]) if above.any() else float(end), not above.any()))
+        places = np.linspace(vertex, end, 2001)
+        above = loss(places) > lowest + tolerance
+        ends.append((float(places[int(np.argmax(above))]) if above.any() else float(end), not above.any()))
     (low, low_open), (high, high_open) = ends
     return Basin(low, high, low_open, high_open)

@@ -1,11 +1,9 @@
 """A tidy, checked table of losses: one row per training run, or per step of one."""
 
-import hashlib
-import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -13,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from looptransfer.errors import InputError
-from looptransfer.transfer.rows import is_missing, listing, refuse_unfinished, short
+from looptransfer.text import short
+from looptransfer.transfer.rows import is_missing, listing, refuse_unfinished
 
 COLUMNS = ["rule", "layers", "loops", "width", "lr", "seed", "steps", "loss", "diverged", "seconds", "fingerprint"]
 OF_A_RUN = {"rule", "lr", "seed", "loss", "diverged", "step", "seconds", "last_loss"}
@@ -69,7 +68,7 @@ def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
 
 
 def axis_label(axis: str) -> str:
-    """What an axis is called in words: N for loop counts."""
+    """An axis in words: N for loop counts."""
     return "N" if axis == "loops" else axis
 
 
@@ -83,11 +82,6 @@ def at_horizon(runs: pd.DataFrame, axis: str = "loops", share: float = 1.0) -> p
     limit = share * runs.groupby(["rule", axis])["step"].transform("max")
     rows = runs[runs["step"] <= limit].sort_values("step", kind="stable")
     return rows.groupby(["rule", axis, "lr", "seed"], sort=False).tail(1).sort_index()
-
-
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Twelve characters that tell one experiment from another; `identity` holds JSON values."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _no_column_missing(frame: pd.DataFrame, axis: str) -> None:
@@ -108,11 +102,11 @@ def _no_column_missing(frame: pd.DataFrame, axis: str) -> None:
 
 
 def _each(column: pd.Series, function: Callable[[Any], Any]) -> list[Any]:
-    """What a function makes of every cell; of text that recurs once."""
+    """The results of a function for every cell; text that recurs is looked at once."""
     cells = list(column.astype(object))
     if all(type(cell) is str for cell in cells):  # others may be equal and yet no number, as True is to 1
-        known = {cell: function(cell) for cell in set(cells)}
-        return [known[cell] for cell in cells]
+        results = {cell: function(cell) for cell in set(cells)}
+        return [results[cell] for cell in cells]
     return [function(cell) for cell in cells]
 
 
@@ -197,8 +191,8 @@ def _in_range(frame: pd.DataFrame, name: str, good: pd.Series, allowed: str) -> 
 
 
 def _flags(column: pd.Series) -> pd.Series:
-    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    flags = column.map(lambda cell: words.get(str(cell).strip().lower()))
+    spellings = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    flags = column.map(lambda cell: spellings.get(str(cell).strip().lower()))
     if flags.isna().any():
         row = flags.isna().idxmax()
         raise InputError(f"row {row}: diverged is {short(column[row])}; it must be true or false")
@@ -254,7 +248,7 @@ def _no_duplicates(frame: pd.DataFrame, axis: str, raw: pd.DataFrame) -> None:
 
 
 def _tells(raw: pd.DataFrame, same: pd.Index, name: str) -> bool:
-    """Whether a column could tell repeated rows apart: it differs there, and is no name of every single row."""
+    """A column could tell repeated rows apart: it differs there, and is no name of every single row."""
     texts = raw[name].map(str)
     return texts[same].nunique() > 1 and (name in COLUMNS or texts.nunique() <= len(texts) / 2)
 

@@ -1,4 +1,4 @@
-"""Which rows of a table count: those that are left out, and those of runs that diverged or did not finish."""
+"""The rows of a table that count, those that are left out, and those of runs that diverged or did not finish."""
 
 import math
 import re
@@ -8,31 +8,16 @@ from typing import Any
 import pandas as pd
 
 from looptransfer.errors import InputError
+from looptransfer.text import short
 
-SHOWN = 60  # characters of a cell in an error
 STATES = ("state", "status")  # what trackers call the column that says what became of a run
 # What they write there of a run that finished; --where tells of other words.
 FINISHED = ("finished", "complete", "completed", "success", "succeeded", "done", "ok", "status_success")
 
 
-def short(cell: object) -> str:
-    """A cell in quotes, for an error."""
-    text = str(cell)
-    return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
-
-
 def is_missing(cell: Any) -> bool:
-    """Whether a cell is empty, null or absent; nan is a number."""
+    """A cell is empty, null or absent; nan is a number."""
     return cell is None or cell is pd.NA or cell is pd.NaT or (isinstance(cell, str) and not cell.strip())
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dictionary of pairs whose names all differ, for JSON; a name that stands there twice is a ValueError."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{short(max(names, key=names.count))} stands there twice")
-    return found
 
 
 def choose(
@@ -90,7 +75,11 @@ def _met(frame: pd.DataFrame, text: str, option: str, names: Mapping[str, str]) 
     if parts is None:
         raise InputError(f"{option} {text!r}; write COLUMN=VALUE or COLUMN!=VALUE, such as State=finished")
     called = parts[1].strip()
-    column = called if called in frame.columns else next((here for here, at in names.items() if at == called), called)
+    column = (
+        called
+        if called in frame.columns
+        else next((name for name, source in names.items() if source == called), called)
+    )
     if column not in frame.columns:
         raise InputError(f"{option} {text}: there is no column {called}; there are {listing(frame)}")
     values = {_value(part) for part in (parts[3], *parts[3].split(","))}

@@ -1,4 +1,4 @@
-"""Where a table of runs comes from: CSV, JSON lines, Parquet, an Optuna study, our ledger, a tracker's export.
+"""Sources of a table of runs: CSV, JSON lines, Parquet, an Optuna study, our ledger, a tracker's export.
 
 A table is read as it is, once and from one open stream, or not at all; nothing that is read is written to.
 """
@@ -18,10 +18,12 @@ import pandas as pd
 
 from looptransfer.errors import InputError
 from looptransfer.files import MOST_BYTES, PATIENCE, open_file
+from looptransfer.records import unique
 from looptransfer.rules import RULES
-from looptransfer.text import printable, without_password, without_secrets
-from looptransfer.transfer.results import COLUMNS, fingerprint, tidy
-from looptransfer.transfer.rows import choose, listing, once, short
+from looptransfer.text import printable, short, without_password, without_secrets
+from looptransfer.transfer.provenance import fingerprint
+from looptransfer.transfer.results import COLUMNS, tidy
+from looptransfer.transfer.rows import choose, listing
 
 SWEEP = "sweep"  # the study of a ledger that holds its sweep
 FORMATS = "give CSV, JSON lines (.jsonl), Parquet, or an Optuna study such as sqlite:///file.db#study"
@@ -66,7 +68,7 @@ def read_results(
 
 
 def _grows(table: pd.DataFrame) -> str | None:
-    """What `sweep` can add runs to: "table" or "ledger" where it wrote one, else None."""
+    """The place that `sweep` can add runs to: "table" or "ledger" where it wrote one, else None."""
     if not set(table["rule"]) <= set(RULES) or not table["seed"].str.isdecimal().all():
         return None
     if "study" in table.attrs:
@@ -128,9 +130,9 @@ def _text(data: bytes, shown: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        what = "UTF-16" if wide else f"byte {data[error.start]:#04x} on line {line}"
+        coding = "UTF-16" if wide else f"byte {data[error.start]:#04x} on line {line}"
         raise InputError(
-            f"{shown} is not a CSV table or JSON lines: it is not UTF-8 text ({what}); save it as UTF-8, or {FORMATS}"
+            f"{shown} is not a CSV table or JSON lines: it is not UTF-8 text ({coding}); save it as UTF-8, or {FORMATS}"
         ) from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     control = CONTROL.search(text)
@@ -208,7 +210,7 @@ def _json_lines(text: str, shown: str) -> pd.DataFrame:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line, object_pairs_hook=once)
+                row = json.loads(line, object_pairs_hook=unique)
             except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{shown}, line {number} is not JSON: {error}; write one object per run and line"
@@ -221,7 +223,7 @@ def _json_lines(text: str, shown: str) -> pd.DataFrame:
 
 def _frame(rows: Mapping[int, Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as they are, None where one lacks a name; objects within give names with dots."""
-    flat = {number: once(list(_flat(row))) for number, row in rows.items()}
+    flat = {number: unique(list(_flat(row))) for number, row in rows.items()}
     names = list(dict.fromkeys(name for row in flat.values() for name in row))
     cells = [[row.get(name) for name in names] for row in flat.values()]
     return pd.DataFrame(cells, index=pd.Index(list(flat)), columns=names, dtype=object)
@@ -242,7 +244,7 @@ def _parquet(data: bytes, shown: str) -> pd.DataFrame:
         raise InputError("reading Parquet needs pyarrow; run: pip install 'looptransfer[parquet]'") from None
     with _blaming(shown, "a Parquet table"):
         table = ParquetFile(io.BytesIO(data)).read()
-        once([(name, None) for name in table.column_names])
+        unique([(name, None) for name in table.column_names])
         return _frame(dict(enumerate(table.to_pylist())))
 
 
@@ -267,18 +269,18 @@ def _study(url: str, name: str, shown: str) -> pd.DataFrame:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
         try:
             names = optuna.get_all_study_names(storage)
-            wanted = name or (SWEEP if SWEEP in names else names[0] if len(names) == 1 else "")
-            if wanted not in names:
+            name = name or (SWEEP if SWEEP in names else names[0] if len(names) == 1 else "")
+            if name not in names:
                 listed = ", ".join(map(repr, names)) or "none"
                 raise InputError(f"{shown} has the studies {listed}; name one by #NAME behind it")
-            return _trials(optuna.load_study(study_name=wanted, storage=storage), shown)
+            return _trials(optuna.load_study(study_name=name, storage=storage), shown)
         finally:
             storage.remove_session()
             storage.engine.dispose()
 
 
 def _only_read(url: str, shown: str) -> dict[str, Any]:
-    """What keeps a database from being written to; a SQLite file is looked over first."""
+    """The options of an engine that keep a database from being written to; a SQLite file is looked over first."""
     from sqlalchemy import make_url  # noqa: PLC0415
 
     password = re.search(r"://[^:/@?]*:(.*)@", url)  # as `without_password` has it
@@ -297,7 +299,7 @@ def _only_read(url: str, shown: str) -> dict[str, Any]:
 
 
 def _sqlite(file: Path, shown: str) -> Callable[[], sqlite3.Connection]:
-    """What opens a SQLite file for reading, once it has been looked over."""
+    """A function that opens a SQLite file for reading; the file has been looked over."""
     if not file.is_file():
         raise InputError(f"cannot read {shown}: there is no such file; {FORMATS}")  # SQLite would make it
 
@@ -311,7 +313,7 @@ def _sqlite(file: Path, shown: str) -> Callable[[], sqlite3.Connection]:
 
     with _blaming(shown, "a whole database"), contextlib.closing(connect()) as database:
         try:
-            found = str(database.execute("pragma integrity_check(1)").fetchone()[0])
+            state = str(database.execute("pragma integrity_check(1)").fetchone()[0])
         except sqlite3.OperationalError as error:
             if "readonly" not in str(error):
                 raise
@@ -319,8 +321,8 @@ def _sqlite(file: Path, shown: str) -> Callable[[], sqlite3.Connection]:
                 f"{shown} was left in the middle of a write by a process that was killed; what writes it, such as "
                 "sweep, puts that right when it is run again"
             ) from None
-        if found != "ok":
-            raise InputError(f"{shown} is damaged: {found.splitlines()[0]}; restore it from a copy")
+        if state != "ok":
+            raise InputError(f"{shown} is damaged: {state.splitlines()[0]}; restore it from a copy")
     return connect
 
 
@@ -351,9 +353,9 @@ def finished_trials(study: Any) -> pd.DataFrame:
 
 
 def _row(trial: Any, made_by: Mapping[str, Any]) -> dict[str, Any]:
-    ours = {**(trial.user_attrs.get("run") or {}), **trial.user_attrs.get("outcome", {})}
-    known = {"fingerprint": fingerprint(made_by["experiment"])} if made_by else {}
-    return {**(ours or {**trial.user_attrs, **trial.params}), "loss": trial.value, **known}
+    run = {**(trial.user_attrs.get("run") or {}), **trial.user_attrs.get("outcome", {})}
+    origin = {"fingerprint": fingerprint(made_by["experiment"])} if made_by else {}
+    return {**(run or {**trial.user_attrs, **trial.params}), "loss": trial.value, **origin}
 
 
 def _made_by(study: Any) -> dict[str, Any]:

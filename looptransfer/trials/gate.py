@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
-from looptransfer.transfer.baseline import PATH, Baseline, read_baseline
-from looptransfer.transfer.bracket import bracket, known, stored_lrs
+from looptransfer.transfer.baseline import PATH, Baseline
+from looptransfer.transfer.bracket import stored_lrs
 from looptransfer.transfer.comparison import Comparison
 from looptransfer.transfer.results import tidy
 from looptransfer.trials.experiment import Experiment
@@ -42,17 +42,17 @@ def gate(
         confidence: of the two-sided intervals.
 
     Raises:
-        InputError: as `read_baseline`, `check_start` and `run_search`; an N that is not stored, or one seed.
+        InputError: as `Baseline.read`, `check_start` and `run_search`; an N that is not stored, or one seed.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     check_rule(rule)
-    stored_in = baseline if isinstance(baseline, Baseline) else read_baseline(baseline)
+    stored_in = baseline if isinstance(baseline, Baseline) else Baseline.read(baseline)
     if stored_in.axis != "loops":
         raise InputError(f"{stored_in.path} has optima over {stored_in.axis}; training needs those over loops")
     if seeds < 2:
         raise InputError(f"seeds is {seeds}; give two or more, since one cannot tell noise from a shift")
-    stored = stored_in.of_rule(rule)
-    wanted = _wanted(known(stored), loops, stored_in.path)
+    stored = stored_in.fitted(rule)
+    wanted = _wanted(list(stored), loops, stored_in.path)
     chosen = _seeds({seed for at in wanted for seed in stored[at].loss_by_seed or ()}, seeds)
     runs = [Run(rule, at, lr, seed) for at in wanted for lr in stored_lrs(stored[at]) for seed in chosen]
     check_start(experiment, wanted, chosen, rule)
@@ -60,7 +60,7 @@ def gate(
         done = run_search(experiment, Grid(tuple(runs)), ledger or Path(folder, "gate.db"), "gate", workers)
     table = tidy(done[[run in set(runs) for run in runs_of(done)]])
     table.attrs["experiment"] = experiment.identity()
-    return bracket(table, stored_in, rule, loss_tolerance, confidence, wanted)
+    return stored_in.bracket(table, rule, loss_tolerance, confidence, wanted)
 
 
 def _wanted(there: Sequence[int], loops: Sequence[int] | None, path: str) -> list[int]:

@@ -1,0 +1,161 @@
+"""Further runs: the smallest sets of them that would settle a verdict, from the tables of losses by N."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from looptransfer.transfer.optimum import Array
+
+POWER = 0.8  # how likely the advised runs settle it, if mean and scatter stay as they are
+MOST = 64  # seeds beyond which more of them are no advice
+
+Tables = Mapping[int, pd.DataFrame]  # by N: losses as `curve` makes them
+
+
+@dataclass(frozen=True)
+class FurtherRuns:
+    """Runs at every combination of `counts` (N, or values of the axis), `lrs` (absolute) and `seeds`."""
+
+    counts: tuple[int, ...]
+    lrs: tuple[float, ...]
+    seeds: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.counts) * len(self.lrs) * len(self.seeds)
+
+    def text(self, label: str) -> str:
+        """The combinations, in one line."""
+        return (
+            f"{len(self)} runs: {label} = {listed(self.counts)}; LR {listed(f'{lr:.6g}' for lr in self.lrs)}; "
+            f"seed {listed(self.seeds)}"
+        )
+
+    def to_dict(self, axis: str) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {axis: list(self.counts), "lr": list(self.lrs), "seed": list(self.seeds)}
+
+    def rows(self, axis: str) -> pd.DataFrame:
+        """A row per run, with columns `axis`, lr and seed."""
+        return pd.DataFrame(product(self.counts, self.lrs, self.seeds), columns=[axis, "lr", "seed"])
+
+    def command(self, rule: str, table: str, ledger: bool = False) -> str:
+        """The command that makes them over loop counts, and adds them to a table or a ledger of `sweep`.
+
+        EXPERIMENT is the user's.
+        """
+        options = {
+            "--loops": ",".join(map(str, self.counts)),
+            "--lrs": ",".join(f"{lr:.6g}" for lr in self.lrs),
+            "--seeds": _ranges(self.seeds),
+            "--rules": rule,
+            **({"--ledger": table, "-o": "more.csv"} if ledger else {"--append": table}),
+        }
+        return "looptransfer sweep EXPERIMENT " + shlex.join(part for option in options.items() for part in option)
+
+
+def listed(values: Any) -> str:
+    """Values separated by commas."""
+    return ", ".join(map(str, values))
+
+
+def seeds_needed(scatter: float, room: float, confidence: float) -> int | None:
+    """The number of seeds that leave an interval less than `room` to one side of its estimate, four times out of five.
+
+    None where over 64 would be needed.
+
+    Args:
+        scatter: standard deviation over seeds.
+        room: distance from the estimate to the tolerance, in the same unit.
+        confidence: of the two-sided interval.
+    """
+    for seeds in range(2, MOST + 1):
+        t = float(stdtrit(seeds - 1, 0.5 + confidence / 2)) + float(stdtrit(seeds - 1, POWER))
+        if t * scatter / math.sqrt(seeds) < room:
+            return seeds
+    return None
+
+
+def all_seeds(tables: Tables) -> tuple[str, ...]:
+    """The seeds of some N or other."""
+    return tuple(sorted({str(seed) for table in tables.values() for seed in table.columns}))
+
+
+def of_counts(tables: Tables, counts: Sequence[int]) -> Tables:
+    """The tables of some N."""
+    return {n: tables[n] for n in counts}
+
+
+def runs_at(tables: Tables, log2_lrs: Sequence[float]) -> FurtherRuns:
+    """LRs at every N of some tables with every seed that one of them has."""
+    return FurtherRuns(tuple(tables), _absolute(log2_lrs), all_seeds(tables))
+
+
+def more_seeds(tables: Tables, total: int) -> FurtherRuns:
+    """Every LR at every N with new seeds, up to `total` in all."""
+    seeds = all_seeds(tables)
+    first = max((int(seed) for seed in seeds if seed.isdecimal()), default=-1) + 1
+    fresh = tuple(map(str, range(first, first + max(0, total - len(seeds)))))
+    return FurtherRuns(tuple(tables), _absolute(_all_lrs(tables)), fresh)
+
+
+def missing_seeds(tables: Tables) -> FurtherRuns:
+    """The seeds that some N has and another lacks, at those that lack them."""
+    seeds = all_seeds(tables)
+    lacking = [n for n, table in tables.items() if set(map(str, table.columns)) < set(seeds)]
+    return FurtherRuns(tuple(lacking), _absolute(_all_lrs(of_counts(tables, lacking))), seeds)
+
+
+def larger_n(tables: Tables, factor: int) -> FurtherRuns:
+    """The LRs and seeds of the largest N at an N `factor` times as large."""
+    largest = max(tables)
+    return FurtherRuns((largest * factor,), _absolute(tables[largest].index), all_seeds(of_counts(tables, [largest])))
+
+
+def closer_lrs(tables: Tables) -> FurtherRuns:
+    """LRs half-way between those around the best."""
+    lrs: set[float] = set()
+    for table in tables.values():
+        x = table.index.to_numpy(dtype=float)
+        near = x[np.abs(x - best_lr(table)) <= 1.51 * _step(x)]
+        lrs |= {round(float(middle), 9) for middle in (near[1:] + near[:-1]) / 2}
+    return runs_at(tables, sorted(lrs))
+
+
+def best_lr(table: pd.DataFrame) -> float:
+    """The log2(LR) of the lowest mean loss."""
+    return float(table.index[int(np.argmin(table.to_numpy(dtype=float).mean(axis=1)))])
+
+
+def span(tables: Tables) -> tuple[float, float, float]:
+    """The lowest and the highest log2(LR) of some tables, and the widest of their grids' steps."""
+    lrs = _all_lrs(tables)
+    return lrs[0], lrs[-1], max(_step(table.index.to_numpy(dtype=float)) for table in tables.values())
+
+
+def _step(x: Array) -> float:
+    return float(np.median(np.diff(x))) if len(x) > 1 else 1.0
+
+
+def _all_lrs(tables: Tables) -> list[float]:
+    return sorted({float(x) for table in tables.values() for x in table.index})
+
+
+def _absolute(log2_lrs: Sequence[float] | pd.Index) -> tuple[float, ...]:
+    return tuple(float(f"{2.0 ** float(x):.6g}") for x in log2_lrs)
+
+
+def _ranges(seeds: Sequence[str]) -> str:
+    """0,1,2,3 as 0-3."""
+    if all(seed.isdecimal() for seed in seeds):
+        numbers = sorted(map(int, seeds))
+        if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
+            return f"{numbers[0]}-{numbers[-1]}"
+        return ",".join(map(str, numbers))
+    return ",".join(seeds)
