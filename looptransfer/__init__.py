@@ -4,25 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from looptransfer.coordcheck.recommend import Recommendation as Recommendation
-    from looptransfer.coordcheck.recommend import recommend as recommend
+    from looptransfer.coordcheck.result import CoordCheck as CoordCheck
     from looptransfer.coordcheck.run import coord_check as coord_check
-    from looptransfer.coordcheck.verdict import CoordCheck as CoordCheck
     from looptransfer.errors import InputError as InputError
     from looptransfer.errors import PairingWarning as PairingWarning
     from looptransfer.errors import ScalingWarning as ScalingWarning
     from looptransfer.errors import VerificationError as VerificationError
     from looptransfer.optim import param_groups as param_groups
     from looptransfer.optim import set_lr as set_lr
-    from looptransfer.reference.experiment import ReferenceSize as ReferenceSize
     from looptransfer.reference.experiment import reference_experiment as reference_experiment
     from looptransfer.reference.model import LoopedDecoder as LoopedDecoder
-    from looptransfer.report.coordinates import plot_exponents as plot_exponents
-    from looptransfer.report.coordinates import plot_growth as plot_growth
-    from looptransfer.report.coordinates import plot_stream as plot_stream
-    from looptransfer.report.coordinates import write_coord_html as write_coord_html
-    from looptransfer.report.figures import plot_curves as plot_curves
-    from looptransfer.report.figures import plot_optima as plot_optima
     from looptransfer.report.page import write_html as write_html
     from looptransfer.rewrite.marker import residual as residual
     from looptransfer.rewrite.parametrize import apply_plan as apply_plan
@@ -31,7 +22,6 @@ if TYPE_CHECKING:
     from looptransfer.rewrite.parametrize import remove as remove
     from looptransfer.rewrite.parametrize import rescale as rescale
     from looptransfer.rewrite.parametrize import unfold as unfold
-    from looptransfer.rewrite.plan import Branch as Branch
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
     from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
@@ -41,24 +31,19 @@ if TYPE_CHECKING:
     from looptransfer.transfer.verdict import Verdict as Verdict
     from looptransfer.trials.experiment import Experiment as Experiment
     from looptransfer.trials.gate import gate as gate
-    from looptransfer.trials.sweep import TunedLR as TunedLR
     from looptransfer.trials.sweep import sweep as sweep
     from looptransfer.trials.sweep import tune as tune
 
 # Each name is imported when it is first used: `import looptransfer` and judging a table load no torch (PEP 562).
 _HOMES = {
     "Baseline": "transfer.baseline",
-    "Branch": "rewrite.plan",
-    "CoordCheck": "coordcheck.verdict",
+    "CoordCheck": "coordcheck.result",
     "Experiment": "trials.experiment",
     "InputError": "errors",
     "LoopedDecoder": "reference.model",
     "PairingWarning": "errors",
-    "Recommendation": "coordcheck.recommend",
-    "ReferenceSize": "reference.experiment",
     "ScalingPlan": "rewrite.plan",
     "ScalingWarning": "errors",
-    "TunedLR": "trials.sweep",
     "Verdict": "transfer.verdict",
     "VerificationError": "errors",
     "apply_plan": "rewrite.parametrize",
@@ -69,13 +54,7 @@ _HOMES = {
     "param_groups": "optim",
     "set_lr": "optim",
     "parametrize": "rewrite.parametrize",
-    "plot_curves": "report.figures",
-    "plot_exponents": "report.coordinates",
-    "plot_growth": "report.coordinates",
-    "plot_optima": "report.figures",
-    "plot_stream": "report.coordinates",
     "read_results": "transfer.sources",
-    "recommend": "coordcheck.recommend",
     "reference_experiment": "reference.experiment",
     "remove": "rewrite.parametrize",
     "rescale": "rewrite.parametrize",
@@ -85,7 +64,6 @@ _HOMES = {
     "tune": "trials.sweep",
     "unfold": "rewrite.parametrize",
     "verify": "rewrite.verify",
-    "write_coord_html": "report.coordinates",
     "write_html": "report.page",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

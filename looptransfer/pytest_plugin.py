@@ -21,16 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import looptransfer as lt
 from looptransfer.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from looptransfer.coordcheck.verdict import CoordCheck
-    from looptransfer.transfer.baseline import Baseline
     from looptransfer.transfer.comparison import Comparison
-    from looptransfer.transfer.verdict import Verdict
-    from looptransfer.trials.experiment import Experiment
 
 UPDATE = "--looptransfer-update"
 
@@ -54,7 +51,7 @@ def _kept_ledgers(config: pytest.Config) -> Path | None:
 
     Runs of other code must never be taken for runs of this one.
     """
-    from looptransfer.transfer.baseline import code_version  # noqa: PLC0415
+    from looptransfer.transfer.provenance import code_version
 
     code = code_version(config.rootpath)
     if code is None or code.endswith("+changes") or not hasattr(config, "cache") or config.cache is None:
@@ -64,7 +61,7 @@ def _kept_ledgers(config: pytest.Config) -> Path | None:
 
 @dataclass(frozen=True)
 class LRTransfer:
-    """What the fixture `lr_transfer` gives. Relative paths start at pytest's root folder.
+    """The fixture `lr_transfer`. Relative paths start at pytest's root folder.
 
     Attributes:
         root: pytest's root folder.
@@ -79,32 +76,26 @@ class LRTransfer:
 
     def load(self, source: str | Path, axis: str = "loops") -> "pd.DataFrame":
         """A table of runs, as `looptransfer.read_results` reads it."""
-        from looptransfer.transfer.sources import read_results  # noqa: PLC0415
+        path = self.root / source
+        return lt.read_results(path if path.exists() else source, axis=axis)
 
-        there = self.root / source
-        return read_results(there if there.exists() else source, axis=axis)
-
-    def sweep(self, experiment: "Experiment", loops: Sequence[int], **options: Any) -> "pd.DataFrame":
+    def sweep(self, experiment: "lt.Experiment", loops: Sequence[int], **options: Any) -> "pd.DataFrame":
         """Train, as `looptransfer.sweep` does; runs that another test made are not made again."""
-        from looptransfer.trials.sweep import sweep  # noqa: PLC0415
-
-        results = sweep(experiment, loops, ledger=self._ledger(experiment), **options)
+        results = lt.sweep(experiment, loops, ledger=self._ledger(experiment), **options)
         results.attrs["experiment"] = experiment.identity()
         return results
 
-    def assert_flat(self, results: "pd.DataFrame", **terms: Any) -> "Verdict":
+    def assert_flat(self, results: "pd.DataFrame", **terms: Any) -> "lt.Verdict":
         """Fail unless `looptransfer.check`, which takes the terms, says FLAT."""
         __tracebackhide__ = True
-        from looptransfer.transfer.check import check  # noqa: PLC0415
-
-        verdict = check(results, **terms)
+        verdict = lt.check(results, **terms)
         if verdict.answer != "FLAT":
             pytest.fail(f"the LR optimum is not flat over {verdict.axis_label}\n{verdict}", pytrace=False)
         return verdict
 
     def assert_optimum(
         self,
-        results: "pd.DataFrame | Verdict",
+        results: "pd.DataFrame | lt.Verdict",
         baseline: str | Path = "lr-optima.json",
         moved: float = 0.5,
         **terms: Any,
@@ -114,47 +105,38 @@ class LRTransfer:
         With --looptransfer-update the baseline is written instead, and None returned.
         """
         __tracebackhide__ = True
-        from looptransfer.transfer.baseline import baseline_of  # noqa: PLC0415
-        from looptransfer.transfer.check import check  # noqa: PLC0415
-        from looptransfer.transfer.comparison import compare  # noqa: PLC0415
-        from looptransfer.transfer.verdict import Verdict  # noqa: PLC0415
-
-        verdict = results if isinstance(results, Verdict) else check(results, **terms)
+        verdict = results if isinstance(results, lt.Verdict) else lt.check(results, **terms)
         path = self.root / baseline
         if self.update:
-            baseline_of(verdict, path).write(path)
+            lt.Baseline.of(verdict, path).write()
             return None
-        told = compare(verdict, _stored(path), moved)
-        if told.exit_status:
-            pytest.fail(f"{told}\n\nthe runs now:\n{verdict}\n{FIX}", pytrace=False)
-        return told
+        comparison = _stored(path).compare(verdict, moved)
+        if comparison.exit_status:
+            pytest.fail(f"{comparison}\n\nthe runs now:\n{verdict}\n{FIX}", pytrace=False)
+        return comparison
 
     def assert_bracketed(
-        self, experiment: "Experiment", baseline: str | Path = "lr-optima.json", **options: Any
+        self, experiment: "lt.Experiment", baseline: str | Path = "lr-optima.json", **options: Any
     ) -> "Comparison":
         """Fail unless `looptransfer.gate`, which takes the options, still brackets the stored optima."""
         __tracebackhide__ = True
-        from looptransfer.trials.gate import gate  # noqa: PLC0415
-
         stored = _stored(self.root / baseline)
-        told = gate(experiment, stored, ledger=self._ledger(experiment), **options)
-        if told.exit_status:
-            pytest.fail(f"{told}\n{FIX}", pytrace=False)
-        return told
+        comparison = lt.gate(experiment, stored, ledger=self._ledger(experiment), **options)
+        if comparison.exit_status:
+            pytest.fail(f"{comparison}\n{FIX}", pytrace=False)
+        return comparison
 
-    def assert_coordinates(self, make_model: Any, *arguments: Any, **options: Any) -> "CoordCheck":
+    def assert_coordinates(self, experiment: "lt.Experiment", *arguments: Any, **options: Any) -> "lt.CoordCheck":
         """Fail unless `looptransfer.coord_check`, which takes it all, finds every statistic as the rule promises."""
         __tracebackhide__ = True
-        from looptransfer.coordcheck.run import coord_check  # noqa: PLC0415
+        result = lt.coord_check(experiment, *arguments, **options)
+        if not result.passed:
+            pytest.fail(str(result), pytrace=False)
+        return result
 
-        told = coord_check(make_model, *arguments, **options)
-        if not told.passed:
-            pytest.fail(str(told), pytrace=False)
-        return told
-
-    def _ledger(self, experiment: "Experiment") -> Path:
-        """One for each experiment: a ledger refuses runs of another."""
-        from looptransfer.transfer.results import fingerprint  # noqa: PLC0415
+    def _ledger(self, experiment: "lt.Experiment") -> Path:
+        """The ledger of an experiment: it refuses runs of another."""
+        from looptransfer.transfer.provenance import fingerprint
 
         return self.ledgers / f"{fingerprint(experiment.identity())}.db"
 
@@ -162,10 +144,8 @@ class LRTransfer:
 FIX = f"where this is meant, run a full sweep against the baseline with pytest {UPDATE}"
 
 
-def _stored(path: Path) -> "Baseline":
-    from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
-
+def _stored(path: Path) -> "lt.Baseline":
     try:
-        return read_baseline(path)
+        return lt.Baseline.read(path)
     except InputError as error:
         raise InputError(f"{error} (in pytest: {UPDATE})") from None

@@ -30,7 +30,7 @@ CONTROLS: tuple[Rule, ...] = ("sqrt", "unscaled")
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo runs. The rule that is judged has the most seeds, since FLAT needs them (reports/verdict/)."""
+    """The extent of the demo. The rule that is judged has the most seeds, since FLAT needs them (reports/verdict/)."""
 
     size: ReferenceSize
     loops: tuple[int, ...]
@@ -63,9 +63,9 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     tuning, control = seeds[:TUNING_SEEDS], seeds[: scale.control_seeds]
     best = tune(experiment, PROXY, tuning, ledger)
     swept = partial(sweep, experiment, around=best, octaves=scale.octaves, ledger=ledger)
-    ours = swept(scale.loops, seeds=seeds)
+    judged = swept(scale.loops, seeds=seeds)
     controls = swept(scale.control_loops, rules=CONTROLS, seeds=control)
-    results = pd.concat([ours, controls], ignore_index=True)
+    results = pd.concat([judged, controls], ignore_index=True)
     verdict = check(results, transferred_lr=best.lr)
     lines = _answer(best, results, verdict, out)
     identity = experiment.identity()
@@ -94,12 +94,11 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
 def _answer(best: TunedLR, results: pd.DataFrame, verdict: Verdict, out: Path) -> list[str]:
     """The five lines at the end."""
     largest = int(results["loops"].max())
-    rules = verdict.rules.values()
-    answers = ", ".join(f"{one.rule} {one.answer}" for one in rules)
-    regrets = ", ".join(f"{one.rule} {one.regret or 'not known'}" for one in rules)
+    answers = ", ".join(f"{rule} {judged.answer}" for rule, judged in verdict.rules.items())
+    regrets = ", ".join(f"{rule} {judged.regret or 'not known'}" for rule, judged in verdict.rules.items())
     proxy = float(best.results["seconds"].sum())
-    ours = results[(results["rule"] == verdict.rule) & ~results["diverged"]]
-    at_target = float(ours.loc[ours["loops"] == largest, "seconds"].mean())
+    judged = results[(results["rule"] == verdict.rule) & ~results["diverged"]]
+    at_target = float(judged.loc[judged["loops"] == largest, "seconds"].mean())
     at_proxy = float(best.results.loc[~best.results["diverged"], "seconds"].mean())
     target = proxy * at_target / at_proxy
     return [

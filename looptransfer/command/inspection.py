@@ -1,4 +1,4 @@
-"""What would be rewritten in a model that is named on the command line."""
+"""The plan for a model that is named on the command line."""
 
 import re
 import warnings
@@ -75,8 +75,8 @@ def _parse_input(text: str) -> tuple[str, Any]:
 
 
 def _make(target: str) -> tuple[nn.Module, Any]:
-    made = load_target(target, nn.Module, "factory")
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    product = load_target(target, nn.Module, "factory")
+    model, example = product if isinstance(product, tuple) and len(product) == 2 else (product, None)
     if not isinstance(model, nn.Module):
         raise InputError(f"{target}() returns a {type(model).__name__}; it must return a model, or (model, inputs)")
     return model, example

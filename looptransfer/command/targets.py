@@ -1,4 +1,4 @@
-"""What is named on the command line: path/to/file.py:NAME or package.module:NAME."""
+"""Targets on the command line: path/to/file.py:NAME or package.module:NAME."""
 
 import functools
 import importlib
@@ -19,17 +19,17 @@ def load_experiment(target: str) -> Experiment:
     Raises:
         InputError: as `load_target`, or the name stands for something else.
     """
-    made = load_target(target, Experiment, "experiment", default="experiment")
-    if not isinstance(made, Experiment):
+    experiment = load_target(target, Experiment, "experiment", default="experiment")
+    if not isinstance(experiment, Experiment):
         raise InputError(
-            f"{target} gives a {type(made).__name__}; it must be a looptransfer.Experiment, or a function of no "
+            f"{target} gives a {type(experiment).__name__}; it must be a looptransfer.Experiment, or a function of no "
             "arguments that returns one"
         )
-    return made
+    return experiment
 
 
 def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
-    """What `target` names: a `kind` as it stands, anything else is called and its result returned.
+    """The object that `target` names: a `kind` as it stands, anything else is called and its result returned.
 
     A file is imported by its stem. Its folder, or for a package.module the working directory, stays first on sys.path,
     as it does with `python file.py`: worker processes inherit the path and find the module there.
@@ -52,13 +52,13 @@ def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
         )
     module = _from_file(home) if home.endswith(".py") else _from_package(target, home)
     with user_code(f"cannot import {target}", fix=f"; give a name that is in it: {home}:NAME"):
-        made: Any = functools.reduce(getattr, name.split("."), module)
-    if isinstance(made, kind):
-        return made
-    if not callable(made):
-        raise InputError(f"{target} is of type {type(made).__name__}; name a factory that takes no arguments")
-    with user_code(f"{target}() fails", made, fix="; name a factory that takes no arguments"):
-        return made()
+        value: Any = functools.reduce(getattr, name.split("."), module)
+    if isinstance(value, kind):
+        return value
+    if not callable(value):
+        raise InputError(f"{target} is of type {type(value).__name__}; name a factory that takes no arguments")
+    with user_code(f"{target}() fails", value, fix="; name a factory that takes no arguments"):
+        return value()
 
 
 def _split(target: str, default: str) -> tuple[str, str]:

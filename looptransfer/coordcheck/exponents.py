@@ -29,18 +29,16 @@ def exponent_table(rows: pd.DataFrame, promise: Promise, along: pd.DataFrame) ->
     step = _step(rows, promise.moment, int(along["step"].max()))
     rows = rows[rows["step"] == step]
     keys = ["seed", promise.axis]
-    wanted = along.groupby(keys).size().unstack()
+    grid = along.groupby(keys).size().unstack()
     if promise.where == "on stream" and promise.axis == "loops":
-        wanted = wanted.drop(columns=1, errors="ignore")  # nothing acts on the stream again and again at N = 1
+        grid = grid.drop(columns=1, errors="ignore")  # nothing acts on the stream again and again at N = 1
     if rows.empty:
-        return None if step == 0 else wanted * math.nan
-    if promise.which == "all":
-        values = rows.assign(value=rows["value"] ** 2).groupby(keys)["value"].mean() ** 0.5
-    else:
+        return None if step == 0 else grid * math.nan
+    if promise.which != "all":
         visits = rows.groupby([*keys, "module"])["visit"]
-        chosen = rows[rows["visit"] == visits.transform("min" if promise.which == "first" else "max")]
-        values = chosen.assign(value=chosen["value"] ** 2).groupby(keys)["value"].mean() ** 0.5
-    return values.unstack().reindex(index=wanted.index, columns=wanted.columns)
+        rows = rows[rows["visit"] == visits.transform("min" if promise.which == "first" else "max")]
+    values = rows.assign(value=rows["value"] ** 2).groupby(keys)["value"].mean() ** 0.5
+    return values.unstack().reindex(index=grid.index, columns=grid.columns)
 
 
 def _step(rows: pd.DataFrame, moment: str, last: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 
+from looptransfer.coordcheck.result import OUTPUT, WatchedBranch
 from looptransfer.coordcheck.statistics import (
     VISIT_STATISTICS,
     Visit,
@@ -41,63 +42,57 @@ from looptransfer.rewrite.twin import state_kept
 
 POSITIONS = 32  # of the stream, evenly spread, on which the cosines of increments are taken
 PROBE_SEED = 0  # dropout draws the same masks in every probe
-OUTPUT = "output"
 
 Key = tuple[Site, int]
 
 
 @dataclass(frozen=True)
-class Tap:
-    """A residual branch, and the additions that take it to the stream."""
+class TracedBranch(WatchedBranch):
+    """A residual branch with the additions that take it to the stream."""
 
-    module: str
-    layer: str  # the block that holds it
     adds: tuple[tuple[Key, int], ...]  # which addition, and which of its operands is the branch
     parameters: tuple[str, ...]
     multiplier: float  # the constant factor between the branch's last learned map and the stream, as traced
 
-    @property
-    def visits(self) -> int:
-        """Residual adds per forward."""
-        return len(self.adds)
-
 
 @dataclass
 class Observation:
-    """What one forward showed."""
+    """Values and states that one forward showed."""
 
     values: list[tuple[str, int, str, float]] = field(default_factory=list)  # module, visit, statistic, value
     states: dict[str, Tensor] = field(default_factory=dict)  # stream after the last visit of each branch, and output
     cosines: Tensor | None = None  # between the increments of the loops; None where there is only one
 
 
-def find_taps(model: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan | None = None) -> list[Tap]:
+def find_branches(
+    model: nn.Module, example_inputs: ExampleInputs, plan: ScalingPlan | None = None
+) -> list[TracedBranch]:
     """The residual branches of a live model, rewritten or not, by one traced forward. Nothing stays on the model.
 
     Raises:
         InputError: as `parametrize`; or no branch is added by a plain addition.
     """
     analysis = analyse(model, example_inputs, plan.declared_modules if plan else None)
-    found = analysis.trace
-    taps = []
+    branches = []
     for group, block in zip(analysis.groups, analysis.blocks, strict=True):
         plain = [add for add in group.adds if add.site.source != DECLARED]
         if plain:
             adds = tuple(((add.site, add.occurrence), add.position) for add in plain)
-            constants = factors(found, group) or (1.0,)
-            taps.append(Tap(str(group.handle), block, adds, tuple(sorted(group.parameters)), constants[0]))
-    if not taps:
+            constants = factors(analysis.trace, group) or (1.0,)
+            parameters = tuple(sorted(group.parameters))
+            branches.append(TracedBranch(str(group.handle), block, len(adds), adds, parameters, constants[0]))
+    if not branches:
         raise InputError(
             "no residual branch of the model is added by a plain addition, so there is nothing to observe; check that "
             "the inputs reach the looped layers, or write x + f(x)"
         )
-    return taps
+    return branches
 
 
 def observe(
     model: nn.Module,
     inputs: ExampleInputs,
-    taps: list[Tap],
+    branches: list[TracedBranch],
     statistics: Mapping[str, Callable[[Visit], Any]] = VISIT_STATISTICS,
 ) -> Observation:
     """Run one forward without gradients and measure.
@@ -109,27 +104,30 @@ def observe(
     Raises:
         InputError: the forward no longer runs the additions that were traced.
     """
-    observer = _Observer(model, taps, statistics)
+    observer = _Observer(model, branches, statistics)
     args, kwargs = call_arguments(inputs)
     with torch.no_grad(), as_written(), state_kept(model), module_hooks(observer.enter, observer.leave), observer:
         torch.manual_seed(PROBE_SEED)
         output = model(*args, **kwargs)
-    for tap in taps:
-        if observer.visits[tap.module] == tap.visits:
+    for branch in branches:
+        visits = observer.visits[branch.module]
+        if visits == branch.visits:
             continue
         raise InputError(
-            f"{tap.module} was added {observer.visits[tap.module]} times and traced {tap.visits} times; a coordinate "
+            f"{branch.module} was added {visits} times and traced {branch.visits} times; a coordinate "
             "check needs a forward that does the same every time (no random loop count or halting)"
         )
     return observer.finish(output)
 
 
 class _Observer(SiteCounter):
-    def __init__(self, model: nn.Module, taps: list[Tap], statistics: Mapping[str, Callable[[Visit], Any]]) -> None:
+    def __init__(
+        self, model: nn.Module, branches: list[TracedBranch], statistics: Mapping[str, Callable[[Visit], Any]]
+    ) -> None:
         super().__init__(model, hidden=__file__)
         self.statistics = statistics
-        self.by_key = {key: (tap, position) for tap in taps for key, position in tap.adds}
-        self.boundaries, self.last = _boundaries(taps)
+        self.by_key = {key: (branch, position) for branch in branches for key, position in branch.adds}
+        self.boundaries, self.last = _boundaries(branches)
         self.visits: Counter[str] = Counter()
         self.attention: Counter[str] = Counter()
         self.added: dict[str, Tensor] = {}
@@ -150,26 +148,26 @@ class _Observer(SiteCounter):
             self._see_attention(name, args, kwargs)
         if key not in self.by_key:
             return func(*args, **kwargs)
-        tap, position = self.by_key[key]
-        if (tap.module, self.visits[tap.module]) in self.boundaries:
+        branch, position = self.by_key[key]
+        if (branch.module, self.visits[branch.module]) in self.boundaries:
             self.points.append(_few(args[1 - position]))
-        branch = args[position]
+        operand = args[position]
         factor = kwargs.get("alpha", 1) * (-1 if name == "sub" else 1) if position == 1 else 1
-        branch = branch * factor if factor != 1 else branch
+        operand = operand * factor if factor != 1 else operand
         out = func(*args, **kwargs)
-        self._see(tap, branch, out)
+        self._see(branch, operand, out)
         return out
 
-    def _see(self, tap: Tap, branch: Tensor, stream: Tensor) -> None:
-        module = tap.module
+    def _see(self, branch: TracedBranch, operand: Tensor, stream: Tensor) -> None:
+        module = branch.module
         self.visits[module] += 1
         number = self.visits[module]
         added = self.added.get(module)
-        self.added[module] = branch.detach().clone() if added is None else added.add_(branch)
-        visit = Visit(module, number, branch.detach(), self.added[module], stream.detach())
+        self.added[module] = operand.detach().clone() if added is None else added.add_(operand)
+        visit = Visit(module, number, operand.detach(), self.added[module], stream.detach())
         for name, function in self.statistics.items():
             self._note(module, number, name, function(visit))
-        if number == tap.visits:
+        if number == branch.visits:
             self.states[module] = stream.detach().clone()
             if module == self.last:
                 self.points.append(_few(stream))
@@ -208,13 +206,13 @@ class _Observer(SiteCounter):
         return Observation(values, self.states, matrix)
 
 
-def _boundaries(taps: list[Tap]) -> tuple[set[tuple[str, int]], str]:
+def _boundaries(branches: list[TracedBranch]) -> tuple[set[tuple[str, int]], str]:
     """Before which adds (branch, earlier visits) a loop begins, and after whose last visit the last loop ends."""
-    most = max(tap.visits for tap in taps)
+    most = max(branch.visits for branch in branches)
     if most == 1:
-        first_of_layer = {tap.layer: tap.module for tap in reversed(taps)}
-        return {(module, 0) for module in first_of_layer.values()}, taps[-1].module
-    looped = [tap for tap in taps if tap.visits == most]
+        first_of_layer = {branch.layer: branch.module for branch in reversed(branches)}
+        return {(module, 0) for module in first_of_layer.values()}, branches[-1].module
+    looped = [branch for branch in branches if branch.visits == most]
     return {(looped[0].module, n) for n in range(most)}, looped[-1].module
 
 

@@ -1,4 +1,4 @@
-"""What a rule promises of every statistic, as an exponent of N or of L: plain data, no torch.
+"""Promises of a rule on every statistic, as exponents of N, L or width: plain data, no torch.
 
 With ε ∝ N^−α (α = 1 factored, ½ sqrt, 0 unscaled), a branch adds N^−α at each of its N visits. Visits of tied weights
 point the same way at best and walk at random at worst, so that their sum grows as N^(½−α) to N^(1−α) (arXiv 2606.18524,
@@ -43,7 +43,7 @@ def promises(rule: str, adam: bool, width_scaled: bool = False) -> list[Promise]
     """
     alpha = EXPONENTS.get(rule, 1.0)
     low, high = 0.5 - alpha, 1.0 - alpha
-    found = [
+    promised = [
         Promise("loops", "branch_rms", "looped", "init", "first", -alpha, -alpha),
         Promise("loops", "branch_rms", "looped", "init", "all", -alpha - (1 - alpha) / 2, -alpha + (1 - alpha) / 2),
         Promise("loops", "branch_rms", "once", "init", "all", 0, 0),
@@ -55,7 +55,7 @@ def promises(rule: str, adam: bool, width_scaled: bool = False) -> list[Promise]
         Promise("loops", "update_rms", "outside", "one", "all", 0, 0),
     ]
     if alpha == 1:
-        found += [
+        promised += [
             Promise("loops", "output_rms", "output", "init", "all", 0, 0),
             Promise("loops", "change_since_step", "output", "one", "all", low, high),
             Promise("loops", "change_since_init", "output", "end", "all", low, high),
@@ -63,24 +63,24 @@ def promises(rule: str, adam: bool, width_scaled: bool = False) -> list[Promise]
             Promise("loops", "gradient_rms", "branches", "one", "all", low, high),
             Promise("loops", "gradient_rms", "outside", "one", "all", 0, 0),
         ]
-    found.append(Promise("loops", "update_rms", "branches", "one", "all", 0 if adam else low, 0))
+    promised.append(Promise("loops", "update_rms", "branches", "one", "all", 0 if adam else low, 0))
     if adam:  # LR/n, as `param_groups` makes it (our extension)
-        found.append(Promise("loops", "update_rms", "on stream", "one", "all", -1, -1))
+        promised.append(Promise("loops", "update_rms", "on stream", "one", "all", -1, -1))
     if width_scaled:  # activations keep their size and change by as much at every width (arXiv 2203.03466)
-        found += [
+        promised += [
             Promise("width", "stream_rms", "final", "init", "last", -0.5, 0),
             Promise("width", "change_since_step", "final", "one", "last", -0.5, 0),
         ]
-    return found + _over_layers(alpha, rule, adam)
+    return promised + _over_layers(alpha, rule, adam)
 
 
 def _over_layers(alpha: float, rule: str, adam: bool) -> list[Promise]:
     if rule == "unscaled":
         return [Promise("layers", "multiplier", "looped", "init", "all", 0, 0)]
-    found = [
+    promised = [
         Promise("layers", "multiplier", "looped", "init", "all", -0.5, -0.5),
         Promise("layers", "stream_rms", "final", "init", "last", -0.5, 0),
         Promise("layers", "change_since_step", "final", "one", "last", -0.5, 0),
         Promise("layers", "update_rms", "outside", "one", "all", 0, 0),
     ]
-    return [*found, Promise("layers", "update_rms", "all branches", "one", "all", -0.5, -0.5)] if adam else found
+    return [*promised, Promise("layers", "update_rms", "all branches", "one", "all", -0.5, -0.5)] if adam else promised

@@ -1,4 +1,4 @@
-"""What an exponent says, in plain words."""
+"""Exponents read in plain words."""
 
 from looptransfer.coordcheck.promises import Promise
 
@@ -23,30 +23,30 @@ def reading(promise: Promise, module: str, exponent: float, alpha: float, answer
 
 
 def _branch(promise: Promise, module: str, exponent: float, alpha: float) -> str:
-    """Which multiplier makes a branch add N^exponent at each visit."""
-    what = f"what {module} adds at {'its first' if promise.which == 'first' else 'a'} visit {_grows(exponent)}"
-    applied, wanted = -exponent, -promise.low
+    """The multiplier that makes a branch add N^exponent at each visit."""
+    growth = f"what {module} adds at {'its first' if promise.which == 'first' else 'a'} visit {_grows(exponent)}"
+    applied, needed = -exponent, -promise.low
     if promise.where == "once":
-        return f"{what}, though it is visited once and its multiplier must not depend on N"
-    if abs(applied) < NEAR and wanted:
-        return f"the multiplier of {module} is not applied, or not recomputed for N: {what}"
-    if wanted and abs(applied - 2 * wanted) < NEAR:
-        return f"the multiplier of {module} is applied twice: {what}"
-    for power, words in RULES.items():
-        if abs(applied - power) < NEAR and abs(power - wanted) > NEAR:
-            return f"the multiplier of {module} is {words} where {RULES[alpha]} is needed: {what}"
-    return f"{what} where {_promised(promise)}"
+        return f"{growth}, though it is visited once and its multiplier must not depend on N"
+    if abs(applied) < NEAR and needed:
+        return f"the multiplier of {module} is not applied, or not recomputed for N: {growth}"
+    if needed and abs(applied - 2 * needed) < NEAR:
+        return f"the multiplier of {module} is applied twice: {growth}"
+    for power, formula in RULES.items():
+        if abs(applied - power) < NEAR and abs(power - needed) > NEAR:
+            return f"the multiplier of {module} is {formula} where {RULES[alpha]} is needed: {growth}"
+    return f"{growth} where {_promised(promise)}"
 
 
 def _stream(promise: Promise, module: str, exponent: float, alpha: float) -> str:
-    what = f"{_subject(promise, module)} {_grows(exponent)}"
+    growth = f"{_subject(promise, module)} {_grows(exponent)}"
     if exponent < promise.low:
-        return f"{what} where {_promised(promise)}: the multiplier is too small"
+        return f"{growth} where {_promised(promise)}: the multiplier is too small"
     if alpha == 1 and abs(exponent - 0.5) < NEAR:
-        return f"{what}: the multiplier is 1/√N where 1/N is needed, or visits do not add up as they should"
+        return f"{growth}: the multiplier is 1/√N where 1/N is needed, or visits do not add up as they should"
     if alpha == 1 and abs(exponent - 1) < 2 * NEAR:
-        return f"{what}: some multiplier is missing"
-    return f"{what} where {_promised(promise)}"
+        return f"{growth}: some multiplier is missing"
+    return f"{growth} where {_promised(promise)}"
 
 
 def _subject(promise: Promise, module: str) -> str:
@@ -77,8 +77,10 @@ def _promised(promise: Promise, symbol: str = "N") -> str:
     return f"{symbol}^{promise.low:g} to {symbol}^{promise.high:g} is promised"
 
 
-def _step_ratio(module: str, octaves: float, wanted: float, kept: bool) -> str:
-    text = f"the step of {module} is {2**octaves:.3g} times that outside the branches where {2**wanted:.3g} is promised"
+def _step_ratio(module: str, octaves: float, promised: float, kept: bool) -> str:
+    text = (
+        f"the step of {module} is {2**octaves:.3g} times that outside the branches where {2**promised:.3g} is promised"
+    )
     return text if kept else f"{text} (LR × m_L^−½): were the groups of param_groups kept, and not overwritten?"
 
 

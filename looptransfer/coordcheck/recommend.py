@@ -1,15 +1,16 @@
-"""Which exponent p in ε ∝ N^−p a model needs, from how the outputs of its branches add up over the visits."""
+"""The exponent p in ε ∝ N^−p that a model needs, from how the outputs of its branches add up over the visits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 
-from looptransfer.coordcheck.exponents import exponent_table, fit_exponents, on_axis
+from looptransfer.coordcheck.exponents import exponent_table, fit_exponents
 from looptransfer.coordcheck.promises import Promise
-from looptransfer.coordcheck.verdict import CONFIDENCE, CoordCheck
 from looptransfer.errors import InputError
 from looptransfer.transfer.optimum import Interval, t_interval
 
+CONFIDENCE = 0.90  # of the intervals shown
 FULL = 0.9  # an exponent from here up is full alignment: 1/N
 LEAST_DOUBLINGS = 2
 
@@ -40,22 +41,9 @@ class Recommendation:
         )
 
 
-def recommend(check: CoordCheck) -> Recommendation:
-    """Read the exponent p in ε ∝ N^−p off a coordinate check: ε·‖Σ_n r_n‖ must stay bounded (our extension).
-
-    ‖Σ_n r_n‖ grows as N^½ where the visits of a branch point anywhere, and as N where they point the same way
-    (arXiv 2606.18524, Theorem 1). What is measured is ε‖Σ r_n‖ under the rule of the check, from which the measured
-    exponent of ε itself is taken off. Alignment depends on how far the stream moves, and so on ε: take it from a check
-    under "factored", and where another exponent comes out, check again with a model scaled that way ("as made").
-
-    Args:
-        check: from `coord_check`, over two doublings of N at least; with more `steps`, after more training.
-
-    Raises:
-        InputError: nothing is looped, N spans too little, or the branches were not finite or zero.
-    """
-    rows = on_axis(check.frame[check.frame["rule"] == check.rule], "loops")
-    looped, counts = check.context.looped, sorted(rows["loops"].unique())
+def recommended(rows: pd.DataFrame, looped: Sequence[str]) -> Recommendation:
+    """The exponent from the rows of one rule over N, as `CoordCheck.recommend` describes; raises as that does."""
+    counts = sorted(rows["loops"].unique())
     if not looped:
         raise InputError("no branch is visited more than once, so no exponent in N is needed; check a looped model")
     if counts[-1] / counts[0] < 2**LEAST_DOUBLINGS:
@@ -73,10 +61,13 @@ def recommend(check: CoordCheck) -> Recommendation:
 
 def _growth(rows: pd.DataFrame, module: str, moment: str) -> dict[str, object]:
     """Growth exponent of ‖Σ r_n‖ of one branch: that of what it adds, less that of its multiplier."""
-    mine = rows[rows["module"] == module]
+    branch = rows[rows["module"] == module]
     multiplier = Promise("loops", "branch_rms", "looped", "init", "first", 0, 0)
     added = Promise("loops", "added_rms", "looped", "init" if moment == "init" else "end", "last", 0, 0)
-    tables = [exponent_table(mine[mine["statistic"] == one.statistic], one, rows) for one in (added, multiplier)]
+    tables = [
+        exponent_table(branch[branch["statistic"] == promise.statistic], promise, rows)
+        for promise in (added, multiplier)
+    ]
     if any(table is None or not ((table > 0) & (table < float("inf"))).all(axis=None) for table in tables):
         raise InputError(f"what {module} adds is zero or not finite in some run; lower the LR, or check fewer steps")
     total, single = (fit_exponents(table) for table in tables if table is not None)

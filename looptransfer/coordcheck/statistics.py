@@ -1,4 +1,4 @@
-"""What is measured: named functions of what reaches the stream, of what changed, and of an optimizer step."""
+"""Statistics: named functions of a visit of a branch, of a change, and of an optimizer step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ class Visit:
 class Change:
     """A tensor at three moments of a training, on the same inputs."""
 
-    now: Tensor
+    current: Tensor
     before: Tensor  # one step ago
     initial: Tensor
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step did to the parameters of one branch."""
+    """An optimizer step on the parameters of one branch."""
 
     gradients: Sequence[Tensor]
     updates: Sequence[Tensor]  # after minus before
@@ -74,8 +74,8 @@ VISIT_STATISTICS: Mapping[str, Callable[[Visit], Value]] = {
 }
 # Of the stream after the last visit of every branch, and of the model's output.
 CHANGE_STATISTICS: Mapping[str, Callable[[Change], Value]] = {
-    "change_since_init": lambda change: rms(change.now - change.initial),
-    "change_since_step": lambda change: rms(change.now - change.before),
+    "change_since_init": lambda change: rms(change.current - change.initial),
+    "change_since_step": lambda change: rms(change.current - change.before),
 }
 # Of the parameters of every branch, of those on the stream and of all others, at every step.
 STEP_STATISTICS: Mapping[str, Callable[[Step], Value]] = {

@@ -1,8 +1,6 @@
-"""Figures and the page of a coordinate check."""
+"""Figures of a coordinate check."""
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from looptransfer.coordcheck.exponents import on_axis
-from looptransfer.coordcheck.verdict import CoordCheck, Finding
-from looptransfer.files import write_file
+from looptransfer.coordcheck.result import CoordCheck, Finding
 from looptransfer.report.figures import RULE_STYLES, ordered_colours, some_of
-from looptransfer.report.page import render, svg
 
 # What a figure shows: statistic, which visit, step (0, 1 or the last), title.
 AGAINST_N = [
     ("branch_rms", "first", 0, "Added by {} at its first visit"),
     ("stream_rms", "last", 0, "Stream at initialisation"),
-    ("change_since_step", "last", 1, "Change of the stream in one step"),
+    ("change_since_step", "last", 1, "Change of the stream in finding step"),
     ("change_since_init", "last", -1, "Change of the stream in all steps"),
 ]
 LEAST_OCTAVES = 3
@@ -30,7 +26,7 @@ ANSWER_STYLES = {"passes": ("#0072B2", "o"), "fails": ("#D55E00", "X"), "inconcl
 
 
 def plot_stream(check: CoordCheck) -> Figure:
-    """Stream RMS after every visit of the last looped branch, one colour per N; bands reach over all seeds.
+    """Stream RMS after every visit of the last looped branch, finding colour per N; bands reach over all seeds.
 
     A row for every rule; left at initialisation, right after the last step.
     """
@@ -80,24 +76,25 @@ def plot_growth(check: CoordCheck) -> Figure:
 
 def plot_exponents(check: CoordCheck) -> Figure:
     """Every judged exponent with its interval, on the range that is promised and its tolerance."""
-    shown = [one for one in check.judged if one.exponent is not None and one.axis != "level"]
+    shown = [finding for finding in check.judged if finding.exponent is not None and finding.axis != "level"]
     figure = Figure(figsize=(9.4, 1.3 + 0.2 * len(shown)), layout="constrained")
     axis = figure.subplots()
-    for place, one in enumerate(reversed(shown)):
-        assert one.exponent is not None
-        colour, marker = ANSWER_STYLES[one.answer]
-        low, high = one.low - one.tolerance, one.high + one.tolerance
+    for place, finding in enumerate(reversed(shown)):
+        assert finding.exponent is not None
+        (colour, marker), exponent = ANSWER_STYLES[finding.answer], finding.exponent
+        low, high = finding.low - finding.tolerance, finding.high + finding.tolerance
         axis.barh(place, high - low, left=low, height=0.86, color="#009E73", alpha=0.22, linewidth=0)
-        error = [[one.exponent.estimate - one.exponent.low], [one.exponent.high - one.exponent.estimate]]
-        axis.errorbar(one.exponent.estimate, place, xerr=error, color=colour, marker=marker, markersize=4.5, capsize=2)
-    axis.set_yticks(range(len(shown)), [_label(one) for one in reversed(shown)], fontsize="x-small")
-    ends = [-1.0, 0.0, *(one.exponent.estimate for one in shown if one.exponent)]
-    ends += [edge for one in shown for edge in (one.low - one.tolerance, one.high + one.tolerance)]
+        error = [[exponent.estimate - exponent.low], [exponent.high - exponent.estimate]]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "capsize": 2}
+        axis.errorbar(exponent.estimate, place, xerr=error, **style)
+    axis.set_yticks(range(len(shown)), [_label(finding) for finding in reversed(shown)], fontsize="x-small")
+    ends = [-1.0, 0.0, *(finding.exponent.estimate for finding in shown if finding.exponent)]
+    ends += [edge for finding in shown for edge in (finding.low - finding.tolerance, finding.high + finding.tolerance)]
     axis.set_xlim(min(ends) - 0.15, max(ends) + 0.15)
     axis.set_ylim(-0.8, len(shown) - 0.2)
     axis.set(xlabel="exponent of N (of layers or width where it says so)")
     axis.grid(alpha=0.25, axis="x")
-    names = {answer for answer in ANSWER_STYLES if any(one.answer == answer for one in shown)}
+    names = {answer for answer in ANSWER_STYLES if any(finding.answer == answer for finding in shown)}
     handles: list[Any] = [
         axis.plot([], [], color=colour, marker=marker, linestyle="none", label=answer)[0]
         for answer, (colour, marker) in ANSWER_STYLES.items()
@@ -110,9 +107,9 @@ def plot_exponents(check: CoordCheck) -> Figure:
 
 def plot_cosines(check: CoordCheck) -> Figure | None:
     """Cosines between the increments of the loops at the largest N, before and after; None where nothing loops."""
-    mine = [key for key in check.cosines if key[0] == check.rule]
-    largest = max((loops for _, loops, _ in mine), default=0)
-    steps = sorted(step for _, loops, step in mine if loops == largest)
+    keys = [(loops, step) for rule, loops, step in check.cosines if rule == check.rule]
+    largest = max(keys, default=(0, 0))[0]
+    steps = sorted(step for loops, step in keys if loops == largest)
     if not steps:
         return None
     figure = Figure(figsize=(1.4 + 3.6 * len(steps), 3.6), layout="constrained")
@@ -127,41 +124,6 @@ def plot_cosines(check: CoordCheck) -> Figure | None:
     return figure
 
 
-def write_coord_html(
-    check: CoordCheck,
-    path: str | Path,
-    *,
-    title: str = "Does the model keep its scale over the loop count?",
-    summary: Sequence[str] = (),
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the page: answer, reasons, figures, every statistic. Nothing in it is loaded from elsewhere.
-
-    Args:
-        check: from `coord_check`.
-        path: the file to write.
-        title: the page's heading.
-        summary: sentences under the answer.
-        provenance: what made it: command, versions, seeds, wall time.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    cosines = plot_cosines(check)
-    page = render(
-        "coordinates.html",
-        check=check,
-        title=title,
-        summary=summary,
-        provenance=provenance or {},
-        growth=svg(plot_growth(check)),
-        stream=svg(plot_stream(check)),
-        exponents=svg(plot_exponents(check)),
-        cosines=svg(cosines) if cosines is not None else "",
-    )
-    write_file(path, page)
-
-
 def _rows(check: CoordCheck, rule: str) -> pd.DataFrame:
     rows = on_axis(check.frame[check.frame["rule"] == rule], "loops")
     return rows[np.isfinite(rows["value"]) & (rows["value"] > 0)]
@@ -169,12 +131,12 @@ def _rows(check: CoordCheck, rule: str) -> pd.DataFrame:
 
 def _worst_branch(check: CoordCheck) -> str:
     """The looped branch whose multiplier is furthest from what is promised."""
-    found = [
-        (abs(one.exponent.estimate - one.low), one.module)
-        for one in check.judged
-        if one.statistic == "branch_rms" and one.which == "first" and one.exponent
+    distances = [
+        (abs(finding.exponent.estimate - finding.low), finding.module)
+        for finding in check.judged
+        if finding.statistic == "branch_rms" and finding.which == "first" and finding.exponent
     ]
-    return max(found)[1] if found else check.context.branches[0].module
+    return max(distances)[1] if distances else check.context.branches[0].module
 
 
 def _band(axis: Axes, groups: Any, colour: Any, marker: str, label: str = "") -> None:
@@ -199,7 +161,8 @@ def _log_axes(axis: Axes) -> None:
     axis.grid(alpha=0.25)
 
 
-def _label(one: Finding) -> str:
-    over = "" if one.axis == "loops" else f", over {one.axis}"
-    visit = f", {one.which} visit{'s' if one.which == 'all' else ''}" if one.statistic == "branch_rms" else ""
-    return f"{one.module}: {one.statistic}{visit}, {one.moment}{over}"
+def _label(finding: Finding) -> str:
+    over = "" if finding.axis == "loops" else f", over {finding.axis}"
+    visits = {"all": ", all visits"}.get(finding.which, f", {finding.which} visit")
+    visits = visits if finding.statistic == "branch_rms" else ""
+    return f"{finding.module}: {finding.statistic}{visits}, {finding.moment}{over}"

@@ -30,23 +30,24 @@ def plot_curves(verdict: Verdict) -> Figure:
 
     Crosses at the top are LRs at which runs diverged, the dashed line is the transferred LR.
     """
-    counts = sorted({optimum.at for one in verdict.rules.values() for optimum in one.optima})
     rules = list(verdict.rules.values())
+    counts = sorted({optimum.n for judged in rules for optimum in judged.optima})
     figure = Figure(figsize=(1.2 + 3.4 * len(rules), 3.6), layout="constrained")
     axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
     colours = dict(zip(counts, ordered_colours(len(counts)), strict=True))
     finite = verdict.runs.loc[~verdict.runs["diverged"], "loss"]
     low = float(finite.min())
     high = min(float(finite.max()), low + 4 * max(0.02, float(finite.median()) - low))
-    for axis, one in zip(axes, rules, strict=True):
-        for optimum in one.optima:
-            runs = verdict.runs[(verdict.runs["rule"] == one.rule) & (verdict.runs[verdict.axis] == optimum.at)]
-            _curve(axis, runs, optimum, colours[optimum.at], high)
+    for axis, judged in zip(axes, rules, strict=True):
+        of_rule = verdict.runs[verdict.runs["rule"] == judged.rule]
+        for optimum in judged.optima:
+            _curve(axis, of_rule[of_rule[verdict.axis] == optimum.n], optimum, colours[optimum.n], high)
         if verdict.transferred_lr is not None:
             axis.axvline(verdict.transferred_lr, color="0.35", linestyle="--", linewidth=1, zorder=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"$2^{{{math.log2(lr):.0f}}}$"))
-        axis.set(title=f"{_plain(one.rule)}: {one.answer}", xlabel="LR", ylim=(low - 0.05 * (high - low), high * 1.005))
+        axis.set(title=f"{_plain(judged.rule)}: {judged.answer}", xlabel="LR")
+        axis.set_ylim(low - 0.05 * (high - low), high * 1.005)
         axis.grid(alpha=0.25)
     units = {METRIC: "metric, negated", NATS: "held-out loss (nats)", LOSS: "held-out loss"}
     axes[0].set_ylabel(units.get(verdict.unit, f"held-out loss, {_plain(verdict.unit)}"))
@@ -73,23 +74,17 @@ def plot_optima(verdict: Verdict) -> Figure:
     """Left, the LR optimum against N with its interval per rule; right, the regret of the transferred LR at large N."""
     figure = Figure(figsize=(9.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for position, one in enumerate(verdict.rules.values()):
+    for position, judged in enumerate(verdict.rules.values()):
         colour, marker = RULE_STYLES[position % len(RULE_STYLES)]
-        _optima(left, one, colour, marker)
-        if one.regret is not None and math.isfinite(one.regret.estimate):
-            ends = (one.regret.estimate - one.regret.low, one.regret.high - one.regret.estimate)
+        _optima(left, judged, colour, marker)
+        regret = judged.regret
+        if regret is not None and math.isfinite(regret.estimate):
+            ends = (regret.estimate - regret.low, regret.high - regret.estimate)
             error = [[max(0.0, end)] for end in ends]  # an estimate of 0 may be below its low end by its last bit
-            right.errorbar(position, one.regret.estimate, yerr=error, color=colour, marker=marker, capsize=4)
+            right.errorbar(position, regret.estimate, yerr=error, color=colour, marker=marker, capsize=4)
         else:
-            right.text(
-                position,
-                0.02,
-                "not\nknown",
-                ha="center",
-                va="bottom",
-                color="0.35",
-                transform=right.get_xaxis_transform(),
-            )
+            style: dict[str, Any] = {"ha": "center", "va": "bottom", "color": "0.35"}
+            right.text(position, 0.02, "not\nknown", transform=right.get_xaxis_transform(), **style)
     _tolerance_band(left, verdict)
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
@@ -131,31 +126,26 @@ def _curve(axis: Axes, runs: pd.DataFrame, optimum: Optimum, colour: object, top
         )
 
 
-def _optima(axis: Axes, one: RuleVerdict, colour: str, marker: str) -> None:
-    known = [(o.at, o.log2_lr) for o in one.optima if o.log2_lr is not None]
-    if known:
-        loops = [n for n, _ in known]
-        axis.plot(
-            loops,
-            [log2.estimate for _, log2 in known],
-            color=colour,
-            marker=marker,
-            label=f"{_plain(one.rule)}: {one.answer}",
-        )
-        axis.fill_between(
-            loops, [i.low for _, i in known], [i.high for _, i in known], color=colour, alpha=0.18, linewidth=0
-        )
+def _optima(axis: Axes, judged: RuleVerdict, colour: str, marker: str) -> None:
+    fitted = {optimum.n: optimum.log2_lr for optimum in judged.optima if optimum.log2_lr is not None}
+    if fitted:
+        estimates = [log2_lr.estimate for log2_lr in fitted.values()]
+        lows, highs = zip(*((log2_lr.low, log2_lr.high) for log2_lr in fitted.values()), strict=True)
+        label = f"{_plain(judged.rule)}: {judged.answer}"
+        axis.plot(list(fitted), estimates, color=colour, marker=marker, label=label)
+        axis.fill_between(list(fitted), lows, highs, color=colour, alpha=0.18, linewidth=0)
 
 
 def _tolerance_band(axis: Axes, verdict: Verdict) -> None:
-    """How far the optimum of the rule asked for could move and still be flat."""
-    known = [(o.at, o.log2_lr.estimate) for o in verdict.judged.optima if o.log2_lr is not None]
-    if len(known) >= 2:
-        loops = np.array([n for n, _ in known])
-        spread = verdict.tolerance * np.log2(loops / loops[0])
+    """The places to which the optimum of the rule asked for could move and still be flat."""
+    fitted = {optimum.n: optimum.log2_lr.estimate for optimum in verdict.judged.optima if optimum.log2_lr is not None}
+    if len(fitted) >= 2:
+        counts = np.array(list(fitted))
+        spread = verdict.tolerance * np.log2(counts / counts[0])
         style: dict[str, Any] = {"color": "0.35", "linestyle": ":", "linewidth": 1}
-        axis.plot(loops, known[0][1] + spread, label=f"±{verdict.tolerance:g} octave per doubling", **style)
-        axis.plot(loops, known[0][1] - spread, **style)
+        first = fitted[int(counts[0])]
+        axis.plot(counts, first + spread, label=f"±{verdict.tolerance:g} octave per doubling", **style)
+        axis.plot(counts, first - spread, **style)
 
 
 def _plain(text: str) -> str:

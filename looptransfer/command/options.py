@@ -1,0 +1,323 @@
+"""The options of every command, and the words of a command line read as values."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from looptransfer.errors import InputError
+from looptransfer.text import plain_lines
+
+LEDGER, OPTIMA = "looptransfer.db", "lr-optima.json"
+MOST_SEEDS = 1000
+T = TypeVar("T")
+
+STATUS = "exit status: 0 {}, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
+START = """\
+start here:   looptransfer demo --quick
+your model:   looptransfer inspect my_project.model:make
+your LR:      looptransfer tune experiment.py --loops 2 -o best.json
+your results: looptransfer check results.csv"""
+ABOUT = "Tune the LR of a looped Transformer at small N, carry it to large N, and check that it holds."
+DEMO = """\
+Tunes the LR of a small looped decoder at N = 2, sweeps around it at N = 1…16 under the
+paper's rule and two controls, and writes report.html, results.csv and verdict.json.
+About 18 minutes on two cores. Stopped at any moment, the same command goes on where it was."""
+INSPECT = """\
+Prints the plan of a model: every residual branch with its layer, its visits, its multiplier and
+the line where it is added, and what is left alone. Changes nothing.
+
+  looptransfer inspect looptransfer:LoopedDecoder --inputs long:2x16
+  looptransfer inspect my_project.model:make --inputs input_ids=long:2x16 loops=8
+
+FACTORY takes no arguments and returns a model, or a model and example inputs. Where the trace
+cannot tell the branches, the message says what settles it, often --branches 'layers.*.mlp'."""
+CHECK = """\
+Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains nothing.
+
+  looptransfer check results.csv
+  looptransfer check wandb.csv --columns loops=n_loops loss=val_loss --where State=finished
+  looptransfer check mlflow.csv --columns lr=params.lr loss=metrics.loss --diverged status=FAILED,KILLED
+  looptransfer check 'sqlite:///optuna.db#study' --axis width --markdown >> "$GITHUB_STEP_SUMMARY"
+  zcat runs.csv.gz | looptransfer check -
+
+SOURCE is a table in CSV, JSON lines or Parquet, a pipe or - for standard input, a ledger of tune and sweep, or the URL
+of an Optuna study; it is only read. It has one row per training run, with columns
+  loops     N, a whole number from 1 (or the column that --axis names)
+  lr        absolute learning rate
+  loss      final loss, in nats unless --unit says otherwise; inf or nan where the run diverged. An empty cell, or a
+            column State or status that says crashed or running, is a run without a result: leave it out with --where,
+            or count it as diverged with --diverged
+  seed      optional; runs of one seed are compared with each other, and one seed settles nothing
+  rule      optional; the other rules serve as controls
+  diverged  optional; true or false
+  step      optional; where there is a row for every step, the optimum at 50 and 75 % of the training is shown too"""
+
+TRAINED = "exit status: 0 done, 2 bad usage or input, 70 anything unexpected, 130 interrupted"
+EXPERIMENT = """\
+EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` where left out): a
+looptransfer.Experiment, or a function of no arguments that returns one. Before any training its start
+is made twice and compared: seeds must pair the runs, and loops follow N. What its code prints goes to
+standard error; what fails in it ends with 2, and is told with its file and line."""
+KEPT = """\
+Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was. A
+run that fails leaves the others alone, and is tried again by the same command."""
+TUNE = f"""\
+Finds the best LR of a proxy, your experiment with few loops: a coarse look with one seed, then
+half-octave steps with every seed, and the optimum with its interval over seeds.
+
+  looptransfer tune experiment.py --loops 2 -o best.json
+
+{EXPERIMENT}
+{KEPT}"""
+SWEEP = f"""\
+Trains at every loop count, LR and seed around the LR that was tuned, and writes the table that
+`looptransfer check` judges. Control rules show whether the sweep could have seen a drift.
+
+  looptransfer sweep experiment.py --loops 1,2,4,8,16 --around best.json -o results.csv
+  looptransfer sweep experiment.py --loops 1,4,16 --lrs 0.001,0.002,0.004 --seeds 4-7 --append results.csv
+
+{EXPERIMENT}
+{KEPT}"""
+GATE = f"""\
+Trains at half, once and twice the stored LR optimum, at the smallest and the largest stored N with a
+few seeds, and says whether the optimum still lies between: a check for every commit.
+
+  looptransfer check results.csv --baseline {OPTIMA} --update-baseline
+  looptransfer gate experiment.py --baseline {OPTIMA}
+
+{EXPERIMENT}
+No run is kept: those of another state of the code would say nothing of this one."""
+
+COORDCHECK = f"""\
+Trains a few steps at every loop count, watches what reaches the residual stream at every visit of
+every branch, and says whether it grows with N as the rule promises, and if not, why.
+
+  looptransfer coordcheck experiment.py --loops 1,2,4,8,16,32,64 --html coordinates.html
+
+{EXPERIMENT}"""
+CHECKED = "exit status: 0 passes, 1 fails, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of a command line; what it gives has the command's name as `command`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser(prog="looptransfer", description=ABOUT, epilog=START, formatter_class=raw)
+    whole.add_argument("--version", action="version", version=f"looptransfer {version('looptransfer')}")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    shared = _shared()
+    for name, (add_options, parents, summary, description, epilog) in COMMANDS.items():
+        add_options(
+            commands.add_parser(
+                name,
+                parents=[shared[parent] for parent in parents.split()],
+                help=summary,
+                description=description,
+                epilog=epilog,
+                formatter_class=raw,
+            )
+        )
+    return whole
+
+
+def _shared() -> dict[str, argparse.ArgumentParser]:
+    """Options that several commands have."""
+    names = ("experiment", "rule", "workers", "kept", "form")
+    parents = {name: argparse.ArgumentParser(add_help=False) for name in names}
+    target = "what is trained: file.py, file.py:NAME, module:NAME"
+    parents["experiment"].add_argument("experiment", metavar="EXPERIMENT", help=target)
+    rules = "factored, sqrt or unscaled (default: factored)"
+    parents["rule"].add_argument("--rule", default="factored", help=rules)
+    processes = "processes of one thread (default: one per core)"
+    parents["workers"].add_argument("--workers", type=int, metavar="K", help=processes)
+    parents["kept"].add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
+    ledger = f"finished runs, SQLite (default: {LEDGER})"
+    parents["kept"].add_argument("--ledger", default=LEDGER, metavar="FILE", help=ledger)
+    form = parents["form"].add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
+    form.add_argument("--markdown", action="store_true", help="the answer as Markdown on standard output")
+    return parents
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="smaller, within three minutes; may end inconclusive")
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to write (default: demo)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="first seed, from 0 up (default: 0)")
+    parser.add_argument("--text", metavar="FILE_OR_DIR", help="your own text (default: Python's standard library)")
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="FACTORY", help="package.module:factory or path/to/file.py:factory")
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        default=[],
+        metavar="INPUT",
+        help="example inputs: float:2x16x32, long:2x16, bool:2x16 or a number; NAME=… for a keyword argument",
+    )
+    parser.add_argument("--base-layers", type=int, default=1, help="L_ref, the depth you tuned at (default: 1)")
+    parser.add_argument("--branches", nargs="+", metavar="NAME", help="the branches' modules, by name or glob")
+    parser.add_argument("--layers", type=int, help="L, where blocks are not what should be counted")
+    parser.add_argument("--json", action="store_true", help="the plan as JSON on standard output")
+
+
+def _tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--loops", type=int, required=True, metavar="N", help="loop count of the proxy")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write what was found as JSON, for sweep")
+
+
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--loops", required=True, metavar="N,N,…", help="loop counts, such as 1,2,4,8,16")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--around", metavar="LR", help="centre of the LRs: a number, or the file that tune wrote")
+    where.add_argument("--lrs", metavar="LR,LR,…", help="the LRs themselves")
+    octaves = "LRs as log2 distances from the centre (default: -3,-2.25,-1.5,-0.75,0,0.75,1.5); write --octaves=-1,0,1"
+    parser.add_argument("--octaves", metavar="X,X,…", help=octaves)
+    rules = "factored, sqrt, unscaled; all but the one judged are controls (default: factored)"
+    parser.add_argument("--rules", default="factored", metavar="RULE,…", help=rules)
+    table = parser.add_mutually_exclusive_group(required=True)
+    table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table as CSV into a new file")
+    table.add_argument("--append", type=Path, metavar="FILE", help="make what this table lacks and add it there")
+
+
+def _coordcheck(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--loops", default="1,2,4,8,16,32,64", metavar="N,N,…", help="loop counts (default: 1 to 64)")
+    rules = "factored, sqrt, unscaled, 'as made'; the first is judged (default: factored, or as made if rewritten)"
+    parser.add_argument("--rules", metavar="RULE,…", help=rules)
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: 10)")
+    parser.add_argument("--seeds", default="3", help="how many, or which: 3, 0-2 or 0,2,5 (default: 3)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="base LR (default: 0.001)")
+    parser.add_argument("--tolerance", type=float, default=0.15, help="of an exponent (default: 0.15)")
+    parser.add_argument("--json", action="store_true", help="the verdict as JSON on standard output")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the frame as CSV as well")
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="table, ledger or study, such as results.csv; - is stdin")
+    called = "what a column is called in SOURCE, such as lr=config.lr"
+    parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="NAME=THERE", help=called)
+    kept = "judge only rows such as State=finished or loss!= (not empty); VALUE,VALUE is either"
+    parser.add_argument("--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=kept)
+    lost = "runs that diverged whatever their loss, such as State=crashed or loss= (empty)"
+    parser.add_argument("--diverged", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=lost)
+    parser.add_argument("--axis", default="loops", metavar="COLUMN", help="what grows: loops, width, layers, …")
+    parser.add_argument("--maximize", action="store_true", help="loss is a metric of which more is better")
+    unit = "of the loss (default: nats where the column is called …loss and its curve is not too flat for them)"
+    parser.add_argument("--unit", help=unit)
+    parser.add_argument("--rule", help="the rule to judge (default: factored, or the only one there)")
+    parser.add_argument(
+        "--lr", type=float, help="the transferred LR, absolute (default: the optimum at the smallest N)"
+    )
+    parser.add_argument("--tolerance", type=float, default=0.20, help="octaves per doubling of N (default: 0.20)")
+    regret = "tolerated regret in the unit of the loss (default: 0.02 nats, else 5 %% of the curve's height)"
+    parser.add_argument("--regret", type=float, help=regret)
+    parser.add_argument("--confidence", type=float, default=0.90, help="of the intervals (default: 0.90)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    todo = "write the runs that would settle the verdict as CSV, a row per run"
+    parser.add_argument("--todo", type=Path, metavar="FILE", help=todo)
+    stored = "compare the optima with these: exit status 1 where one moved or its loss got worse"
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help=f"{stored} (such as lr-optima.json)")
+    parser.add_argument("--update-baseline", action="store_true", help="write the optima into --baseline instead")
+    moved = "octaves that an optimum may be away from the stored one (default: 0.5)"
+    parser.add_argument("--moved", type=float, default=0.5, metavar="OCTAVES", help=moved)
+
+
+def _gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--baseline", type=Path, default=Path(OPTIMA), metavar="FILE", help=f"(default: {OPTIMA})")
+    parser.add_argument(
+        "--loops", metavar="N,N,…", help="which of the stored N (default: the smallest and the largest)"
+    )
+    parser.add_argument("--seeds", type=int, default=6, help="how many (default: 6)")
+
+
+COMMANDS: Mapping[str, tuple[Callable[[argparse.ArgumentParser], None], str, str, str, str]] = {
+    "demo": (_demo, "", "the whole story on the embedded model and text", DEMO, ""),
+    "inspect": (_inspect, "rule", "show what would be rewritten in a model", INSPECT, ""),
+    "tune": (_tune, "experiment kept workers rule", "find the best LR of a proxy", TUNE, TRAINED),
+    "sweep": (
+        _sweep, "experiment kept workers", "train over loop counts and LRs, for a table of results", SWEEP, TRAINED
+    ),
+    "coordcheck": (
+        _coordcheck, "experiment", "watch the residual stream over N in a few short trainings", COORDCHECK,
+        STATUS.format("passes, 1 fails"),
+    ),
+    "check": (
+        _check, "form", "judge a table of results; trains nothing", CHECK, STATUS.format("flat, 1 drifts or moved")
+    ),
+    "gate": (
+        _gate, "experiment workers rule form", "train a little, and see whether stored optima still hold", GATE,
+        STATUS.format("holds, 1 moved or worse"),
+    ),
+}  # fmt: skip
+
+
+# -- words as values
+
+
+def columns_of(texts: Sequence[str]) -> dict[str, str]:
+    """{"lr": "config.lr"} from "lr=config.lr"."""
+    pairs = [text.partition("=") for text in texts]
+    wrong = [text for text, (name, _, source) in zip(texts, pairs, strict=True) if not name or not source]
+    if wrong:
+        raise InputError(f"--columns {wrong[0]!r}; write NAME=THERE, such as lr=config.lr")
+    names = [name for name, _, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"--columns names {twice[0]!r} twice; give each once")
+    return {name: source for name, _, source in pairs}
+
+
+def numbers_of(option: str, text: str, number: Callable[[str], T], example: str) -> list[T]:
+    """Numbers separated by commas."""
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError:
+        kind = "whole numbers" if number is int else "numbers"
+        raise InputError(f"{option} is {text!r}; write {kind} separated by commas, such as {example}") from None
+
+
+def seeds_of(text: str) -> int | list[int]:
+    """A count from "4"; seeds from "0-3" or "0,2,5"."""
+    spans = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part) for part in text.split(",")]
+    ends = [(int(span[1]), int(span[2] or span[1])) for span in spans if span]
+    alone = text.isdecimal()
+    count = int(text) if alone else sum(high - low + 1 for low, high in ends)
+    if len(ends) < len(spans) or any(high < low for low, high in ends) or count > MOST_SEEDS:
+        fix = f"write how many, up to {MOST_SEEDS}, or which ones: 4, 0-3, 0,2,5 or 7-7"
+        raise InputError(f"--seeds is {text!r}; {fix}")
+    return count if alone else [seed for low, high in ends for seed in range(low, high + 1)]
+
+
+def learning_rates(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `sweep` that say which LRs; `around` is still a number or a file."""
+    if arguments.lrs is not None:
+        if arguments.octaves is not None:
+            raise InputError("--octaves are distances from --around; with --lrs give the LRs alone")
+        return {"lrs": numbers_of("--lrs", arguments.lrs, float, "0.001,0.002,0.004")}
+    if arguments.octaves is None:
+        return {"around": arguments.around}
+    octaves = numbers_of("--octaves", arguments.octaves, float, "--octaves=-1,0,1")
+    return {"around": arguments.around, "octaves": octaves}
+
+
+def centre_of(text: str, identity: Mapping[str, Any], home: Path) -> float:
+    """The LR of --around. A file of another experiment earns a warning: tuning on one and sweeping another is a use."""
+    from looptransfer.trials.sweep import read_tuned  # noqa: PLC0415
+
+    try:
+        return float(text)
+    except ValueError:
+        tuned = read_tuned(home / text)
+    tuned_on, trained = tuned["experiment"], json.loads(json.dumps(identity))
+    keys = sorted(key for key in tuned_on.keys() | trained.keys() if tuned_on.get(key) != trained.get(key))
+    if keys:
+        changes = ", ".join(f"{key}: {tuned_on.get(key)!r} there, {trained.get(key)!r} here" for key in keys)
+        print(
+            plain_lines(f"looptransfer: warning: {text} was tuned on another experiment ({changes})"), file=sys.stderr
+        )
+    return float(tuned["lr"])

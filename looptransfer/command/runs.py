@@ -1,0 +1,239 @@
+"""The run of every command. What it needs is imported when it runs: `check` loads no torch, and help loads nothing."""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import looptransfer as lt
+from looptransfer.command.options import LEDGER, OPTIMA, centre_of, columns_of, learning_rates, numbers_of, seeds_of
+from looptransfer.errors import InputError
+from looptransfer.files import check_new, check_writable, locked, same_file, write_file
+from looptransfer.text import plain_lines, without_password
+
+if TYPE_CHECKING:
+    from looptransfer.transfer.comparison import Comparison
+
+Answer = tuple[str, int]  # what a command prints on standard output, and its exit status
+
+
+def _demo(arguments: argparse.Namespace) -> Answer:
+    from looptransfer.command.demo import run_demo
+
+    if arguments.seed < 0:
+        raise InputError(f"--seed is {arguments.seed}; it must be 0 or more")
+    return "\n".join(run_demo(arguments.out, arguments.quick, arguments.seed, arguments.text)), 0
+
+
+def _inspect(arguments: argparse.Namespace) -> Answer:
+    from looptransfer.command.inspection import inspect_model
+
+    names = ("rule", "base_layers", "branches", "layers")
+    options = {name: getattr(arguments, name) for name in names}
+    plan = inspect_model(arguments.target, arguments.inputs, **options)
+    return plan.to_json() if arguments.json else str(plan), 0
+
+
+def _coordcheck(arguments: argparse.Namespace) -> Answer:
+    loops, seeds = numbers_of("--loops", arguments.loops, int, "1,2,4,8"), seeds_of(arguments.seeds)
+    source = arguments.experiment.partition(".py")[0] + ".py"
+    _keep_apart({"the experiment": source}, {"--html": arguments.html, "--output": arguments.output})
+    home = Path.cwd()  # the user's file may change it
+    for path in filter(None, (arguments.html, arguments.output)):
+        write_file(path, None)  # before the training
+    import torch
+
+    from looptransfer.command.targets import load_experiment
+
+    torch.set_num_threads(1)  # as in a sweep's workers: at these sizes more threads take longer
+    started = time.perf_counter()
+    result = lt.coord_check(
+        load_experiment(arguments.experiment),
+        loops=loops,
+        rules=arguments.rules and [rule.strip() for rule in arguments.rules.split(",")],
+        steps=arguments.steps,
+        seeds=seeds,
+        lr=arguments.lr,
+        tolerance=arguments.tolerance,
+    )
+    if arguments.html:
+        provenance = {
+            "experiment": arguments.experiment,
+            **{name: version(name) for name in ("looptransfer", "torch")},
+            "steps": arguments.steps,
+            "seeds": arguments.seeds,
+            "LR": arguments.lr,
+            "seconds": f"{time.perf_counter() - started:.0f}",
+        }
+        lt.write_html(result, home / arguments.html, provenance=provenance)
+    if arguments.output:
+        write_file(home / arguments.output, result.frame.to_csv(index=False))
+    if arguments.json:
+        return _json(result.to_dict()), result.exit_status
+    lines = [str(result)]
+    if result.context.looped and max(loops) >= 4 * min(loops):
+        try:
+            lines.append(f"multiplier that this model needs: {result.recommend()}")
+        except InputError as error:  # the verdict stands
+            lines.append(f"multiplier that this model needs: not known, {error}")
+    return "\n".join(lines), result.exit_status
+
+
+def _tune(arguments: argparse.Namespace) -> Answer:
+    seeds = seeds_of(arguments.seeds)
+    if arguments.output:
+        check_new(arguments.output)
+        check_writable(arguments.output, arguments.ledger)
+    from looptransfer.command.targets import load_experiment
+
+    home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
+    experiment = load_experiment(arguments.experiment)
+    best = lt.tune(experiment, arguments.loops, seeds, ledger, arguments.workers, arguments.rule)
+    if arguments.output:
+        write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
+    around = arguments.output or f"{best.lr:.6g}"
+    follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
+    follow += ["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []
+    return f"{best}\n{_next(*follow)}", 0
+
+
+def _sweep(arguments: argparse.Namespace) -> Answer:
+    loops, seeds = numbers_of("--loops", arguments.loops, int, "1,2,4,8,16"), seeds_of(arguments.seeds)
+    path = arguments.append or arguments.output
+    from looptransfer.trials.table import grown, loss_table, read_table
+
+    if arguments.output:
+        check_new(path)
+    present = read_table(path)[1] if arguments.append else []
+    check_writable(path, arguments.ledger)
+    lrs = learning_rates(arguments)
+    from looptransfer.command.targets import load_experiment
+    from looptransfer.trials.trial import Run
+
+    home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
+    experiment = load_experiment(arguments.experiment)
+    if "around" in lrs:
+        lrs["around"] = centre_of(lrs["around"], experiment.identity(), home)
+    results = lt.sweep(
+        experiment,
+        loops,
+        rules=[rule.strip() for rule in arguments.rules.split(",")],
+        seeds=seeds,
+        ledger=ledger,
+        workers=arguments.workers,
+        known=[Run(*run) for run in present],
+        **lrs,
+    )
+    with locked(home / path):
+        if arguments.output:
+            check_new(home / path)  # another sweep may have written it meanwhile
+        text = grown(home / path, results) if arguments.append else results.to_csv(index=False)
+        write_file(home / path, text)
+    if len(results) and results["diverged"].all():
+        raise InputError(
+            f"all {len(results)} runs, now in {path}, diverged, so there is nothing to judge; lower the LRs"
+        )
+    table = plain_lines(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
+    return f"{table}\n{_next('check', path)}", 0
+
+
+def _check(arguments: argparse.Namespace) -> Answer:
+    reads = {"the table": re.sub(r"^sqlite[^:]*:///", "", arguments.source.partition("#")[0])}
+    writes = {"--html": arguments.html, "--todo": arguments.todo}
+    (writes if arguments.update_baseline else reads)["--baseline"] = arguments.baseline
+    _keep_apart(reads, writes)
+    columns = columns_of(arguments.columns)
+    verdict = lt.check(
+        lt.read_results(arguments.source, columns, arguments.axis, arguments.where, arguments.diverged),
+        rule=arguments.rule,
+        transferred_lr=arguments.lr,
+        tolerance=arguments.tolerance,
+        regret_tolerance=arguments.regret,
+        confidence=arguments.confidence,
+        axis=arguments.axis,
+        maximize=arguments.maximize,
+        unit=arguments.unit,
+    )
+    comparison = _against_baseline(arguments, verdict)
+    if arguments.html:
+        lt.write_html(verdict, arguments.html, provenance=_provenance(arguments.source, verdict))
+    if arguments.todo:
+        write_file(arguments.todo, verdict.rows_to_run().to_csv(index=False))
+    results = [result for result in (verdict, comparison) if result is not None]
+    statuses = [result.exit_status for result in results]
+    status = 1 if 1 in statuses else max(statuses)
+    if arguments.json:
+        return _json(verdict.to_dict() | ({} if comparison is None else {"baseline": comparison.to_dict()})), status
+    return "\n".join(result.to_markdown() if arguments.markdown else str(result) for result in results), status
+
+
+def _provenance(source: str, verdict: "lt.Verdict") -> dict[str, Any]:
+    from looptransfer.transfer.provenance import fingerprint_of
+
+    return {
+        "command": shlex.join(["looptransfer", *map(without_password, sys.argv[1:])]),
+        "source": without_password(source),
+        **{name: version(name) for name in ("looptransfer", "numpy", "scipy", "pandas")},
+        **fingerprint_of(verdict.runs, verdict.axis),
+    }
+
+
+def _keep_apart(reads: Mapping[str, str | Path | None], writes: Mapping[str, Path | None]) -> None:
+    """Refuse to write over what is read, or twice to one place."""
+    places = [(option, path) for option, path in writes.items() if path is not None]
+    for number, (option, path) in enumerate(places):
+        for name, other in [*reads.items(), *places[:number]]:
+            if other is not None and same_file(path, other):
+                raise InputError(f"{option} {path} would overwrite {name}; choose another file")
+
+
+def _against_baseline(arguments: argparse.Namespace, verdict: "lt.Verdict") -> "Comparison | None":
+    if arguments.baseline is None:
+        if arguments.update_baseline:
+            raise InputError(f"--update-baseline needs to know which; add --baseline {OPTIMA}")
+        return None
+    if arguments.update_baseline:
+        lt.Baseline.of(verdict, arguments.baseline).write()
+        print(plain_lines(f"optima written to {arguments.baseline}"), file=sys.stderr)
+        return None
+    return lt.Baseline.read(arguments.baseline).compare(verdict, arguments.moved)
+
+
+def _gate(arguments: argparse.Namespace) -> Answer:
+    loops = None if arguments.loops is None else numbers_of("--loops", arguments.loops, int, "2,16")
+    from looptransfer.command.targets import load_experiment
+
+    stored, experiment = lt.Baseline.read(arguments.baseline), load_experiment(arguments.experiment)
+    result = lt.gate(experiment, stored, loops, arguments.seeds, arguments.rule, workers=arguments.workers)
+    if arguments.json:
+        return _json(result.to_dict()), result.exit_status
+    return result.to_markdown() if arguments.markdown else str(result), result.exit_status
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, allow_nan=False)
+
+
+def _absolute(ledger: str) -> str:
+    return ledger if "://" in ledger else str(Path(ledger).absolute())
+
+
+def _next(*arguments: object) -> str:
+    return plain_lines("next: " + shlex.join(["looptransfer", *(without_password(str(word)) for word in arguments)]))
+
+
+RUNS: Mapping[str, Callable[[argparse.Namespace], Answer]] = {
+    "demo": _demo,
+    "inspect": _inspect,
+    "tune": _tune,
+    "sweep": _sweep,
+    "coordcheck": _coordcheck,
+    "check": _check,
+    "gate": _gate,
+}
