@@ -32,6 +32,7 @@ from coordcheck_models import KINDS, Project
 
 import looptransfer as lt
 from looptransfer.reference.model import Block
+from looptransfer.rewrite.plan import Branch
 
 REPORT = Path(__file__).parent.parent / "reports" / "coordcheck"
 CI_SIZED: dict[str, Any] = {"loops": [1, 4, 16], "layers": [2, 8], "steps": 2, "seeds": 3}
@@ -79,13 +80,13 @@ def counted(model: nn.Module) -> None:
     model.register_forward_pre_hook(lambda m, args: [module._restart() for module in modules] and None)
 
 
-def looped(model: nn.Module, plan: lt.ScalingPlan) -> list[tuple[nn.Module, lt.Branch]]:
+def looped(model: nn.Module, plan: lt.ScalingPlan) -> list[tuple[nn.Module, Branch]]:
     """The branches in the loop."""
     return [(model.get_submodule(b.module), b) for b in plan.branches if b.module.startswith("layers.")]
 
 
 def rescaled(
-    factor: Callable[[lt.Branch], float],
+    factor: Callable[[Branch], float],
     which: slice = slice(None),
     at: Callable[[int, int], bool] = lambda n, of: True,
 ) -> Callable[[nn.Module, lt.ScalingPlan], None]:
@@ -100,7 +101,7 @@ def rescaled(
     return plant
 
 
-def lost(branch: lt.Branch) -> float:
+def lost(branch: Branch) -> float:
     return 1 / branch.multiplier
 
 
@@ -182,7 +183,7 @@ def last_loop_only(model: nn.Module, plan: lt.ScalingPlan) -> None:
         module.register_forward_hook(hook)
 
 
-def of_depth(branch: lt.Branch) -> float:
+def of_depth(branch: Branch) -> float:
     """What takes 1/√m_L out again, N staying."""
     return 1 / (branch.multiplier * branch.visits)
 
@@ -286,7 +287,7 @@ def verified(project: Project, fault: Fault) -> tuple[bool, float]:
 
 def checked(project: Project, fault: Fault) -> tuple[lt.CoordCheck, float]:
     started = time.process_time()
-    result = lt.coord_check(faulty(project, fault), project.batches, make_optimizer=fault.optimizer, **CI_SIZED)
+    result = lt.coord_check(project.experiment(faulty(project, fault)), make_optimizer=fault.optimizer, **CI_SIZED)
     return result, time.process_time() - started
 
 
@@ -319,8 +320,7 @@ def clean_runs(count: int) -> pd.DataFrame:
         project = Project(kind, width=width)
         lr = LR * (1 / 3, 1, 3)[run // 54 % 3]
         result = lt.coord_check(
-            functools.partial(faulty(project, CLEAN), layers=layers),
-            project.batches,
+            project.experiment(functools.partial(faulty(project, CLEAN), layers=layers)),
             loops,
             steps=2,
             seeds=range(3 * run, 3 * run + 3),
@@ -390,7 +390,7 @@ def mup_slopes(fault: str, axis: str) -> dict[str, Any]:
 
 def our_verdict(fault: str, axis: str) -> dict[str, Any]:
     project = Project("reference")
-    result = lt.coord_check(faulty(project, SIDE_BY_SIDE[fault]), project.batches, SIZES["N"], steps=3)
+    result = lt.coord_check(project.experiment(faulty(project, SIDE_BY_SIDE[fault])), SIZES["N"], steps=3)
     return {"rows": len(result.frame), "said": f"{result.answer}. {(result.reasons or [''])[0]}"}
 
 

@@ -1,6 +1,6 @@
 """The three projects in which faults are planted: small token models, rewritten and trained as a user would."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,10 @@ class Project:
             half = torch.randint(VOCAB, (self.batch, self.sequence // 2 + 1), generator=generator)
             windows = torch.cat([half, half], dim=1)[:, : self.sequence + 1]
             yield windows[:, :-1], windows[:, 1:]
+
+    def experiment(self, make_model: Callable[..., nn.Module]) -> lt.Experiment:
+        """An experiment with a model of this kind, rewritten or not."""
+        return lt.Experiment(self.kind, make_model, self.batches, lambda: [next(self.batches(10**6))])
 
 
 KINDS = ("reference", "ALBERT-like", "prelude-loop-coda")

@@ -11,6 +11,7 @@ cores. Every finished run is in a ledger, every finished fault in faults.json: s
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -30,10 +31,9 @@ import torch
 
 import looptransfer as lt
 from looptransfer.optim import param_groups
+from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.reference.model import Block, LoopedDecoder
 from looptransfer.rewrite.insert import set_multiplier
-from looptransfer.transfer.baseline import Baseline, baseline_of
-from looptransfer.transfer.comparison import compare
 from looptransfer.trials import trial
 from looptransfer.trials.gate import gate
 
@@ -54,7 +54,7 @@ class Project:
     middle: float
 
     def experiment(self) -> lt.Experiment:
-        made = lt.reference_experiment(lt.ReferenceSize(layers=self.layers))
+        made = lt.reference_experiment(ReferenceSize(layers=self.layers))
         return replace(made, name=f"gate, {self.name}", base_layers=self.base_layers)
 
     @property
@@ -196,7 +196,7 @@ class Case:
 
     fault: Fault
     experiment: lt.Experiment
-    baseline: Baseline
+    baseline: lt.Baseline
     ledger: Path
     first: int
 
@@ -227,11 +227,8 @@ def by_coordinates(case: Case) -> tuple[str, str]:
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
     told = lt.coord_check(
-        lambda loops: rewritten(case, loops)[0],
-        experiment.batches,
-        loss=experiment.loss,
+        dataclasses.replace(experiment, make_model=lambda loops: rewritten(case, loops)[0]),
         make_optimizer=make_optimizer,
-        base_layers=experiment.base_layers,
         **COORDINATES,
     )
     return told.answer, str(told)
@@ -249,7 +246,7 @@ def by_full_check(case: Case) -> tuple[str, str]:
         _of_seeds(case), project.loops, lrs=project.lrs, seeds=FULL_SEEDS, ledger=case.ledger, workers=1
     )  # fmt: skip
     verdict = lt.check(runs)
-    told = compare(verdict, case.baseline)
+    told = case.baseline.compare(verdict)
     return told.answer, f"{verdict}\n{told}"
 
 
@@ -276,7 +273,7 @@ GATES: dict[str, Callable[[Case], tuple[str, str]]] = {
 PASSED, CAUGHT = {"passed", "HOLDS", "PASSES"}, {"refused", "warned", "MOVED", "WORSE", "FAILS"}
 
 
-def stored_optima(project: Project, ledgers: Path, workers: int) -> Baseline:
+def stored_optima(project: Project, ledgers: Path, workers: int) -> lt.Baseline:
     """The optima without fault: those of the demo's table, or of a sweep of the same LRs and four seeds."""
     if project is LOOPED:
         runs = lt.read_results(DEMO)
@@ -285,10 +282,10 @@ def stored_optima(project: Project, ledgers: Path, workers: int) -> Baseline:
         runs = lt.sweep(
             project.experiment(), project.loops, lrs=project.lrs, seeds=FULL_SEEDS, ledger=ledger, workers=workers
         )  # fmt: skip
-    return baseline_of(lt.check(runs[runs["loops"].isin(project.loops)], rule="factored"))
+    return lt.Baseline.of(lt.check(runs[runs["loops"].isin(project.loops)], rule="factored"))
 
 
-Job = tuple[int, str, Baseline, Path]
+Job = tuple[int, str, lt.Baseline, Path]
 
 
 def judge(job: Job) -> dict[str, Any]:
@@ -355,7 +352,7 @@ def _cell(one: dict[str, Any] | None) -> str:
 
 
 def _words(project: Project) -> str:
-    size = lt.ReferenceSize(layers=project.layers)
+    size = ReferenceSize(layers=project.layers)
     return (
         f"L = {size.layers}, base depth {project.base_layers}, N = {' and '.join(map(str, project.loops))}, width "
         f"{size.width}, {size.steps} steps of {size.batch} × {size.sequence} tokens"

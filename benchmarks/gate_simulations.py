@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.verdict_simulations import SEED, Cell, Noise, fit_noise, mean_loss, simulate, table
-from looptransfer.transfer.baseline import store_optimum
-from looptransfer.transfer.bracket import OCTAVES, bracket_one
+from looptransfer.transfer.bracket import OCTAVES, bracket_optimum
 from looptransfer.transfer.optimum import find_optimum
+from looptransfer.transfer.stored import StoredOptimum
 
 CONFIDENCE, LOSS_TOLERANCE, STORED_SEEDS = 0.90, 0.02, 4
 CODES = {"MOVED": 1, "WORSE": 1, "INCONCLUSIVE": 3, "HOLDS": 0}
@@ -32,14 +32,14 @@ def look(noise: Noise, scale: float, seeds: int, moved: float, shape: str, rng: 
     optima = [find_optimum(at, losses, CONFIDENCE) for at, losses in tables.items()]
     if any(optimum.log2_lr is None for optimum in optima):
         return None
-    stored = [store_optimum(optimum, CONFIDENCE) for optimum in optima]
+    stored = [StoredOptimum.of(optimum, CONFIDENCE) for optimum in optima]
     again = Cell(seeds=seeds, lrs=3, noise=scale, loops=(1, 16), shape=shape)
     centres = np.array([one.log2_lr.estimate for one in stored if one.log2_lr is not None])
     u = centres[:, None] + np.array(OCTAVES) - (vertices + np.array([0.0, moved]))[:, None]
     losses = 2.0 + mean_loss(again, u, np.log2(again.loops)) + noise.draw(rng, again, u)
     names = [f"new {seed}" for seed in range(seeds)]
     found = [
-        bracket_one(one, pd.DataFrame(losses[:, i].T, columns=names), LOSS_TOLERANCE, CONFIDENCE)
+        bracket_optimum(one, pd.DataFrame(losses[:, i].T, columns=names), LOSS_TOLERANCE, CONFIDENCE)
         for i, one in enumerate(stored)
     ]
     codes = {CODES[one.answer] for one in found}

@@ -34,8 +34,10 @@ from torch import nn
 
 import looptransfer as lt
 from looptransfer.coordcheck.exponents import fit_exponents
-from looptransfer.coordcheck.observe import find_taps, observe
-from looptransfer.coordcheck.verdict import CONFIDENCE
+from looptransfer.coordcheck.observe import find_branches, observe
+from looptransfer.coordcheck.recommend import CONFIDENCE
+from looptransfer.reference.experiment import ReferenceSize
+from looptransfer.report import plot_curves, plot_optima
 from looptransfer.report.figures import ORDERED, RULE_STYLES
 from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import Interval, t_interval
@@ -71,7 +73,7 @@ class Scale:
     short_seeds: int
     steps: int
     lr: float  # of the short trainings
-    long: lt.ReferenceSize
+    long: ReferenceSize
     long_lr: float  # base LR of the trained models, and centre of the sweeps over L
     long_loops: tuple[int, ...]
     layers: tuple[int, ...]
@@ -85,9 +87,9 @@ class Scale:
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 SCALES = {
     # 2^-6.35 lies in the basin that the demo finds at N = 2 with the same sizes
-    "cpu": Scale(64, 4, POWERS, 16, 10, 10, 1e-3, lt.ReferenceSize(), 2**-6.35, (2, 4, 8), (1, 2, 4), 2, 3),
+    "cpu": Scale(64, 4, POWERS, 16, 10, 10, 1e-3, ReferenceSize(), 2**-6.35, (2, 4, 8), (1, 2, 4), 2, 3),
     "gpu": Scale(
-        512, 8, POWERS, 16, 10, 10, 1e-3, lt.ReferenceSize(width=256, heads=8, sequence=128, batch=64, steps=1000),
+        512, 8, POWERS, 16, 10, 10, 1e-3, ReferenceSize(width=256, heads=8, sequence=128, batch=64, steps=1000),
         2**-9.35, (2, 4, 8, 16), (1, 2, 4, 8), 4, 5, device="cuda",
     ),
 }  # fmt: skip
@@ -122,7 +124,8 @@ def looped(scale: Scale) -> lt.CoordCheck:
     """One layer that is looped, under each rule."""
     make = functools.partial(decoder, scale, 1)
     batches = functools.partial(random_tokens, scale)
-    return lt.coord_check(make, batches, scale.counts, RULES, scale.steps, scale.short_seeds, lr=scale.lr)
+    experiment = lt.Experiment("looped", make, batches, lambda: [next(batches(0))])
+    return lt.coord_check(experiment, scale.counts, RULES, scale.steps, scale.short_seeds, lr=scale.lr)
 
 
 def untied(scale: Scale, rule: Rule) -> lt.CoordCheck:
@@ -141,7 +144,8 @@ def untied(scale: Scale, rule: Rule) -> lt.CoordCheck:
         return model
 
     batches = functools.partial(random_tokens, scale)
-    return lt.coord_check(make, batches, scale.counts, None, scale.steps, scale.short_seeds, lr=scale.lr)
+    experiment = lt.Experiment("untied", make, batches, lambda: [next(batches(0))])
+    return lt.coord_check(experiment, scale.counts, None, scale.steps, scale.short_seeds, lr=scale.lr)
 
 
 def at_the_end(check: lt.CoordCheck, stack: str) -> pd.DataFrame:
@@ -253,11 +257,11 @@ def train_and_observe(scale: Scale, rule: Rule, loops: int, seed: int) -> tuple[
 
 def along_the_loop(model: nn.Module, probe: torch.Tensor, plan: lt.ScalingPlan) -> tuple[Any, list[float]]:
     """Cosines of increments, and the stream's RMS at the embedding and after every loop."""
-    taps = find_taps(model, probe, plan)
-    seen = observe(model, probe, taps)
+    branches = find_branches(model, probe, plan)
+    seen = observe(model, probe, branches)
     with torch.no_grad():
         embedded = float(model.embedding(probe).square().mean().sqrt())  # type: ignore[operator]
-    last = [value for name, _, key, value in seen.values if (name, key) == (taps[-1].module, "stream_rms")]
+    last = [value for name, _, key, value in seen.values if (name, key) == (branches[-1].module, "stream_rms")]
     assert seen.cosines is not None
     return seen.cosines.cpu().numpy(), [embedded, *last]
 
@@ -465,8 +469,8 @@ def over_layers(table: pd.DataFrame) -> lt.Verdict:
 
 def draw_sweep(verdict: lt.Verdict, out: Path, name: str) -> None:
     """Figure 4: the package's own two figures of a verdict."""
-    lt.plot_curves(verdict).savefig(out / f"{name}_curves.png", dpi=150)
-    lt.plot_optima(verdict).savefig(out / f"{name}_optima.png", dpi=150)
+    plot_curves(verdict).savefig(out / f"{name}_curves.png", dpi=150)
+    plot_optima(verdict).savefig(out / f"{name}_optima.png", dpi=150)
 
 
 # -- the report

@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from looptransfer.transfer.drift import skew_trend
-from looptransfer.transfer.judge import Terms, judge_tables, shape_changes
+from looptransfer.transfer.judge import judge_tables
 from looptransfer.transfer.optimum import curve, find_optimum
+from looptransfer.transfer.verdict import Terms
 
 Array = NDArray[np.float64]
 REAL = Path("reports/demo/results.csv")
@@ -152,15 +152,13 @@ def run_cell(job: tuple[Cell, Noise, int, int]) -> dict[str, object]:
     rng = np.random.default_rng([SEED, number])
     answers: Counter[str] = Counter()
     causes: Counter[str] = Counter()
-    covered = intervals = flagged = 0
+    covered = intervals = 0
     widths, optima, regrets = [], [], []
     for _ in range(sweeps):
         tables, vertices = simulate(cell, noise, rng)
         one = judge_tables("factored", tables, TERMS)
         answers[one.answer] += 1
         causes[one.cause] += one.answer == "INCONCLUSIVE"
-        trend = skew_trend(one.optima, TERMS.confidence)
-        flagged += one.cause == "shape" or (trend is not None and shape_changes(trend))
         for optimum, vertex in zip(one.optima, vertices, strict=True):
             if optimum.log2_lr is not None:
                 optima.append(optimum.log2_lr.low <= vertex <= optimum.log2_lr.high)
@@ -179,7 +177,6 @@ def run_cell(job: tuple[Cell, Noise, int, int]) -> dict[str, object]:
         "coverage": covered / intervals if intervals else math.nan,
         "coverage_of_optima": float(np.mean(optima)) if optima else math.nan,
         "coverage_of_regret": float(np.mean(regrets)) if regrets else math.nan,
-        "shape_flagged": flagged / sweeps,
         "median_half_width": float(np.median(widths)) / 2 if widths else math.nan,
         **{answer: answers[answer] / sweeps for answer in ("FLAT", "DRIFTS", "INCONCLUSIVE")},
         "why_inconclusive": ", ".join(
@@ -323,7 +320,7 @@ def report(frame: pd.DataFrame, power: pd.DataFrame, noise: Noise, sweeps: int, 
         "",
         "## Shapes that change with N, walls of unstable runs, flat bottoms, no curvature",
         "",
-        table(changing[[*columns, "shape_flagged", "why_inconclusive"]]),
+        table(changing[[*columns, "why_inconclusive"]]),
         "",
         "## Cells with too many wrong answers at the tolerance",
         "",

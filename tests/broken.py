@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from looptransfer.transfer.baseline import Baseline, StoredOptimum
+from looptransfer.transfer.baseline import Baseline
 from looptransfer.transfer.optimum import Interval
+from looptransfer.transfer.stored import StoredOptimum
 from tests.forked import HUNG, Outcome, Trial, run_all
 
 BASE = """\

@@ -97,8 +97,8 @@ if __name__ == "__main__":
     import torch
     import torch._dynamo
 
-    import looptransfer.coordcheck.run
     import looptransfer.command.inspection
+    import looptransfer.coordcheck.run
     import looptransfer.trials.gate
     import looptransfer.trials.sweep  # noqa: F401
 

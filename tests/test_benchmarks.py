@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-import looptransfer as lt
+from looptransfer.reference.experiment import ReferenceSize
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -27,7 +27,7 @@ def load(name: str) -> ModuleType:
 @pytest.mark.slow
 def test_the_papers_diagnostics_are_measured_drawn_and_reported(tmp_path: Path) -> None:
     paper = load("paper")
-    size = lt.ReferenceSize(width=8, heads=2, layers=1, sequence=8, batch=2, steps=4)
+    size = ReferenceSize(width=8, heads=2, layers=1, sequence=8, batch=2, steps=4)
     tiny = paper.Scale(8, 2, (8, 16), 8, 2, 1, 1e-3, size, 0.01, (3,), (1,), 1, 2, length=8)
     paper.measure(tiny, tmp_path)
     paper.report(tiny, tmp_path)

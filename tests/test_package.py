@@ -36,7 +36,7 @@ def test_the_wheel_installs_and_runs_in_an_empty_environment(tmp_path: Path) -> 
     assert built.returncode == 0, built.stdout + built.stderr
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"looptransfer/py.typed", "looptransfer/report/page.html"} <= set(names)
+    assert {"looptransfer/py.typed", "looptransfer/report/verdict.html"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     assert not any(name.startswith("tests") for name in names)
     # The empty environment borrows this one's dependencies: a path file instead of gigabytes.

@@ -11,12 +11,12 @@ import pandas as pd
 from looptransfer.checks import check_number, is_number
 from looptransfer.errors import InputError
 from looptransfer.files import MOST_BYTES, open_file, write_file
-from looptransfer.records import parse_json, record_of
+from looptransfer.records import parse_json, record_of, value_of
 from looptransfer.transfer.bracket import bracket_optimum
 from looptransfer.transfer.comparison import TOLERANCE, Comparison, compare_optimum, not_told_by_loss
 from looptransfer.transfer.optimum import Optimum, curves
 from looptransfer.transfer.provenance import differing, fingerprint_of
-from looptransfer.transfer.stored import StoredOptimum
+from looptransfer.transfer.stored import KEY, StoredOptimum, renamed
 from looptransfer.transfer.verdict import LOSS, NATS, Verdict
 
 SCHEMA_VERSION = 1
@@ -27,19 +27,7 @@ BY_DESIGN = {"seeds", "lrs"}  # parts of the fingerprint in which three LRs diff
 
 
 @dataclass(frozen=True)
-class _Header:
-    """All of the file but the optima."""
-
-    axis: str
-    unit: str
-    confidence: float
-    transferred_lr: float | None
-    fingerprint: Mapping[str, Any]
-    loss_tolerance: float = 0.02
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baseline(_Header):
+class Baseline:
     """The optima of every rule of a table, and its origin.
 
     `fingerprint` maps names to what made the table: looptransfer, code, seeds, lrs, columns of numbers that are the
@@ -47,8 +35,14 @@ class Baseline(_Header):
     them. `loss_tolerance` is how much worse the loss may become, in its unit.
     """
 
+    axis: str
+    unit: str
+    confidence: float
+    transferred_lr: float | None
+    fingerprint: Mapping[str, Any]
     optima: Mapping[str, tuple[StoredOptimum, ...]]
     path: str = PATH
+    loss_tolerance: float = 0.02
 
     @classmethod
     def of(cls, verdict: Verdict, path: str | Path = PATH) -> "Baseline":
@@ -60,18 +54,19 @@ class Baseline(_Header):
         if all(optimum.censored for optimum in verdict.judged.optima):
             reason = verdict.judged.optima[0].censored
             raise InputError(f"no optimum of rule {verdict.rule!r} is known ({reason}), so there is nothing to store")
+        optima = {
+            name: tuple(StoredOptimum.of(optimum, verdict.confidence) for optimum in judged.optima)
+            for name, judged in verdict.rules.items()
+        }
         return cls(
-            axis=verdict.axis,
-            unit=verdict.unit,
-            confidence=verdict.confidence,
-            transferred_lr=verdict.transferred_lr,
-            fingerprint=fingerprint_of(verdict.runs, verdict.axis),
-            loss_tolerance=verdict.regret_tolerance,
-            optima={
-                name: tuple(StoredOptimum.of(optimum, verdict.confidence) for optimum in judged.optima)
-                for name, judged in verdict.rules.items()
-            },
-            path=str(path),
+            verdict.axis,
+            verdict.unit,
+            verdict.confidence,
+            verdict.transferred_lr,
+            fingerprint_of(verdict.runs, verdict.axis),
+            optima,
+            str(path),
+            verdict.regret_tolerance,
         )
 
     @classmethod
@@ -97,7 +92,7 @@ class Baseline(_Header):
         if version != SCHEMA_VERSION:
             raise InputError(f"{path} has schema_version {version!r:.60}, not {SCHEMA_VERSION}; {REMAKE}")
         try:
-            return cls(**_fields(data), path=str(path))
+            return _from_json(data, str(path))
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"the baseline {path} is damaged: {str(error)[:300]}; {REMAKE}") from None
 
@@ -112,9 +107,12 @@ class Baseline(_Header):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the schema has a version."""
-        header = asdict(_Header(*(getattr(self, name) for name in _Header.__dataclass_fields__)))
-        rules = {rule: [stored.to_dict() for stored in optima] for rule, optima in self.optima.items()}
-        return {"schema_version": SCHEMA_VERSION, **header, "rules": rules}
+        fields = asdict(self)
+        optima = {
+            rule: [renamed(stored, "n", KEY) for stored in optima] for rule, optima in fields.pop("optima").items()
+        }
+        del fields["path"]
+        return {"schema_version": SCHEMA_VERSION, **fields, "rules": optima}
 
     def of_rule(self, rule: str) -> dict[int, StoredOptimum]:
         """The optima of a rule by N, censored ones too.
@@ -217,19 +215,20 @@ def _notes(stored: Mapping[int, StoredOptimum], optima: Mapping[int, Optimum], l
         yield f"{label} = {n} is not in the baseline"
 
 
-def _fields(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a baseline from the values of its file; what cannot be so is a ValueError."""
-    if not isinstance(data.get("rules"), dict):
-        raise ValueError("rules is missing, or no object")
-    optima = {rule: tuple(map(StoredOptimum.from_dict, stored)) for rule, stored in data.pop("rules").items()}
-    header = record_of(_Header, data, "the file")
+def _from_json(data: dict[str, Any], path: str) -> Baseline:
+    """A baseline from the values of its file; what cannot be so is a ValueError."""
+    rules = value_of(dict[str, tuple[dict[str, Any], ...]], data.pop("rules", None), "rules")
+    optima = {rule: [renamed(stored, KEY, "n") for stored in optima] for rule, optima in rules.items()}
+    baseline = record_of(Baseline, {**data, "optima": optima, "path": path})
     for name, high in (("confidence", 1.0), ("loss_tolerance", float("inf")), ("transferred_lr", float("inf"))):
-        value = getattr(header, name)
+        value = getattr(baseline, name)
         if value is not None and not is_number(value, 0, high):
             raise ValueError(f"{name} is {value:g}, not between 0 and {high:g}")
-    for rule, stored in optima.items():
+    for rule, stored in baseline.optima.items():
+        for optimum in stored:
+            optimum.check()
         if len({optimum.n for optimum in stored}) < len(stored):
             raise ValueError(f"rules {rule} has two optima of one place")
-    if not any(optimum.log2_lr for stored in optima.values() for optimum in stored):
+    if not any(optimum.log2_lr for stored in baseline.optima.values() for optimum in stored):
         raise ValueError("it holds no optimum")
-    return {**vars(header), "optima": optima}
+    return baseline

@@ -14,7 +14,7 @@ from looptransfer.transfer.advice import CENSORED
 from looptransfer.transfer.further import seeds_needed
 from looptransfer.transfer.optimum import Interval, Optimum, t_interval
 from looptransfer.transfer.results import axis_label
-from looptransfer.transfer.stored import KEY, StoredOptimum, loss_at_optimum
+from looptransfer.transfer.stored import KEY, StoredOptimum, loss_at_optimum, renamed
 from looptransfer.transfer.verdict import decimals, interval_dict
 
 SCHEMA_VERSION = 1
@@ -47,7 +47,7 @@ class Finding:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         fields = asdict(self) | {"shift": interval_dict(self.shift), "loss": interval_dict(self.loss)}
-        return {KEY: fields.pop("n"), **fields}
+        return renamed(fields, "n", KEY)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from looptransfer.checks import is_count
-from looptransfer.records import record_of
 from looptransfer.transfer.optimum import Interval, Optimum, t_interval
 from looptransfer.transfer.results import LARGEST, MOST
 
@@ -50,27 +48,22 @@ class StoredOptimum:
         loss_by_seed = {str(seed): float(loss) for seed, loss in losses.items()}
         return cls(optimum.n, None, optimum.log2_lr, vertices, t_interval(losses, confidence), loss_by_seed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, which `from_dict` reads back."""
-        fields = asdict(self)
-        return {KEY: fields.pop("n"), **fields}
+    def check(self) -> None:
+        """Refuse by a ValueError what no optimum can be."""
+        if not 1 <= self.n <= MOST:
+            raise ValueError(f"{KEY} is {self.n}, not from 1 to {MOST}")
+        if self.censored is None:
+            _check_interval("log2_lr", self.log2_lr, self.log2_lr_by_seed, OCTAVES)
+            _check_interval("loss", self.loss, self.loss_by_seed, LARGEST)
+            if (self.log2_lr_by_seed or {}).keys() != (self.loss_by_seed or {}).keys():
+                raise ValueError(f"the seeds of {self.n} differ between log2_lr_by_seed and loss_by_seed")
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "StoredOptimum":
-        """Read what `to_dict` gave; what cannot be so is a ValueError."""
-        fields = dict(data)
-        if KEY not in fields:
-            raise ValueError(f"{KEY} is missing")
-        stored = record_of(cls, {"n": fields.pop(KEY), **fields})
-        if not is_count(stored.n) or stored.n > MOST:
-            raise ValueError(f"{KEY} is {stored.n}, not from 1 to {MOST}")
-        if stored.censored is not None:
-            return cls(stored.n, stored.censored)
-        _check_interval("log2_lr", stored.log2_lr, stored.log2_lr_by_seed, OCTAVES)
-        _check_interval("loss", stored.loss, stored.loss_by_seed, LARGEST)
-        if (stored.log2_lr_by_seed or {}).keys() != (stored.loss_by_seed or {}).keys():
-            raise ValueError(f"the seeds of {stored.n} differ between log2_lr_by_seed and loss_by_seed")
-        return stored
+
+def renamed(fields: Mapping[str, Any], name: str, other: str) -> dict[str, Any]:
+    """The same fields, one of them by another name, first."""
+    if name not in fields:
+        raise ValueError(f"{name} is missing")
+    return {other: fields[name], **{key: value for key, value in fields.items() if key != name}}
 
 
 def loss_at_optimum(optimum: Optimum) -> pd.Series:

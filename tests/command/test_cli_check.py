@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from looptransfer.command.cli import main
-from looptransfer.transfer.baseline import code_version, read_baseline
+from looptransfer.transfer.baseline import Baseline
+from looptransfer.transfer.provenance import code_version
 from looptransfer.transfer.sources import read_results
 from tests.bad_tables import TEXT, study, sweep
 
@@ -165,7 +166,7 @@ def test_who_and_where_stay_out_of_the_page_and_of_the_baseline(folder: Path) ->
     assert main(["check", "export.csv", "--baseline", "b.json", "--update-baseline", "--html", "page.html"]) == 0
     written = Path("b.json").read_text() + Path("page.html").read_text()
     assert not [word for word in ("ada", "secret-project", "ws-7", "finished") if word in written]
-    assert read_baseline("b.json").fingerprint["layers"] == "3"
+    assert Baseline.read("b.json").fingerprint["layers"] == "3"
 
 
 def test_values_are_compared_as_numbers_where_they_are_numbers(folder: Path, capsys: Capture) -> None:
@@ -535,4 +536,4 @@ def test_a_small_loss_that_trebled_is_worse_although_it_is_far_below_what_matter
     path = folder / "lr-optima.json"
     small_loss(path)
     assert main(["check", "runs.csv", "--baseline", str(path)]) == 1
-    assert read_baseline(path).loss_tolerance < 1e-3
+    assert Baseline.read(path).loss_tolerance < 1e-3

@@ -5,11 +5,12 @@ import pandas as pd
 import pytest
 
 import looptransfer as lt
-from looptransfer import demo
+from looptransfer.command import demo
+from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.transfer.results import COLUMNS
 
 TINY = demo.DemoSize(
-    lt.ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12), (1, 2), 3, (1, 2), 2, (-2, -1, 0, 1)
+    ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12), (1, 2), 3, (1, 2), 2, (-2, -1, 0, 1)
 )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import looptransfer as lt
-from looptransfer.coordcheck.observe import OUTPUT, POSITIONS, Observation, find_taps, observe
+from looptransfer.coordcheck.observe import OUTPUT, POSITIONS, Observation, find_branches, observe
 from looptransfer.coordcheck.statistics import Visit
 from tests.experiments import LoopedMLP
 from tests.models import (
@@ -40,7 +40,7 @@ def test_the_statistics_are_those_of_a_loop_written_by_hand(spelling: type[Resid
     epsilon = 1.0
     if rewritten:
         epsilon = lt.parametrize(model, h).branches[0].multiplier
-    observation = observe(model, h, find_taps(model, h))
+    observation = observe(model, h, find_branches(model, h))
     seen, points = table(observation), [h]
     with torch.no_grad():
         for visit in range(1, 6):
@@ -62,12 +62,12 @@ def test_what_reaches_the_stream_is_measured_whatever_the_plan_says() -> None:
     torch.manual_seed(0)
     model = ResidualMLP(loops=4).double()
     x = inputs(2, 3, 8).double() if WIDTH == 8 else inputs(2, 3, WIDTH).double()
-    plain = table(observe(model, x, find_taps(model, x)))
+    plain = table(observe(model, x, find_branches(model, x)))
     lt.parametrize(model, x)
-    taps = find_taps(model, x)
-    scaled = table(observe(model, x, taps))
+    branches = find_branches(model, x)
+    scaled = table(observe(model, x, branches))
     model.f.register_forward_hook(lambda module, args, out: 4 * out)
-    lost = table(observe(model, x, taps))
+    lost = table(observe(model, x, branches))
     assert scaled["f", 1, "branch_rms"] == pytest.approx(plain["f", 1, "branch_rms"] / 4)
     assert lost["f", 1, "branch_rms"] == pytest.approx(plain["f", 1, "branch_rms"])
 
@@ -82,7 +82,7 @@ def test_a_factor_of_the_addition_belongs_to_the_branch() -> None:
     torch.manual_seed(0)
     model = Subtracting(loops=2).double()
     h = inputs(2, 3, WIDTH).double()
-    seen = table(observe(model, h, find_taps(model, h)))
+    seen = table(observe(model, h, find_branches(model, h)))
     with torch.no_grad():
         assert seen["f", 1, "branch_rms"] == pytest.approx(3 * rms(model.f(h)))
 
@@ -90,27 +90,27 @@ def test_a_factor_of_the_addition_belongs_to_the_branch() -> None:
 def test_every_branch_of_a_block_has_its_own_visits() -> None:
     model = Looped([ParallelBlock(), ParallelBlock()], loops=3)
     x = inputs(2, 4, WIDTH).to(next(model.parameters()).dtype)
-    taps = find_taps(model, x)
-    assert [(tap.module, tap.visits) for tap in taps] == [
+    branches = find_branches(model, x)
+    assert [(branch.module, branch.visits) for branch in branches] == [
         (f"blocks.{i}.{name}", 3) for i in range(2) for name in ("attn", "mlp")
     ]
-    seen = table(observe(model, x, taps))
+    seen = table(observe(model, x, branches))
     assert seen["blocks.1.attn", 3, "attention_logit_rms"] > 0
 
 
 def test_injected_input_is_no_branch() -> None:
     model = InjectedMLP(loops=3)
     x = inputs(2, 4, WIDTH).to(next(model.parameters()).dtype)
-    assert [tap.module for tap in find_taps(model, x)] == ["f"]
+    assert [branch.module for branch in find_branches(model, x)] == ["f"]
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
     model = LoopedMLP(3)
     model.block.insert(1, nn.Dropout(0.5))
     x = torch.randn(4, 4)
-    taps = find_taps(model, x)
+    branches = find_branches(model, x)
     before = torch.random.get_rng_state(), random.getstate()
-    first, second = (observe(model, x, taps) for _ in range(2))
+    first, second = (observe(model, x, branches) for _ in range(2))
     assert first.values == second.values  # the same dropout masks in both
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert before[1] == random.getstate()
@@ -121,15 +121,15 @@ def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
 def test_a_forward_that_does_something_else_next_time_is_refused() -> None:
     model = LoopedMLP(3)
     x = torch.randn(4, 4)
-    taps = find_taps(model, x)
+    branches = find_branches(model, x)
     model.loops = 2
     with pytest.raises(lt.InputError, match=r"block was added 2 times and traced 3 times"):
-        observe(model, x, taps)
+        observe(model, x, branches)
 
 
 def test_a_model_without_branches_is_refused() -> None:
     with pytest.raises(lt.InputError, match="no residual branch of the model is added by a plain addition"):
-        find_taps(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4))
+        find_branches(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4))
 
 
 def test_a_users_statistic_sees_every_visit() -> None:
@@ -138,7 +138,7 @@ def test_a_users_statistic_sees_every_visit() -> None:
     def peak(visit: Visit) -> Tensor:
         return visit.branch.abs().max()
 
-    seen = table(observe(model, x, find_taps(model, x), {"peak": peak}))
+    seen = table(observe(model, x, find_branches(model, x), {"peak": peak}))
     assert [visit for _, visit, statistic in seen if statistic == "peak"] == [1, 2, 3]
 
 
@@ -147,16 +147,16 @@ def kept_numbers(loops: int, blocks: int) -> int:
     torch.manual_seed(0)
     model = Looped([ParallelBlock() for _ in range(blocks)], loops=loops)
     x = inputs(8, 16, WIDTH).to(next(model.parameters()).dtype)
-    taps, found = find_taps(model, x), []
+    branches, counts = find_branches(model, x), []
 
     def alive(visit: Visit) -> float:
-        if visit.module == taps[-1].module and visit.number == loops:
+        if visit.module == branches[-1].module and visit.number == loops:
             gc.collect()
-            found.append(sum(t.numel() for t in gc.get_objects() if isinstance(t, Tensor) and t.is_floating_point()))
+            counts.append(sum(t.numel() for t in gc.get_objects() if isinstance(t, Tensor) and t.is_floating_point()))
         return 0.0
 
-    observe(model, x, taps, {"alive": alive})
-    return found[0]
+    observe(model, x, branches, {"alive": alive})
+    return counts[0]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -170,7 +170,7 @@ def test_memory_grows_neither_with_visits_nor_with_visits_times_branches() -> No
 def test_nothing_looped_has_increments_of_its_layers() -> None:
     model = lt.LoopedDecoder(width=16, heads=2, layers=4, loops=1)
     x = torch.randint(256, (2, 8))
-    observation = observe(model, x, find_taps(model, x))
+    observation = observe(model, x, find_branches(model, x))
     assert observation.cosines is not None
     assert observation.cosines.shape == (4, 4)
 
@@ -178,5 +178,5 @@ def test_nothing_looped_has_increments_of_its_layers() -> None:
 @pytest.mark.parametrize("make", [lambda: lt.LoopedDecoder(width=16, heads=2, loops=3).half().float()])
 def test_logits_are_the_output(make: Callable[[], nn.Module]) -> None:
     model, x = make(), torch.randint(256, (2, 8))
-    observation = observe(model, x, find_taps(model, x))
+    observation = observe(model, x, find_branches(model, x))
     assert observation.states[OUTPUT].shape == (2, 8, 256)

@@ -3,7 +3,8 @@ import torch
 from torch import Tensor, nn
 
 import looptransfer as lt
-from tests.experiments import LoopedMLP, TinyTask, squared_error, tiny_experiment
+from looptransfer.coordcheck.recommend import Recommendation
+from tests.experiments import LoopedMLP, tiny_experiment
 
 
 class Turning(LoopedMLP):
@@ -18,34 +19,34 @@ class Turning(LoopedMLP):
         return self.head(stream)
 
 
-def recommended(make: type[nn.Module]) -> lt.Recommendation:
-    check = lt.coord_check(make, TinyTask().batches, [1, 2, 4, 8, 16, 32], steps=2, seeds=4, loss=squared_error)
-    return lt.recommend(check)
+def recommended(make: type[nn.Module]) -> Recommendation:
+    check = lt.coord_check(tiny_experiment(make_model=make), [1, 2, 4, 8, 16, 32], steps=2, seeds=4)
+    return check.recommend()
 
 
 def test_full_alignment_asks_for_the_papers_rule() -> None:
-    found = recommended(LoopedMLP)
-    assert found.supports_paper
-    assert found.exponent == 1
-    assert found.at_init.estimate == pytest.approx(1, abs=0.1)
-    assert "the paper's rule" in str(found)
+    measured = recommended(LoopedMLP)
+    assert measured.supports_paper
+    assert measured.exponent == 1
+    assert measured.at_init.estimate == pytest.approx(1, abs=0.1)
+    assert "the paper's rule" in str(measured)
 
 
 def test_visits_that_walk_at_random_do_not_support_it() -> None:
-    found = recommended(Turning)
-    assert not found.supports_paper
-    assert found.at_init.estimate == pytest.approx(0.5, abs=0.15)
-    assert 0.5 <= found.exponent < 0.9
-    assert "does not support 1/N" in str(found)
-    assert set(found.evidence["moment"]) == {"init", "end"}
+    measured = recommended(Turning)
+    assert not measured.supports_paper
+    assert measured.at_init.estimate == pytest.approx(0.5, abs=0.15)
+    assert 0.5 <= measured.exponent < 0.9
+    assert "does not support 1/N" in str(measured)
+    assert set(measured.evidence["moment"]) == {"init", "end"}
 
 
 def test_it_reads_the_same_off_another_rule() -> None:
     check = lt.coord_check(tiny_experiment(), loops=[1, 2, 4, 8], rules=["sqrt"], steps=1)
-    assert lt.recommend(check).at_init.estimate == pytest.approx(1, abs=0.15)
+    assert check.recommend().at_init.estimate == pytest.approx(1, abs=0.15)
 
 
 def test_a_short_span_of_n_tells_nothing() -> None:
     check = lt.coord_check(tiny_experiment(), loops=[1, 2], steps=1, seeds=2)
     with pytest.raises(lt.InputError, match="span less than 2 doublings"):
-        lt.recommend(check)
+        check.recommend()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import looptransfer as lt
 from looptransfer.coordcheck.exponents import COLUMNS
-from tests.experiments import FEATURES, LoopedMLP, TinyTask, squared_error, tiny_experiment
+from tests.experiments import FEATURES, LoopedMLP, TinyTask, tiny_experiment
 
 QUICK: dict[str, Any] = {"loops": [1, 2, 4, 8], "steps": 2}
 
@@ -23,9 +23,9 @@ def checked() -> lt.CoordCheck:
 def test_a_rewritten_model_passes_and_the_controls_grow_as_theory_says(checked: lt.CoordCheck) -> None:
     assert checked.passed, str(checked)
     grown = {
-        one.rule: one.exponent.estimate
-        for one in checked.findings
-        if one.statistic == "branch_rms" and one.which == "first" and one.exponent
+        finding.rule: finding.exponent.estimate
+        for finding in checked.findings
+        if finding.statistic == "branch_rms" and finding.which == "first" and finding.exponent
     }
     assert grown == pytest.approx({"factored": -1, "sqrt": -0.5, "unscaled": 0}, abs=0.01)
 
@@ -61,7 +61,7 @@ def scaled(loops: int, power: float = 1.0, lost: bool = False) -> nn.Module:
 
 
 def check(make: Any, **options: Any) -> lt.CoordCheck:
-    return lt.coord_check(make, TinyTask().batches, loss=squared_error, **{**QUICK, **options})
+    return lt.coord_check(tiny_experiment(make_model=make), **{**QUICK, **options})
 
 
 def test_a_model_that_was_rewritten_is_taken_as_it_is() -> None:
@@ -117,6 +117,10 @@ def test_what_is_undone_at_the_addition_is_seen_there() -> None:
     assert check(undone).reasons[0].startswith("the multiplier of block is not applied")
 
 
+def tokens(make: Any, batches: Any) -> lt.Experiment:
+    return lt.Experiment("tokens", make, batches, lambda: batches(10**6))
+
+
 def test_param_groups_that_were_dropped_are_missed_by_their_steps() -> None:
     def make(loops: int) -> nn.Module:
         return lt.LoopedDecoder(width=16, heads=2, layers=4, loops=loops, tied_head=False, vocab=16)
@@ -127,11 +131,10 @@ def test_param_groups_that_were_dropped_are_missed_by_their_steps() -> None:
             tokens = torch.randint(16, (4, 9), generator=generator)
             yield tokens[:, :-1], tokens[:, 1:]
 
-    result = lt.coord_check(
-        make, batches, [1, 4], steps=1, seeds=2, make_optimizer=lambda model: torch.optim.AdamW(model.parameters())
-    )
+    experiment, options = tokens(make, batches), {"loops": [1, 4], "steps": 1, "seeds": 2}
+    result = lt.coord_check(experiment, make_optimizer=lambda model: torch.optim.AdamW(model.parameters()), **options)
     assert any("were the groups of param_groups kept" in reason for reason in result.reasons)
-    assert lt.coord_check(make, batches, [1, 4], steps=1, seeds=2).failures == []
+    assert lt.coord_check(experiment, **options).failures == []
 
 
 def test_a_scheduler_and_another_optimizer_are_the_users() -> None:
@@ -141,7 +144,7 @@ def test_a_scheduler_and_another_optimizer_are_the_users() -> None:
 
     result = check(scaled, make_optimizer=make_optimizer)
     assert not result.context.adam
-    assert {one.statistic for one in result.findings}.isdisjoint({"step_ratio", "lost_to_eps"})
+    assert {finding.statistic for finding in result.findings}.isdisjoint({"step_ratio", "lost_to_eps"})
 
 
 def test_width_and_depth_are_axes_too() -> None:
@@ -149,11 +152,12 @@ def test_width_and_depth_are_axes_too() -> None:
         return lt.LoopedDecoder(width=width, heads=2, layers=layers, loops=loops, tied_head=False, vocab=16)
 
     batch = (torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))
-    result = lt.coord_check(make, [batch] * 2, [1, 2], steps=1, seeds=2, widths=[8, 16], layers=[1, 4])
+    experiment = tokens(make, lambda seed: [batch] * 2)
+    result = lt.coord_check(experiment, [1, 2], steps=1, seeds=2, widths=[8, 16], layers=[1, 4])
     assert set(result.frame["width"]) == {8, 16}
     assert set(result.frame["layers"]) == {1, 4}
-    depth = [one for one in result.judged if one.axis == "layers" and one.statistic == "multiplier"]
-    assert [one.answer for one in depth] == ["passes"] * 2
+    depth = [finding for finding in result.judged if finding.axis == "layers" and finding.statistic == "multiplier"]
+    assert [finding.answer for finding in depth] == ["passes"] * 2
     assert set(result.cosines) == {("factored", 2, 0), ("factored", 2, 1)}
 
 
@@ -171,19 +175,19 @@ def mup_scaled(loops: int, width: int, shaped: bool = True) -> nn.Module:
 
 
 def test_width_is_judged_under_mup_alone() -> None:
-    tokens = torch.randint(16, (8, 9), generator=torch.Generator().manual_seed(0))
-    batches = [(tokens[:, :-1], tokens[:, 1:])] * 2
-    result = lt.coord_check(mup_scaled, batches, [1, 2], steps=1, seeds=4, widths=[8, 32, 128])
-    over_width = [one for one in result.judged if one.axis == "width"]
-    assert [one.statistic for one in over_width] == ["stream_rms", "change_since_step"]
-    assert all(one.answer != "fails" for one in over_width)
+    batch = torch.randint(16, (8, 9), generator=torch.Generator().manual_seed(0)).split((8, 1), dim=1)
+    batch = batch[0], torch.cat((batch[0][:, 1:], batch[1]), dim=1)
+    result = lt.coord_check(tokens(mup_scaled, lambda seed: [batch] * 2), [1, 2], steps=1, seeds=4, widths=[8, 32, 128])
+    over_width = [finding for finding in result.judged if finding.axis == "width"]
+    assert [finding.statistic for finding in over_width] == ["stream_rms", "change_since_step"]
+    assert all(finding.answer != "fails" for finding in over_width)
     assert result.exponent("change_since_step", axis="width", moment="one").estimate < 0.3
 
     def plain(loops: int, width: int) -> nn.Module:
         return lt.LoopedDecoder(width=width, heads=2, layers=1, loops=loops, tied_head=False, vocab=16)
 
-    other = lt.coord_check(plain, batches, [1, 2], steps=1, seeds=4, widths=[8, 32, 128])
-    assert not [one for one in other.judged if one.axis == "width"]
+    other = lt.coord_check(tokens(plain, lambda seed: [batch] * 2), [1, 2], steps=1, seeds=4, widths=[8, 32, 128])
+    assert not [finding for finding in other.judged if finding.axis == "width"]
     assert other.exponent("change_since_step", axis="width", moment="one").estimate > 0.5
 
 
@@ -220,12 +224,12 @@ def test_a_model_that_is_not_finite_fails_and_says_where() -> None:
     ("change", "message"),
     [
         ({"loops": [0, 2]}, r"loops is \[0, 2\]; give whole numbers from 1 up"),
-        ({"loops": [4]}, "2 of them at least, since one tells no exponent"),
+        ({"loops": [4]}, "2 or more of them"),
         ({"loops": [2, 2]}, "each once"),
         ({"loops": [1, 2.5]}, "whole numbers"),
         ({"loops": "1,2"}, "whole numbers"),
         ({"seeds": 1}, "one seed has no interval"),
-        ({"seeds": [3, 3]}, "give two or more"),
+        ({"seeds": [3, 3]}, "give 2 or more"),
         ({"steps": 0}, "steps is 0; it must be a whole number from 1 up"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"tolerance": 0}, "tolerance is 0"),
@@ -246,13 +250,8 @@ def test_bad_numbers_are_refused_before_anything_runs(change: dict[str, Any], me
 
 def test_batches_that_end_are_counted() -> None:
     batch = (torch.zeros(2, FEATURES), torch.zeros(2, 1))
-    with pytest.raises(lt.InputError, match="batches ended after 2 of the 3 batches"):
-        lt.coord_check(LoopedMLP, [batch] * 2, loss=squared_error, **QUICK)
-
-
-def test_batches_must_be_given() -> None:
-    with pytest.raises(lt.InputError, match="batches is missing"):
-        lt.coord_check(LoopedMLP, **QUICK)
+    with pytest.raises(lt.InputError, match=r"batches\(0\) ended after 2 of the 3 batches"):
+        lt.coord_check(tiny_experiment(batches=lambda seed: [batch] * 2), **QUICK)
 
 
 def test_a_model_without_branches_is_refused() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 import looptransfer as lt
 from looptransfer.reference.corpus import Corpus, load_corpus
+from looptransfer.reference.experiment import ReferenceSize
 
 FILES = 60
 
@@ -174,4 +175,4 @@ def test_a_text_too_short_for_the_sequences_is_refused_before_any_run(tmp_path: 
     text = tmp_path / "text.txt"
     text.write_bytes(b"a few words " * 2000)
     with pytest.raises(lt.InputError, match="too short"):
-        lt.reference_experiment(lt.ReferenceSize(sequence=4096), str(text))
+        lt.reference_experiment(ReferenceSize(sequence=4096), str(text))

@@ -11,19 +11,14 @@ from hypothesis import strategies as st
 
 from looptransfer.command.cli import main
 from looptransfer.errors import InputError
-from looptransfer.transfer.baseline import (
-    Baseline,
-    StoredOptimum,
-    baseline_of,
-    code_version,
-    fingerprint_of,
-    read_baseline,
-)
-from looptransfer.transfer.bracket import bracket, stored_lrs
+from looptransfer.transfer.baseline import Baseline
+from looptransfer.transfer.bracket import stored_lrs
 from looptransfer.transfer.check import check
-from looptransfer.transfer.comparison import compare, differing
+from looptransfer.transfer.comparison import Comparison
 from looptransfer.transfer.optimum import Interval
+from looptransfer.transfer.provenance import code_version, differing, fingerprint_of
 from looptransfer.transfer.results import tidy
+from looptransfer.transfer.stored import StoredOptimum
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=20)
 
@@ -43,70 +38,66 @@ def runs(
     return pd.DataFrame(rows)
 
 
-def stored(tmp_path: Path, **arguments: Any) -> Baseline:
-    path = tmp_path / "lr-optima.json"
-    baseline_of(check(runs(**arguments)), path).write(path)
-    return read_baseline(path)
+def cut(table: pd.DataFrame) -> pd.DataFrame:
+    """The table in which the optimum of N = 16 lies beyond the highest LR."""
+    return table[(table["loops"] < 16) | (table["lr"] < 2.0**-7)]
 
 
-def answers(told: Any) -> list[str]:
-    return [finding.answer for finding in told.findings]
+def baseline(table: pd.DataFrame | None = None, **columns: Any) -> Baseline:
+    return Baseline.of(check(runs(**columns) if table is None else table))
+
+
+@pytest.fixture(scope="module")
+def before() -> Baseline:
+    return baseline()
+
+
+def answers(comparison: Comparison) -> list[str]:
+    return [finding.answer for finding in comparison.findings]
 
 
 # -- stored and read
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
-    made = baseline_of(check(runs(layers=2)), tmp_path / "optima.json")
-    made.write(tmp_path / "optima.json")
-    assert read_baseline(tmp_path / "optima.json") == made
-    assert made.fingerprint["layers"] == "2"
-    assert made.fingerprint["seeds"] == "0, 1, 2, 3"
+def test_a_baseline_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    stored = Baseline.of(check(runs(layers=2)), tmp_path / "optima.json")
+    stored.write()
+    assert Baseline.read(tmp_path / "optima.json") == stored
+    assert (stored.fingerprint["layers"], stored.fingerprint["seeds"]) == ("2", "0, 1, 2, 3")
 
 
 def test_nothing_is_stored_where_no_optimum_is_known() -> None:
-    table = runs()
-    with pytest.raises(InputError, match=r"no optimum of rule 'factored' is known \(high edge\)"):
-        baseline_of(check(table[table["lr"] < 2.0**-7]))
+    with pytest.raises(InputError, match="high edge"):
+        baseline(runs().query("lr < 2**-7"))
 
 
-def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path: Path) -> None:
-    made = stored(tmp_path)
-    with pytest.raises(InputError, match=r"cannot write .*nowhere.*choose a file in a folder that exists"):
-        made.write(tmp_path / "nowhere" / "optima.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["lr-optima.json"]
-
-
-def test_an_absent_baseline_says_how_it_is_made(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is no baseline .*gone\.json; make it with --update-baseline"):
-        read_baseline(tmp_path / "gone.json")
+def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path: Path, before: Baseline) -> None:
+    with pytest.raises(InputError, match=r"cannot write .*nowhere"):
+        before.write(tmp_path / "nowhere" / "optima.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ("[]", "has no schema_version"),
-        ('{"schema_version": 99}', "has schema_version 99, not 1; make it again with --update-baseline"),
-        ('{"schema_version": 1}', "is damaged: transferred_lr is missing"),
-        ('{"schema_version": 1, "transferred_lr": NaN}', "NaN is no JSON number"),
+        (None, "there is no baseline .*--update-baseline"),
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b'{"schema_version": 1, "transferred_lr": NaN}', "NaN is no JSON number"),
+        (b"[]", "has no schema_version"),
+        (b'{"schema_version": 99}', "has schema_version 99, not 1; make it again with --update-baseline"),
+        (b'{"schema_version": 1, "rules": {}}', "is damaged: axis is missing"),
     ],
 )
-def test_a_file_that_is_no_baseline_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_no_baseline_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "lr-optima.json"
-    path.write_text(text)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_baseline(path)
-
-
-def test_a_file_of_other_bytes_or_a_folder_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "lr-optima.json"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is not JSON"):
-        read_baseline(path)
+        Baseline.read(path)
     with pytest.raises(InputError, match="cannot read the baseline"):
-        read_baseline(tmp_path)
+        Baseline.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -114,30 +105,46 @@ def test_a_file_of_other_bytes_or_a_folder_is_refused(tmp_path: Path) -> None:
     [
         (("axis",), 3, "axis is '3', not a str"),
         (("confidence",), "much", "confidence is 'much', not a finite number"),
-        (("transferred_lr",), True, "transferred_lr is True"),
+        (("confidence",), 2.0, "confidence is 2"),
+        (("transferred_lr",), True, "transferred_lr is 'True'"),
         (("fingerprint",), [], "fingerprint is '\\[\\]', not a dict"),
+        (("more",), 1, "'more' is unknown"),
         (("rules",), {}, "it holds no optimum"),
-        (("rules", "factored"), "none", "rules factored is 'none', not a list"),
-        (("rules", "factored", 0, "at"), 1.5, "at is '1.5', not a int"),
+        (("rules", "factored"), "none", "rules factored"),
+        (("rules", "factored", 0, "at"), 1.5, "n is '1.5', not a int"),
+        (("rules", "factored", 0, "at"), 0, "at is 0"),
+        (("rules", "factored", 0, "at"), 4, "two optima of one place"),
+        (("rules", "factored", 0, "log2_lr"), None, "log2_lr is missing"),
         (("rules", "factored", 0, "log2_lr"), {"estimate": 0, "low": 1, "high": 2}, "log2_lr is no interval"),
+        (("rules", "factored", 0, "log2_lr"), {"estimate": 0, "low": -9, "high": 2}, "log2_lr is 0, and its mean"),
         (("rules", "factored", 0, "log2_lr_by_seed"), {"0": 1.0}, "fewer than two seeds"),
-        (("rules", "factored", 0, "loss_by_seed"), {"7": 1.0, "8": 1.0}, "the seeds of 1 differ"),
-        (("rules", "factored", 0, "loss_by_seed"), {"7": 1.0, "8": None}, "loss_by_seed is None"),
-        (("rules", "factored", 0), 5, "not subscriptable"),
+        (("rules", "factored", 0, "log2_lr_by_seed"), {"0": 1e9, "1": 1e9}, "between -1000 and 1000"),
+        (("rules", "factored", 0, "loss_by_seed"), {"7": 2.0, "8": 2.0}, "its mean over seeds"),
+        (("rules", "factored", 0, "loss_by_seed"), {"7": 1.0, "8": None}, "loss_by_seed 8 is 'None'"),
+        (("rules", "factored", 0), 5, ""),
     ],
 )
 def test_a_damaged_baseline_is_refused_by_name(
-    tmp_path: Path, place: tuple[Any, ...], value: object, message: str
+    tmp_path: Path, before: Baseline, place: tuple[Any, ...], value: object, message: str
 ) -> None:
-    data = stored(tmp_path).to_dict()
-    inner: Any = data
+    data: Any = json.loads(json.dumps(before.to_dict()))
+    inner = data
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
     path = tmp_path / "damaged.json"
     path.write_text(json.dumps(data))
     with pytest.raises(InputError, match=rf"(?s)damaged.*{message}.*--update-baseline"):
-        read_baseline(path)
+        Baseline.read(path)
+
+
+def test_seeds_that_differ_between_optima_and_losses_are_refused(tmp_path: Path, before: Baseline) -> None:
+    data: Any = json.loads(json.dumps(before.to_dict()))
+    optimum = data["rules"]["factored"][0]
+    optimum["loss_by_seed"] = {f"1{seed}": loss for seed, loss in optimum["loss_by_seed"].items()}
+    (tmp_path / "damaged.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="the seeds of 1 differ"):
+        Baseline.read(tmp_path / "damaged.json")
 
 
 def test_the_code_version_is_known_inside_a_repository_only(tmp_path: Path) -> None:
@@ -147,153 +154,132 @@ def test_the_code_version_is_known_inside_a_repository_only(tmp_path: Path) -> N
 # -- compared
 
 
-def test_the_same_runs_hold_with_no_difference_at_all(tmp_path: Path) -> None:
-    told = compare(check(runs()), stored(tmp_path))
-    assert (told.answer, told.exit_status, told.differing) == ("HOLDS", 0, {})
-    assert all(finding.shift == Interval(0, 0, 0) and finding.paired for finding in told.findings)
+def test_the_same_runs_hold_with_no_difference_at_all(before: Baseline) -> None:
+    comparison = before.compare(check(runs()))
+    assert (comparison.answer, comparison.exit_status, comparison.differing) == ("HOLDS", 0, {})
+    assert all(finding.shift == Interval(0, 0, 0) and finding.paired for finding in comparison.findings)
 
 
 @reproducible
 @given(st.floats(0.6, 2.0), st.sampled_from([-1, 1]))
-def test_an_optimum_that_moved_beyond_the_tolerance_is_named(
-    tmp_path_factory: pytest.TempPathFactory, by: float, way: int
+def test_an_optimum_that_moved_beyond_the_tolerance_is_named(octaves: float, sign: int) -> None:
+    comparison = baseline().compare(check(runs(moved=sign * octaves)))
+    assert (answers(comparison), comparison.exit_status) == (["HOLDS", "HOLDS", "MOVED"], 1)
+    shift = comparison.findings[2].shift
+    assert shift is not None
+    assert shift.estimate == pytest.approx(sign * octaves, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "answer"),
+    [
+        ({"moved": 0.3}, {}, "HOLDS"),
+        ({"moved": 0.3}, {"tolerance": 0.2}, "MOVED"),
+        ({"worse": 0.05}, {}, "WORSE"),
+        ({"worse": -0.05}, {}, "HOLDS"),
+    ],
+)
+def test_the_tolerances_decide(before: Baseline, changes: Any, options: Any, answer: str) -> None:
+    comparison = before.compare(check(runs(**changes)), **options)
+    assert (comparison.answer, answers(comparison)[:2]) == (answer, ["HOLDS", "HOLDS"])
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"), [(cut(runs()), "the highest LR is the best"), (runs().query("loops < 16"), "it was not run")]
+)
+def test_an_optimum_that_cannot_be_told_any_more_is_not_passed(
+    before: Baseline, table: pd.DataFrame, reason: str
 ) -> None:
-    told = compare(check(runs(moved=way * by)), stored(tmp_path_factory.mktemp("moved")))
-    assert (answers(told), told.exit_status) == (["HOLDS", "HOLDS", "MOVED"], 1)
-    assert told.findings[2].shift is not None
-    assert told.findings[2].shift.estimate == pytest.approx(way * by, abs=0.03)
-    assert "N = 16: the optimum moved by " in str(told)
+    comparison = before.compare(check(table))
+    assert (answers(comparison), comparison.exit_status) == (["HOLDS", "HOLDS", "INCONCLUSIVE"], 3)
+    assert reason in comparison.findings[2].reason
 
 
-def test_an_optimum_that_moved_within_the_tolerance_holds(tmp_path: Path) -> None:
-    assert compare(check(runs(moved=0.3)), stored(tmp_path)).answer == "HOLDS"
-    assert compare(check(runs(moved=0.3)), stored(tmp_path), tolerance=0.2).answer == "MOVED"
-
-
-def test_a_loss_that_got_worse_is_named_and_a_better_one_holds(tmp_path: Path) -> None:
-    before = stored(tmp_path)
-    told = compare(check(runs(worse=0.05)), before)
-    assert (answers(told), told.exit_status) == (["HOLDS", "HOLDS", "WORSE"], 1)
-    assert compare(check(runs(worse=-0.05)), before).answer == "HOLDS"
-
-
-def test_an_optimum_that_cannot_be_told_any_more_is_not_passed(tmp_path: Path) -> None:
+def test_what_only_one_side_knows_is_a_note(before: Baseline) -> None:
     table = runs()
-    told = compare(check(table[(table["loops"] < 16) | (table["lr"] < 2.0**-7)]), stored(tmp_path))
-    assert (answers(told), told.exit_status) == (["HOLDS", "HOLDS", "INCONCLUSIVE"], 3)
-    assert "the highest LR is the best" in str(told)
+    comparison = before.compare(check(pd.concat([table, table[table["loops"] == 16].assign(loops=32)])))
+    assert (comparison.exit_status, comparison.notes) == (0, ("N = 32 is not in the baseline",))
+    comparison = baseline(cut(table)).compare(check(table))
+    assert (comparison.exit_status, len(comparison.findings), len(comparison.notes)) == (0, 2, 1)
 
 
-def test_an_n_that_was_not_run_is_not_passed_and_a_new_one_is_told(tmp_path: Path) -> None:
-    table = runs()
-    told = compare(check(table[table["loops"] < 16]), stored(tmp_path))
-    assert (answers(told)[-1], told.exit_status) == ("INCONCLUSIVE", 3)
-    assert "N = 16: it was not run" in str(told)
-    told = compare(check(pd.concat([table, table[table["loops"] == 16].assign(loops=32)])), stored(tmp_path))
-    assert told.exit_status == 0
-    assert "N = 32 is not in the baseline" in str(told)
+def test_other_seeds_are_compared_by_welch_and_noise_asks_for_the_same_seeds(before: Baseline) -> None:
+    comparison = before.compare(check(runs(seeds=range(10, 14))))
+    assert comparison.answer == "HOLDS"
+    assert not any(finding.paired for finding in comparison.findings)
+    assert comparison.differing["seeds"] == ("0, 1, 2, 3", "10, 11, 12, 13")
+    comparison = baseline(noise=0.04).compare(check(runs(seeds=range(10, 14), noise=0.04)))
+    assert comparison.answer == "INCONCLUSIVE"
+    assert "run the seeds of the baseline" in str(comparison)
 
 
-def test_other_seeds_are_compared_by_welch_and_noise_asks_for_the_same_seeds(tmp_path: Path) -> None:
-    before = stored(tmp_path)
-    told = compare(check(runs(seeds=range(10, 14))), before)
-    assert told.answer == "HOLDS"
-    assert not any(finding.paired for finding in told.findings)
-    assert told.differing["seeds"] == ("0, 1, 2, 3", "10, 11, 12, 13")
-    noisy = stored(tmp_path, noise=0.04)
-    told = compare(check(runs(seeds=range(10, 14), noise=0.04)), noisy)
-    assert told.answer == "INCONCLUSIVE"
-    assert "run the seeds of the baseline" in str(told)
-
-
-def test_a_fingerprint_that_differs_is_told_key_by_key(tmp_path: Path) -> None:
-    told = compare(check(runs(steps=500)), stored(tmp_path, steps=250))
-    assert told.differing == {"steps": ("250", "500")}
-    assert "made differently: steps was 250, is 500" in str(told)
-    assert told.to_dict()["differing"] == {"steps": {"then": "250", "now": "500"}}
+def test_a_fingerprint_that_differs_is_told_key_by_key() -> None:
+    comparison = baseline(steps=250).compare(check(runs(steps=500)))
+    assert comparison.differing == {"steps": ("250", "500")}
+    assert comparison.to_dict()["differing"] == {"steps": {"then": "250", "now": "500"}}
 
 
 def test_the_settings_of_an_experiment_are_compared_where_both_are_known() -> None:
     table = tidy(runs())
     table.attrs["experiment"] = {"corpus_sha256": "a", "steps": 250}
-    then, other = fingerprint_of(table, "loops"), fingerprint_of(tidy(runs()), "loops")
+    first, unknown = fingerprint_of(table, "loops"), fingerprint_of(tidy(runs()), "loops")
     table.attrs["experiment"] = {"corpus_sha256": "b", "steps": 250}
-    assert differing(then, fingerprint_of(table, "loops")) == {"experiment corpus_sha256": ("a", "b")}
-    assert differing(then, other) == {}
+    assert differing(first, fingerprint_of(table, "loops")) == {"experiment corpus_sha256": ("a", "b")}
+    assert differing(first, unknown) == {}
 
 
-def test_a_baseline_of_another_axis_rule_or_metric_is_refused(tmp_path: Path) -> None:
-    before = stored(tmp_path)
-    with pytest.raises(InputError, match="made with axis 'loops', not 'width'"):
-        compare(check(runs().rename(columns={"loops": "width"}), axis="width"), before)
-    with pytest.raises(InputError, match="has no optima of rule 'sqrt', only of factored"):
-        compare(check(runs(rule="sqrt")), before)
-    with pytest.raises(InputError, match="made with unit 'nats', not 'of the metric'"):
-        compare(check(runs().assign(loss=lambda t: -t["loss"]), maximize=True), before)
-    with pytest.raises(InputError, match=r"tolerance is 0; it must be a finite number of octaves above 0"):
-        compare(check(runs()), before, tolerance=0)
+def test_a_baseline_of_another_axis_rule_or_metric_is_refused(before: Baseline) -> None:
+    wide = check(runs().rename(columns={"loops": "width"}), axis="width")
+    negated = check(runs().assign(loss=lambda t: -t["loss"]), maximize=True)
+    for verdict, message in ((wide, "axis"), (check(runs(rule="sqrt")), "rule 'sqrt'"), (negated, "unit")):
+        with pytest.raises(InputError, match=message):
+            before.compare(verdict)
+    with pytest.raises(InputError, match="tolerance is 0"):
+        before.compare(check(runs()), tolerance=0)
 
 
-def test_an_optimum_that_was_censored_then_is_a_note(tmp_path: Path) -> None:
-    table, path = runs(), tmp_path / "optima.json"
-    some = table[(table["loops"] < 16) | (table["lr"] < 2.0**-7)]
-    baseline_of(check(some), path).write(path)
-    told = compare(check(table), read_baseline(path))
-    assert told.exit_status == 0
-    assert "N = 16 was censored in the baseline (high edge)" in str(told)
-
-
-def test_nothing_holds_where_nothing_is_left_to_compare(tmp_path: Path) -> None:
+def test_nothing_holds_where_nothing_is_left_to_compare() -> None:
     table = runs()
-    cut = table[table["lr"] < 2.0**-7]
-    verdict = check(pd.concat([cut, table.assign(rule="sqrt")]), rule="sqrt")
-    path = tmp_path / "optima.json"
-    baseline_of(verdict, path).write(path)
-    told = compare(check(cut), read_baseline(path))
-    assert (told.findings, told.answer, told.exit_status) == ((), "INCONCLUSIVE", 3)
-    assert "no optimum of the baseline could be compared" in str(told)
-    assert "no optimum of the baseline could be compared" in told.to_markdown()
+    censored = table[table["lr"] < 2.0**-7]
+    stored = Baseline.of(check(pd.concat([censored, table.assign(rule="sqrt")]), rule="sqrt"))
+    comparison = stored.compare(check(censored))
+    assert (comparison.findings, comparison.answer, comparison.exit_status) == ((), "INCONCLUSIVE", 3)
+    assert "no optimum of the baseline could be compared" in comparison.to_markdown()
 
 
-def test_a_tolerance_of_the_loss_above_the_whole_curve_holds_nothing(tmp_path: Path) -> None:
-    told = compare(check(runs(), regret_tolerance=0.5), stored(tmp_path))
-    assert (answers(told), told.exit_status) == (["INCONCLUSIVE"] * 3, 3)
-    assert "as large as the whole curve is high" in str(told)
+def test_a_tolerance_of_the_loss_above_the_whole_curve_holds_nothing(before: Baseline) -> None:
+    comparison = before.compare(check(runs(), regret_tolerance=0.5))
+    assert (answers(comparison), comparison.exit_status) == (["INCONCLUSIVE"] * 3, 3)
 
 
-def test_a_loss_in_a_small_unit_has_a_small_tolerance(tmp_path: Path) -> None:
-    def small(table: pd.DataFrame, by: float = 1.0) -> Any:
-        return check(table.assign(loss=1e-3 * by * table["loss"]))
+def test_a_loss_in_a_small_unit_has_a_small_tolerance() -> None:
+    def small(factor: float = 1.0) -> pd.DataFrame:
+        return runs().assign(loss=lambda t: 1e-3 * factor * t["loss"])
 
-    path = tmp_path / "optima.json"
-    baseline_of(small(runs()), path).write(path)
-    before = read_baseline(path)
-    assert before.unit == "of the loss"
-    assert before.loss_tolerance == pytest.approx(0.05 * 6.25 * 0.06e-3, rel=0.1)
-    assert compare(small(runs()), before).answer == "HOLDS"
-    told = compare(small(runs(), by=1.5), before)
-    assert (told.answer, told.unit) == ("WORSE", "of the loss")
-    assert "nats" not in str(told)
-    assert "is worse by 0.00100" in str(told)
+    stored = baseline(small())
+    assert stored.unit == "of the loss"
+    assert stored.loss_tolerance == pytest.approx(0.05 * 6.25 * 0.06e-3, rel=0.1)
+    assert stored.compare(check(small())).answer == "HOLDS"
+    comparison = stored.compare(check(small(1.5)))
+    assert (comparison.answer, comparison.unit) == ("WORSE", "of the loss")
+    assert "is worse by 0.00100" in comparison.findings[0].reason
 
 
-def test_what_only_the_height_of_the_curve_tells_is_no_other_unit(tmp_path: Path) -> None:
-    """The same loss, against which 0.02 was small then and is large now."""
-    path = tmp_path / "optima.json"
-    baseline_of(check(runs().assign(loss=lambda t: 0.5 * t["loss"])), path).write(path)
-    before, verdict = read_baseline(path), check(runs().assign(loss=lambda t: 0.08 * t["loss"]))
-    assert {before.unit, verdict.unit} == {"nats", "of the loss"}
-    assert compare(verdict, before).findings
+def test_a_unit_that_only_the_height_of_the_curve_tells_is_no_other_unit() -> None:
+    """The same loss, against which 0.02 was small and is large."""
+    stored, verdict = (
+        baseline(runs().assign(loss=lambda t: 0.5 * t["loss"])),
+        check(runs().assign(loss=lambda t: 0.08 * t["loss"])),
+    )
+    assert {stored.unit, verdict.unit} == {"nats", "of the loss"}
+    assert stored.compare(verdict).findings
 
 
-def test_words_markdown_and_json_come_from_one_result_and_escape_what_is_foreign(tmp_path: Path) -> None:
-    path = tmp_path / "lr-optima.json"
-    baseline_of(check(runs(tag="<b>old|</b>")), path).write(path)
-    told = compare(check(runs(tag="new", moved=1.0)), read_baseline(path))
-    page = told.to_markdown()
-    assert "<b>" not in page
-    assert "| 16 | MOVED |" in page
-    data = json.loads(json.dumps(told.to_dict(), allow_nan=False))
+def test_text_markdown_and_json_come_from_one_result_and_escape_foreign_words() -> None:
+    comparison = baseline(tag="<b>old|</b>").compare(check(runs(tag="new", moved=1.0)))
+    assert "<b>" not in comparison.to_markdown()
+    assert "| 16 | MOVED |" in comparison.to_markdown()
+    data = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert data["schema_version"] == 1
     assert data["findings"][2]["answer"] == data["answer"] == "MOVED"
 
@@ -301,89 +287,74 @@ def test_words_markdown_and_json_come_from_one_result_and_escape_what_is_foreign
 # -- the cheap mode
 
 
-def looked(baseline: Baseline, moved: float = 0.0, worse: float = 0.0, diverged: int | None = None, **more: Any) -> Any:
+def bracketed(
+    stored: Baseline, moved: float = 0.0, worse: float = 0.0, diverged: int | None = None, **options: Any
+) -> Comparison:
     """Half, once and twice the stored LR at N = 1 and 16; `diverged` is the position of an LR that diverges."""
     rows = []
-    for at, one in baseline.of_rule("factored").items():
-        for position, lr in enumerate(stored_lrs(one)):
-            if at == 4:
-                continue
-            for seed in more.get("seeds", range(4)):
-                rng = np.random.default_rng([seed, at, position])
-                u = np.log2(lr) + 6.3 - (moved if at == 16 else 0.0)
-                loss = 2 + 0.06 * u**2 + (worse if at == 16 else 0.0) + rng.normal(0, more.get("noise", 0.002))
-                lost = at == 16 and position == diverged
-                rows.append({"loops": at, "lr": lr, "seed": seed, "loss": np.inf if lost else loss})
-    return bracket(tidy(pd.DataFrame(rows)), baseline, "factored", 0.02, 0.90)
-
-
-def test_an_optimum_in_its_place_is_bracketed(tmp_path: Path) -> None:
-    told = looked(stored(tmp_path))
-    assert (answers(told), told.exit_status, told.differing) == (["HOLDS", "HOLDS"], 0, {})
+    for n in (1, 16):
+        for position, lr in enumerate(stored_lrs(stored.of_rule("factored")[n])):
+            for seed in options.get("seeds", range(4)):
+                rng = np.random.default_rng([seed, n, position])
+                u = np.log2(lr) + 6.3 - (moved if n == 16 else 0.0)
+                loss = 2 + 0.06 * u**2 + (worse if n == 16 else 0.0) + rng.normal(0, options.get("noise", 0.002))
+                rows.append(
+                    {"loops": n, "lr": lr, "seed": seed, "loss": np.inf if n == 16 and position == diverged else loss}
+                )
+    return stored.bracket(tidy(pd.DataFrame(rows)), "factored", options.get("tolerance", 0.02), 0.90)
 
 
 @reproducible
 @given(st.floats(0.65, 3.0), st.sampled_from([-1, 1]))
-def test_an_optimum_beyond_half_an_octave_has_moved(
-    tmp_path_factory: pytest.TempPathFactory, by: float, way: int
+def test_an_optimum_beyond_half_an_octave_has_moved(octaves: float, sign: int) -> None:
+    comparison = bracketed(baseline(), moved=sign * octaves)
+    assert (answers(comparison), comparison.exit_status) == (["HOLDS", "MOVED"], 1)
+    assert ("twice" if sign > 0 else "half") in comparison.findings[1].reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({}, "HOLDS"),
+        ({"worse": 0.05}, "WORSE"),
+        ({"worse": 0.05, "tolerance": 0.1}, "HOLDS"),
+        ({"worse": 0.03, "tolerance": None}, "WORSE"),  # that of the baseline
+        ({"diverged": 0}, "HOLDS"),
+        ({"diverged": 1}, "MOVED"),
+        ({"diverged": 2}, "HOLDS"),
+    ],
+)
+def test_the_optimum_in_its_place_is_bracketed_by_worse_or_diverged_neighbours(
+    before: Baseline, changes: Any, answer: str
 ) -> None:
-    told = looked(stored(tmp_path_factory.mktemp("bracket")), moved=way * by)
-    assert (answers(told), told.exit_status) == (["HOLDS", "MOVED"], 1)
-    assert ("twice" if way > 0 else "half") + " the stored LR is better" in str(told)
+    comparison = bracketed(before, **changes)
+    assert (answers(comparison), comparison.differing) == (["HOLDS", answer], {})
 
 
-def test_a_worse_loss_is_seen_without_a_shift(tmp_path: Path) -> None:
-    assert answers(looked(stored(tmp_path), worse=0.05)) == ["HOLDS", "WORSE"]
+def test_the_loss_may_become_worse_by_what_the_baseline_allows(before: Baseline) -> None:
+    assert answers(bracketed(replace(before, loss_tolerance=0.1), worse=0.03, tolerance=None)) == ["HOLDS", "HOLDS"]
 
 
-@pytest.mark.parametrize(("diverged", "answer"), [(0, "HOLDS"), (1, "MOVED"), (2, "HOLDS")])
-def test_divergence_bounds_the_optimum_beside_it_and_moves_it_at_its_place(
-    tmp_path: Path, diverged: int, answer: str
-) -> None:
-    told = looked(stored(tmp_path), diverged=diverged)
-    assert answers(told) == ["HOLDS", answer]
+def test_noise_is_inconclusive_and_says_how_many_seeds(before: Baseline) -> None:
+    comparison = bracketed(before, noise=0.2, seeds=range(2))
+    assert comparison.exit_status == 3
+    assert "seeds" in str(comparison)
 
 
-def test_noise_is_inconclusive_and_says_how_many_seeds(tmp_path: Path) -> None:
-    told = looked(stored(tmp_path), noise=0.2, seeds=range(2))
-    assert told.exit_status == 3
-    assert "seeds" in str(told)
-
-
-def test_every_n_that_was_asked_for_has_a_finding_also_where_it_was_not_run(tmp_path: Path) -> None:
-    before = stored(tmp_path)
+def test_every_n_that_was_asked_for_has_a_finding_also_where_it_was_not_run(before: Baseline) -> None:
     lrs = stored_lrs(before.of_rule("factored")[1])
     rows = [(1, lr, seed, 2 + 0.06 * (np.log2(lr) + 6.3) ** 2) for lr in lrs for seed in range(4)]
     table = tidy(pd.DataFrame(rows, columns=["loops", "lr", "seed", "loss"]))
-    told = bracket(table, before, "factored", None, 0.90, [1, 16])
-    assert (answers(told), told.exit_status) == (["HOLDS", "INCONCLUSIVE"], 3)
-    assert "N = 16: half, once and twice the stored LR were not run by every seed" in str(told)
-    assert bracket(table, before, "factored", None, 0.90, []).exit_status == 3
+    comparison = before.bracket(table, "factored", None, 0.90, [1, 16])
+    assert (answers(comparison), comparison.exit_status) == (["HOLDS", "INCONCLUSIVE"], 3)
     lacking = table[(table["seed"] != "2") | (table["lr"] != table["lr"].max())]
-    assert bracket(lacking, before, "factored", None, 0.90).exit_status == 3
-    elsewhere = table.assign(lr=2 * table["lr"])
-    assert bracket(elsewhere, before, "factored", None, 0.90).exit_status == 3
+    assert before.bracket(table, "factored", None, 0.90, []).exit_status == 3
+    for partial in (lacking, table.assign(lr=2 * table["lr"])):
+        assert before.bracket(partial, "factored", None, 0.90).exit_status == 3
 
 
-def test_the_loss_may_become_worse_by_what_the_baseline_allows(tmp_path: Path) -> None:
-    before = stored(tmp_path)
-    assert answers(looked(before, worse=0.03)) == ["HOLDS", "WORSE"]
-    lenient = replace(before, loss_tolerance=0.1)
-    lrs = {at: stored_lrs(one) for at, one in before.of_rule("factored").items() if at != 4}
-    rows = [
-        (at, lr, seed, 2.03 + 0.06 * (np.log2(lr) + 6.3) ** 2)
-        for at, some in lrs.items()
-        for lr in some
-        for seed in range(4)
-    ]
-    table = tidy(pd.DataFrame(rows, columns=["loops", "lr", "seed", "loss"]))
-    assert bracket(table, before, "factored", None, 0.90).answer == "WORSE"
-    assert bracket(table, lenient, "factored", None, 0.90).answer == "HOLDS"
-
-
-def test_a_stored_lr_is_what_the_optimum_is(tmp_path: Path) -> None:
-    one = StoredOptimum(1, None, Interval(-6.0, -6.1, -5.9))
-    assert stored_lrs(one) == (2.0**-7, 2.0**-6, 2.0**-5)
+def test_the_lrs_of_the_cheap_mode_are_half_once_and_twice_the_stored_one() -> None:
+    assert stored_lrs(StoredOptimum(1, None, Interval(-6.0, -6.1, -5.9))) == (2.0**-7, 2.0**-6, 2.0**-5)
 
 
 # -- on the command line
@@ -397,18 +368,17 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_check_writes_a_baseline_and_compares_with_it(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "results.csv", "--baseline", "lr-optima.json", "--update-baseline"]) == 0
-    assert main(["check", "results.csv", "--baseline", "lr-optima.json"]) == 0
+    command = ["check", "results.csv", "--baseline", "lr-optima.json"]
+    assert main([*command, "--update-baseline"]) == 0
+    assert main(command) == 0
     runs(moved=0.7).to_csv("results.csv", index=False)
+    assert main([*command, "--moved", "0.9", "--regret", "0.1"]) == 0
     capsys.readouterr()
-    assert main(["check", "results.csv", "--baseline", "lr-optima.json"]) == 1
-    assert "the optimum moved by +0.70 octave" in capsys.readouterr().out
-    assert main(["check", "results.csv", "--baseline", "lr-optima.json", "--moved", "0.9", "--regret", "0.1"]) == 0
-    capsys.readouterr()
-    assert main(["check", "results.csv", "--baseline", "lr-optima.json", "--json"]) == 1
+    assert main([*command, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["baseline"]["answer"] == "MOVED"
-    assert main(["check", "results.csv", "--baseline", "lr-optima.json", "--markdown"]) == 1
-    assert "factored against lr-optima.json: MOVED" in capsys.readouterr().out
+    for form in ([], ["--markdown"]):
+        assert main([*command, *form]) == 1
+        assert "factored against lr-optima.json: MOVED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

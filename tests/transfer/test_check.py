@@ -2,6 +2,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looptransfer.errors import InputError
+from looptransfer.transfer.advice import ROWS
 from looptransfer.transfer.check import check
+from looptransfer.transfer.further import FurtherRuns
 from looptransfer.transfer.optimum import Interval, curve, curve_height
 from looptransfer.transfer.results import tidy
-from looptransfer.transfer.verdict import Verdict
+from looptransfer.transfer.verdict import Cause, Verdict
 
 OCTAVES = np.arange(-3.0, 3.1, 0.75)
 # Losses of github.com/avifenesh/recipe-lab; LRs ascend along a row. One seed each.
@@ -35,7 +38,7 @@ PROOF_LOSSES = {
 reproducible = settings(derandomize=True, deadline=None, max_examples=25)
 
 
-def made(
+def runs_of(
     drift: float = 0.0,
     rule: str = "factored",
     loops: Sequence[int] = (1, 2, 4, 8),
@@ -79,120 +82,105 @@ def limits(interval: Interval | None) -> list[float]:
     return [interval.estimate, interval.low, interval.high]
 
 
-# -- the three answers
+# -- flat and drifts
 
 
-@pytest.mark.parametrize("draw", range(5))
-def test_an_optimum_that_stays_is_flat(draw: int) -> None:
-    verdict = check(made(draw=draw))
-    one = verdict.rules["factored"]
-    assert (verdict.answer, one.answer, one.advice) == ("FLAT", "FLAT", "")
-    assert abs(drift_of(verdict).estimate) < 0.1
-    assert -0.2 < drift_of(verdict).low < drift_of(verdict).high < 0.2
-    assert one.regret is not None
-    assert one.regret.high < 0.02
-
-
-@pytest.mark.parametrize(("drift", "way"), [(0.6, "up"), (-0.6, "down")])
-@pytest.mark.parametrize("draw", range(3))
-def test_an_optimum_that_moves_drifts_in_the_direction_it_moves(drift: float, way: str, draw: int) -> None:
-    verdict = check(made(drift, draw=draw, grid=np.arange(-3.75, 3.8, 0.75)))
-    assert verdict.answer == "DRIFTS"
-    assert drift_of(verdict).estimate == pytest.approx(drift, abs=0.06)
-    reason = verdict.rules["factored"].reason
-    assert reason == f"The optimum moves {way} by {abs(drift_of(verdict).estimate):.2f} octave per doubling of N."
+@reproducible
+@given(drift=st.one_of(st.just(0.0), st.floats(0.5, 0.8), st.floats(-0.8, -0.5)), draw=st.integers(0, 1000))
+def test_an_optimum_that_stays_is_flat_and_one_that_moves_drifts(drift: float, draw: int) -> None:
+    verdict = check(runs_of(drift, loops=(1, 2, 4), draw=draw))
+    assert (verdict.answer, verdict.exit_status) == (("DRIFTS", 1) if drift else ("FLAT", 0))
+    assert drift_of(verdict).estimate == pytest.approx(drift, abs=0.15)
+    assert not drift or ("up" if drift > 0 else "down") in verdict.judged.reason
 
 
 def test_a_noiseless_drift_is_measured_exactly_also_over_unevenly_spaced_loop_counts() -> None:
-    runs = made(0.3, loops=(1, 3, 4, 12), noise=0.0, wander=0.0, grid=np.arange(-4.5, 4.6, 0.75))
-    assert limits(check(runs).rules["factored"].drift) == pytest.approx([0.3, 0.3, 0.3], abs=1e-9)
+    verdict = check(runs_of(0.5, loops=(1, 3, 16), noise=0.0, wander=0.0, grid=np.arange(-6.0, 6.1, 0.75)))
+    assert limits(drift_of(verdict)) == pytest.approx([0.5] * 3, abs=1e-6)
 
 
 def test_a_drift_within_a_wider_tolerance_is_flat() -> None:
-    runs = made(0.3, loops=(1, 2))
+    runs = runs_of(0.3, noise=0.0, wander=0.0)
+    assert check(runs, tolerance=0.5, regret_tolerance=0.3).answer == "FLAT"
     assert check(runs).answer == "DRIFTS"
-    assert check(runs, tolerance=0.6, regret_tolerance=0.5).answer == "FLAT"
 
 
-def test_exit_statuses_are_0_for_flat_1_for_drifts_and_3_for_inconclusive() -> None:
-    flat, drifts, open_ = check(made()), check(made(0.6, loops=(1, 2, 4))), check(made(seeds=1))
-    assert [v.answer for v in (flat, drifts, open_)] == ["FLAT", "DRIFTS", "INCONCLUSIVE"]
-    assert [v.exit_status for v in (flat, drifts, open_)] == [0, 1, 3]
+# -- every cause
 
 
-# -- inconclusive
+def hidden_by_divergence() -> pd.DataFrame:
+    runs = runs_of(centre=-5.2)
+    return runs.assign(loss=runs["loss"].mask((runs["loops"] == 8) & (runs["lr"] > 2**-5.3), math.inf))
 
 
-def test_one_loop_count_is_inconclusive() -> None:
-    one = check(made(loops=(4,))).rules["factored"]
-    assert one.answer == "INCONCLUSIVE"
-    assert one.reason == "Only N = 4 was run."
-    assert "larger N" in one.advice
-    assert one.drift is None
+def unshared(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs.assign(seed=runs["seed"] + 100 * runs["loops"])
 
 
-def test_one_seed_is_inconclusive_even_where_the_optimum_clearly_moves() -> None:
-    one = check(made(0.6, seeds=1, loops=(1, 2, 4))).rules["factored"]
-    assert one.answer == "INCONCLUSIVE"
-    assert "one seed" in one.reason
-    assert "seeds" in one.advice
+def moving_edges(sign: int) -> pd.DataFrame:
+    """The grid moves with N, and the optimum lies beyond it everywhere."""
+    parts = [
+        runs_of(loops=(n,), centre=-6.0 + 10 * sign, grid=OCTAVES + 0.6 * sign * step, draw=n)
+        for step, n in enumerate((1, 2, 4, 8))
+    ]
+    return pd.concat(parts)
 
 
-@pytest.mark.parametrize(("centre", "why", "side"), [(-10.0, "low edge", "lower"), (-2.5, "high edge", "higher")])
-@pytest.mark.parametrize("drift", [0.0, 0.2])
-def test_optima_at_the_edge_are_inconclusive(centre: float, why: str, side: str, drift: float) -> None:
-    verdict = check(made(drift, centre=centre))
-    one = verdict.rules["factored"]
-    assert one.answer == "INCONCLUSIVE"
-    assert [optimum.censored for optimum in one.optima] == [why] * 4
-    assert (one.drift, one.regret) == (None, None)
-    assert one.reason.endswith(f"extend the grid to {side} LRs.")
-    assert one.further_runs is not None
-    beyond = np.array(one.further_runs.lrs) < 2.0**-9 if side == "lower" else np.array(one.further_runs.lrs) > 2.0**-3
-    assert beyond.all()
-    assert one.further_runs.at == (1, 2, 4, 8)
+TABLES: dict[str, tuple[pd.DataFrame, dict[str, float], str]] = {
+    "one N": (runs_of(loops=(4,)), {}, "one N"),
+    "one seed, though the optimum moves": (runs_of(0.6, seeds=1, loops=(1, 2, 4)), {}, "one seed"),
+    "low edge": (runs_of(centre=-10.0), {}, "low edge"),
+    "high edge": (runs_of(0.2, centre=-2.5), {}, "high edge"),
+    "high edges that move up": (moving_edges(1), {}, "high edge"),
+    "low edges that move down": (moving_edges(-1), {}, "low edge"),
+    "two known optima of three": (
+        pd.concat([runs_of(0.6, loops=(1, 2)), runs_of(loops=(4,), centre=-1.0)]),
+        {},
+        "high edge",
+    ),
+    "divergence": (hidden_by_divergence(), {}, "diverged"),
+    "no curvature": (runs_of(curvature=0.0), {}, "plateau"),
+    "an interval across the tolerance": (runs_of(0.1, loops=(1, 2), seeds=2, wander=0.1, draw=3), {}, "too few seeds"),
+    "seeds that differ": (unshared(runs_of(loops=(1, 2))), {}, "no shared seeds"),
+    "an LR that is off in a steep basin": (runs_of(curvature=2.0), {"transferred_lr": 2.0**-5.5}, "regret"),
+    "an LR beyond those run": (runs_of(), {"transferred_lr": 2.0}, "regret"),
+    "a tolerance as high as the curve": (runs_of(), {"regret_tolerance": 4.0}, "tolerance"),
+    "a public grid of one seed": (public(GRID_LOSSES, GRID_LRS, 7), {}, "one seed"),
+    "a public grid whose best LR is its highest": (public(PROOF_LOSSES, PROOF_LRS, 42), {}, "high edge"),
+}
 
 
-@pytest.mark.parametrize("way", [1, -1])
-def test_edges_that_move_with_n_are_not_read_as_a_drift(way: int) -> None:
-    parts = []
-    for step, n in enumerate((1, 2, 4, 8)):
-        grid = OCTAVES + way * 0.6 * step
-        parts.append(made(loops=(n,), centre=-6.0 + 10 * way, grid=grid, draw=n))
-    assert check(pd.concat(parts)).answer == "INCONCLUSIVE"
+@pytest.mark.parametrize(("runs", "options", "cause"), TABLES.values(), ids=TABLES)
+def test_what_cannot_be_judged_is_inconclusive_with_its_cause_and_what_to_run(
+    runs: pd.DataFrame, options: dict[str, float], cause: str
+) -> None:
+    verdict = check(runs, **options)  # type: ignore[arg-type]
+    assert (verdict.answer, verdict.judged.cause, verdict.exit_status) == ("INCONCLUSIVE", cause, 3)
+    assert verdict.judged.reason
+    assert verdict.judged.advice
+    assert (verdict.judged.further_runs is None) == (cause in ("regret", "tolerance"))
+    assert len(verdict.rows_to_run()) == len(verdict.judged.further_runs or ())
 
 
-def test_edges_that_stand_still_are_not_read_as_flat_when_only_the_largest_n_is_censored() -> None:
-    runs = pd.concat([made(loops=(1, 2, 4)), made(loops=(8,), centre=-2.0, draw=1)])
-    one = check(runs).rules["factored"]
-    assert one.answer == "INCONCLUSIVE"
-    assert one.reason.startswith("At N = 8 the highest LR is the best: the optimum is censored; extend the grid")
-    assert one.advice == "run LRs 0.21, 0.354 at N = 8"
-    assert one.further_runs is not None
-    assert (one.further_runs.at, one.further_runs.seeds) == ((8,), ("0", "1", "2", "3"))
-    assert one.drift is not None  # of the loop counts that are not censored, for information
+def test_every_cause_has_its_row_and_every_row_its_cause() -> None:
+    assert {situation.partition(":")[0] for situation in ROWS} == set(get_args(Cause))
 
 
-def test_divergence_that_hides_an_optimum_is_inconclusive() -> None:
-    runs = made(centre=-5.2)
-    runs.loc[(runs["loops"] == 8) & (runs["lr"] > 2**-5.3), "loss"] = math.nan
-    one = check(runs).rules["factored"]
-    assert one.answer == "INCONCLUSIVE"
-    assert one.reason == "At N = 8 divergence hides the optimum."
-    assert one.optima[-1].censored == "diverged"
+def test_only_the_n_that_is_censored_is_run_again() -> None:
+    judged = check(pd.concat([runs_of(loops=(1, 2, 4)), runs_of(loops=(8,), centre=-2.0, draw=1)])).judged
+    assert judged.cause == "high edge"
+    assert judged.further_runs == FurtherRuns((8,), (0.210224, 0.353553), ("0", "1", "2", "3"))
+    assert judged.drift is not None  # of the loop counts that are not censored, for information
 
 
-def test_an_interval_across_the_tolerance_is_inconclusive_and_asks_for_more_seeds() -> None:
-    one = check(made(0.1, loops=(1, 2), seeds=2, wander=0.1, draw=3)).rules["factored"]
-    assert one.drift is not None
-    assert one.drift.low < 0.2 < one.drift.high
-    assert one.answer == "INCONCLUSIVE"
-    assert "across the tolerance" in one.reason
-    assert "seeds" in one.advice
+def test_three_known_optima_drift_whatever_is_censored_beside_them() -> None:
+    judged = check(pd.concat([runs_of(0.6, loops=(1, 2, 4)), runs_of(loops=(8,), centre=-1.0, draw=3)])).judged
+    assert judged.answer == "DRIFTS"
+    assert judged.reason.endswith("over N = 1, 2, 4, the others being censored.")
 
 
 def test_the_number_of_seeds_advised_settles_it_if_mean_and_scatter_stay() -> None:
-    runs = made(0.1, loops=(1, 2), seeds=3, wander=0.15, draw=1)
+    runs = runs_of(0.1, loops=(1, 2), seeds=3, wander=0.15, draw=1)
     before = check(runs).rules["factored"]
     assert before.answer == "INCONCLUSIVE"
     advised = int(before.advice.removeprefix("run about ").split()[0])
@@ -211,369 +199,18 @@ def test_the_number_of_seeds_advised_settles_it_if_mean_and_scatter_stay() -> No
     assert settled(max(3, advised // 2)) < 0.75
 
 
-def test_a_steep_basin_makes_a_transferred_lr_that_is_off_inconclusive_although_the_optimum_stays() -> None:
-    runs = made(curvature=2.0)
-    assert check(runs).answer == "FLAT"
-    one = check(runs, transferred_lr=2.0**-5.5).rules["factored"]
-    assert one.answer == "INCONCLUSIVE"
-    assert one.reason == "The optimum stays, but the transferred LR costs more than the tolerance."
-    assert "proxy" in one.advice
-    assert one.regret is not None
-    assert one.regret.estimate == pytest.approx(2.0 * 0.6**2, abs=0.25)
-
-
-def test_a_transferred_lr_beyond_the_lrs_run_is_inconclusive() -> None:
-    one = check(made(), transferred_lr=2.0).rules["factored"]
-    assert (one.answer, one.regret) == ("INCONCLUSIVE", None)
-    assert "outside the LRs run" in one.reason
-
-
 def test_a_transferred_lr_that_diverges_at_the_largest_n_has_infinite_regret_and_is_not_flat() -> None:
-    runs = made()
+    runs = runs_of()
     runs.loc[(runs["loops"] == 8) & (runs["lr"] > 2**-4), "loss"] = math.inf
     verdict = check(runs, transferred_lr=2**-3.5)
-    one = verdict.rules["factored"]
-    assert one.answer == "INCONCLUSIVE"
-    assert limits(one.regret) == [math.inf] * 3
+    assert (verdict.judged.cause, limits(verdict.judged.regret)) == ("regret", [math.inf] * 3)
     stored = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
     assert stored["rules"]["factored"]["regret"]["estimate"] == "inf"
 
 
-def test_seeds_that_differ_between_the_loop_counts_are_inconclusive() -> None:
-    runs = made(loops=(1, 2))
-    runs.loc[runs["loops"] == 2, "seed"] += 100
-    one = check(runs).rules["factored"]
-    assert one.answer == "INCONCLUSIVE"
-    assert "shared" in one.reason
-
-
-def test_a_public_grid_of_one_seed_is_inconclusive_because_of_the_one_seed() -> None:
-    verdict = check(public(GRID_LOSSES, GRID_LRS, 7))
-    one = verdict.rules["factored"]
-    assert verdict.answer == "INCONCLUSIVE"
-    assert "there is one seed" in one.reason
-    assert {optimum.censored for optimum in one.optima} == {"one seed"}
-    assert any("layers" in note for note in verdict.notes)
-
-
-def test_a_public_grid_whose_best_lr_is_its_highest_is_inconclusive_because_of_that() -> None:
-    verdict = check(public(PROOF_LOSSES, PROOF_LRS, 42))
-    one = verdict.rules["factored"]
-    assert verdict.answer == "INCONCLUSIVE"
-    assert "the highest LR is the best: the optimum is censored" in one.reason
-    assert {optimum.censored for optimum in one.optima} == {"high edge"}
-    assert verdict.notes == ()
-
-
-# -- invariances
-
-
-@reproducible
-@given(octaves=st.integers(-8, 8), draw=st.integers(0, 1000))
-def test_scaling_every_lr_changes_nothing(octaves: int, draw: int) -> None:
-    runs = made(0.1, draw=draw)
-    before, after = check(runs), check(runs.assign(lr=runs["lr"] * 2.0**octaves))
-    assert limits(after.rules["factored"].drift) == pytest.approx(limits(before.rules["factored"].drift), abs=1e-8)
-    assert limits(after.rules["factored"].regret) == pytest.approx(limits(before.rules["factored"].regret), abs=1e-8)
-    assert after.answer == before.answer
-
-
-@reproducible
-@given(draw=st.integers(0, 1000), size=st.floats(0, 2))
-def test_a_constant_per_seed_and_loop_count_changes_nothing(draw: int, size: float) -> None:
-    runs = made(0.1, draw=draw)
-    offsets = np.random.default_rng(draw).uniform(-size, size, (9, 4))
-    moved = runs.assign(loss=runs["loss"] + offsets[runs["loops"], runs["seed"]])
-    before, after = check(runs), check(moved)
-    assert limits(after.rules["factored"].drift) == pytest.approx(limits(before.rules["factored"].drift), abs=1e-8)
-    assert limits(after.rules["factored"].regret) == pytest.approx(limits(before.rules["factored"].regret), abs=1e-8)
-
-
-@reproducible
-@given(draw=st.integers(0, 1000))
-def test_the_order_of_the_rows_does_not_matter(draw: int) -> None:
-    runs = pd.concat([made(0.1, draw=draw), made(0.5, "sqrt", loops=(1, 2, 4), draw=draw + 1)], ignore_index=True)
-    shuffled = runs.iloc[np.random.default_rng(draw).permutation(len(runs))]
-    before, after = check(runs), check(shuffled)
-    for rule in ("factored", "sqrt"):
-        assert limits(after.rules[rule].drift) == pytest.approx(limits(before.rules[rule].drift), abs=1e-9)
-        assert after.rules[rule].answer == before.rules[rule].answer
-    assert limits(after.differences[0].drift) == pytest.approx(limits(before.differences[0].drift), abs=1e-9)
-
-
-@reproducible
-@given(octaves=st.floats(-0.7, 0.7), draw=st.integers(0, 1000))
-def test_the_regret_of_an_exact_bowl_is_its_curvature_times_the_squared_distance(octaves: float, draw: int) -> None:
-    runs = made(noise=0.0, wander=0.0, curvature=0.4, draw=draw)
-    one = check(runs, transferred_lr=2.0 ** (-6.1 + octaves)).rules["factored"]
-    assert limits(one.regret) == pytest.approx([0.4 * octaves**2] * 3, abs=1e-8)
-
-
-# -- the transferred LR
-
-
-def test_the_transferred_lr_is_by_default_the_optimum_of_the_smallest_n() -> None:
-    runs = made(0.15, loops=(2, 4, 16))
-    default = check(runs)
-    smallest = default.rules["factored"].optima[0]
-    assert smallest.at == 2
-    assert smallest.log2_lr is not None
-    given_ = check(runs, transferred_lr=2.0**smallest.log2_lr.estimate)
-    assert limits(given_.rules["factored"].regret) == pytest.approx(limits(default.rules["factored"].regret), abs=1e-12)
-    other = check(runs, transferred_lr=2.0 ** (smallest.log2_lr.estimate - 0.5))
-    assert limits(other.rules["factored"].regret) != pytest.approx(limits(default.rules["factored"].regret), abs=1e-3)
-
-
-def test_the_transferred_lr_does_not_depend_on_the_order_of_the_loop_counts() -> None:
-    runs = made(0.15, loops=(2, 4, 16))
-    assert check(runs.iloc[::-1]).rules["factored"].optima[0].at == 2
-
-
-# -- rules and their differences
-
-
-def shared_shift(shift: float, draw: int = 0) -> pd.DataFrame:
-    """Two rules that drift by 0.0 and 0.3, to whose drift every seed adds the same random amount."""
-    rng = np.random.default_rng(draw)
-    parts = []
-    for seed, common in enumerate(rng.normal(0, shift, 5)):
-        for rule, drift in (("factored", 0.0), ("sqrt", 0.3)):
-            part = made(drift + common, rule, loops=(1, 2, 4), seeds=1, wander=0.01, draw=int(rng.integers(2**32)))
-            parts.append(part.assign(seed=seed))
-    return pd.concat(parts)
-
-
-def test_pairing_takes_out_a_random_shift_that_the_seeds_share() -> None:
-    verdict = check(shared_shift(0.2))
-    difference = verdict.differences[0]
-    assert difference.control == "sqrt"
-    assert difference.drift is not None
-    assert difference.drift.estimate == pytest.approx(0.3, abs=0.05)
-    paired = difference.drift.high - difference.drift.low
-    ours, theirs = drift_of(verdict), drift_of(verdict, "sqrt")
-    assert difference.drift.estimate == pytest.approx(theirs.estimate - ours.estimate, abs=1e-9)
-    assert paired < 0.3 * min(ours.high - ours.low, theirs.high - theirs.low)
-    assert difference.drift.low > 0
-
-
-def test_the_difference_in_regret_is_the_controls_minus_ours() -> None:
-    verdict = check(pd.concat([made(0.0, loops=(1, 2, 4)), made(0.5, "sqrt", loops=(1, 2, 4), draw=1)]))
-    regret = verdict.differences[0].regret
-    ours, theirs = verdict.rules["factored"].regret, verdict.rules["sqrt"].regret
-    assert regret is not None
-    assert ours is not None
-    assert theirs is not None
-    assert regret.estimate == pytest.approx(theirs.estimate - ours.estimate, abs=1e-9)
-    assert theirs.estimate == pytest.approx(0.1 * 1.0**2, abs=0.03)
-    assert regret.low > 0
-
-
-def test_the_difference_is_taken_over_the_loop_counts_that_both_rules_have() -> None:
-    ours = made(0.0, loops=(1, 2, 4, 8), noise=0.0, wander=0.0)
-    control = made(0.4, "sqrt", loops=(2, 4), noise=0.0, wander=0.0)
-    difference = check(pd.concat([ours, control])).differences[0]
-    assert limits(difference.drift) == pytest.approx([0.4] * 3, abs=1e-9)
-    assert difference.regret is None
-
-
-def test_a_censored_control_leaves_the_answer_for_the_rule_asked_for() -> None:
-    verdict = check(pd.concat([made(), made(0.0, "unscaled", centre=-1.0)]))
-    assert verdict.answer == "FLAT"
-    assert verdict.rules["unscaled"].answer == "INCONCLUSIVE"
-    assert (verdict.differences[0].drift, verdict.differences[0].regret) == (None, None)
-    assert "unknown" in str(verdict)
-
-
-def test_the_rule_judged_is_factored_where_there_are_several_and_else_the_only_one() -> None:
-    assert check(pd.concat([made(rule="sqrt"), made(draw=1)])).rule == "factored"
-    assert check(made(rule="sqrt")).rule == "sqrt"
-    assert check(pd.concat([made(rule="sqrt"), made(draw=1)]), rule="sqrt").rule == "sqrt"
-
-
-def test_a_rule_that_is_not_in_the_table_is_refused_with_those_that_are() -> None:
-    with pytest.raises(InputError, match=r"rule 'sqrt' is not in the table, which has factored;"):
-        check(made(), rule="sqrt")
-
-
-def test_several_rules_without_factored_need_one_to_be_named() -> None:
-    with pytest.raises(InputError, match="which has sqrt, unscaled"):
-        check(pd.concat([made(rule="sqrt"), made(rule="unscaled")]))
-
-
-# -- numbers out of range, and what is written
-
-
-@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["tolerance", "regret_tolerance", "transferred_lr", "confidence"])
-def test_a_number_out_of_range_is_refused_by_name(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=rf"^{name} is {value!r}; it must lie between 0 and"):
-        check(made(), **{name: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("value", [1.0, 90.0])
-def test_a_confidence_in_percent_or_of_certainty_is_refused(value: float) -> None:
-    with pytest.raises(InputError, match=r"confidence is .* between 0 and 1"):
-        check(made(), confidence=value)
-
-
-def test_a_higher_confidence_widens_the_intervals_around_the_same_estimate() -> None:
-    runs = made()
-    low, high = drift_of(check(runs, confidence=0.8)), drift_of(check(runs, confidence=0.99))
-    assert low.estimate == pytest.approx(high.estimate, abs=1e-12)
-    assert high.low < low.low < low.high < high.high
-
-
-@pytest.mark.parametrize("runs", [made(), made(0.6, loops=(1, 2, 4)), made(seeds=1), made(centre=-1.0)])
-def test_the_dictionary_is_strict_json_with_a_schema_version_and_no_times(runs: pd.DataFrame) -> None:
-    verdict = check(pd.concat([runs.assign(seconds=4.5), made(rule="sqrt", draw=1).assign(seconds=4.5)]))
-    text = json.dumps(verdict.to_dict(), allow_nan=False)
-    loaded = json.loads(text)
-    assert loaded["schema_version"] == 2
-    assert loaded["answer"] == verdict.answer
-    assert list(loaded["rules"]) == ["factored", "sqrt"]
-    assert "second" not in text
-
-
-def test_the_dictionary_holds_the_numbers_of_the_verdict() -> None:
-    verdict = check(made(), transferred_lr=0.015, tolerance=0.3, regret_tolerance=0.1, confidence=0.8)
-    stored = verdict.to_dict()
-    one = stored["rules"]["factored"]
-    assert (stored["transferred_lr"], stored["tolerance_octaves_per_doubling"]) == (0.015, 0.3)
-    assert (stored["regret_tolerance"], stored["confidence"]) == (0.1, 0.8)
-    assert list(one["drift_octaves_per_doubling"].values()) == limits(drift_of(verdict))
-    assert [entry["loops"] for entry in one["optima"]] == [1, 2, 4, 8]
-    assert [entry["seeds"] for entry in one["optima"]] == [4] * 4
-
-
-def test_wall_times_do_not_change_the_dictionary() -> None:
-    runs = made()
-    first, second = (check(runs.assign(seconds=seconds)).to_dict() for seconds in (1.0, 99.0))
-    assert first == second
-
-
-def test_layers_that_differ_between_the_rows_are_noted() -> None:
-    runs = made()
-    assert check(runs.assign(layers=2)).notes == ()
-    notes = check(runs.assign(layers=8 // runs["loops"])).notes
-    assert len(notes) == 1
-    assert notes[0].startswith("layers differs between the rows")
-
-
-def test_the_words_name_answer_reason_and_every_loop_count() -> None:
-    words = str(check(made(0.59, loops=(1, 2, 4), noise=0.0, wander=0.0)))
-    assert words.startswith("factored: DRIFTS. The optimum moves up by 0.59 octave per doubling of N.")
-    assert [line.split()[0] for line in words.splitlines()[1:5]] == ["N", "1", "2", "4"]
-    assert "Intervals: 90%, Student's t over seeds." in words
-
-
-def test_the_verdict_keeps_the_runs_as_tidied_and_the_table_as_it_was() -> None:
-    runs = made()
-    before = runs.copy(deep=True)
-    verdict = check(runs)
-    pd.testing.assert_frame_equal(runs, before)
-    pd.testing.assert_frame_equal(verdict.runs, tidy(runs))
-
-
-# -- other axes, metrics, curves over steps
-
-
-def test_any_axis_may_play_the_part_of_n() -> None:
-    runs = made(0.6, loops=(1, 2, 4)).rename(columns={"loops": "width"})
-    by_width, by_loops = check(runs, axis="width"), check(made(0.6, loops=(1, 2, 4)))
-    assert limits(by_width.judged.drift) == limits(by_loops.judged.drift)
-    assert by_width.judged.reason == by_loops.judged.reason.replace(" N.", " width.")
-    assert str(by_width).splitlines()[1].split()[0] == "width"
-    assert [entry["width"] for entry in by_width.to_dict()["rules"]["factored"]["optima"]] == [1, 2, 4]
-    assert by_width.command(by_width.judged) is None
-
-
-@pytest.mark.parametrize("axis", ["lr", "loss", "seed", "rule", "step"])
-def test_a_column_that_has_another_part_is_no_axis(axis: str) -> None:
-    with pytest.raises(InputError, match=rf"axis is '{axis}'; it must be a column such as loops, width or layers"):
-        check(made(), axis=axis)
-
-
-def test_a_metric_of_which_more_is_better_is_judged_as_its_negative_as_a_loss() -> None:
-    runs = made(0.1)
-    runs.loc[runs["lr"] > 2.0**-3.5, "loss"] = math.nan
-    loss, metric = check(runs), check(runs.assign(loss=-runs["loss"]), maximize=True)
-    assert limits(loss.judged.drift) == pytest.approx(limits(metric.judged.drift), abs=1e-9)
-    assert loss.judged.optima[0].diverges
-    assert metric.judged.optima[0].diverges
-    assert (loss.unit, metric.unit) == ("nats", "of the metric")
-    assert metric.to_dict()["unit"] == "of the metric"
-
-
-def over_steps(moves: float) -> pd.DataFrame:
-    """Curves over 100 steps whose optimum lies `moves` octaves lower at half of them; at the end it is at −6.1."""
-    ends = made(noise=0.0, wander=0.02)
-    x = np.log2(ends["lr"])
-    early = ends.assign(loss=3.0 + 0.1 * (x + 6.1 + moves) ** 2)
-    middle = ends.assign(loss=2.5 + 0.1 * (x + 6.1 + moves / 2) ** 2)
-    return pd.concat([part.assign(step=step) for part, step in ((early, 50), (middle, 75), (ends, 100))])
-
-
-def test_curves_over_steps_are_judged_at_their_end_and_show_where_the_optimum_was() -> None:
-    verdict = check(over_steps(0.0))
-    assert limits(verdict.judged.drift) == limits(check(over_steps(0.0).query("step == 100")).judged.drift)
-    assert set(verdict.judged.horizons) == {0.5, 0.75, 1.0}
-    assert not any("still" in note for note in verdict.notes)
-    assert "at 50%" in str(verdict)
-
-
-def test_an_optimum_that_still_moves_over_the_last_half_is_noted() -> None:
-    verdict = check(over_steps(0.5))
-    assert sum("over the last half of the training the optimum still moved by +0." in n for n in verdict.notes) == 4
-    half = verdict.judged.horizons[0.5][0].log2_lr
-    assert half is not None
-    assert half.estimate == pytest.approx(-6.6, abs=0.05)
-
-
-def test_a_run_that_diverged_late_is_whole_at_half_the_training_and_diverged_at_its_end() -> None:
-    runs = over_steps(0.0)
-    runs.loc[(runs["lr"] > 2.0**-4) & (runs["step"] > 50), "loss"] = math.nan
-    judged = check(runs).judged
-    assert judged.optima[0].diverges
-    assert not judged.horizons[0.5][0].diverges
-
-
-# -- power, walls, mixtures
-
-
-def test_a_rule_that_is_flat_where_its_control_is_as_flat_has_no_power() -> None:
-    verdict = check(pd.concat([made(), made(rule="unscaled", draw=1)]))
-    assert (verdict.answer, verdict.judged.cause) == ("INCONCLUSIVE", "no power")
-    assert verdict.rules["unscaled"].answer == "FLAT"
-    assert verdict.judged.further_runs is not None
-    assert verdict.judged.further_runs.at == (32,)
-
-
-def test_one_control_that_drifts_gives_power() -> None:
-    runs = [made(), made(rule="sqrt", draw=1), made(0.5, "unscaled", loops=(1, 2, 4), draw=2)]
-    assert check(pd.concat(runs)).answer == "FLAT"
-
-
-@pytest.mark.parametrize("drift", [0.0, -0.6])
-def test_a_wall_of_unstable_runs_near_an_optimum_gives_neither_answer_until_it_is_marked(drift: float) -> None:
-    runs = made(drift, loops=(1, 2, 4), grid=np.arange(-4.5, 3.1, 0.5))
-    wall = runs["lr"] > 2.0**-5.2
-    one = check(runs.assign(loss=runs["loss"].mask(wall, 30.0))).judged
-    assert (one.answer, one.cause) == ("INCONCLUSIVE", "shape")
-    assert "mark runs that went unstable as diverged" in one.advice
-    marked = check(runs.assign(loss=runs["loss"].mask(wall, math.inf)))
-    assert marked.answer == ("FLAT" if drift == 0 else "DRIFTS")
-
-
-def test_rows_of_different_experiments_are_noted() -> None:
-    runs = made().assign(fingerprint="a")
-    assert check(runs).notes == ()
-    runs.loc[runs["loops"] == 8, "fingerprint"] = "b"
-    assert check(runs).notes == ("the rows come from 2 different experiments (column fingerprint)",)
-
-
 @pytest.mark.parametrize("drift", [0.0, 0.2, 0.6])
 def test_a_flat_floor_gives_neither_answer_and_names_the_lrs_that_serve_at_every_n(drift: float) -> None:
-    runs = made(loops=(1, 2, 4))
+    runs = runs_of(loops=(1, 2, 4))
     u = np.log2(runs["lr"]) + 6.0 - drift * (np.log2(runs["loops"]) - 1)
     noise = np.random.default_rng(0).normal(0, 0.001, len(runs))
     runs["loss"] = 2.0 + 0.1 * np.clip(np.abs(u) - 1.0, 0, None) ** 2 + noise
@@ -587,64 +224,310 @@ def test_a_flat_floor_gives_neither_answer_and_names_the_lrs_that_serve_at_every
     assert not set(further.lrs) & set(runs["lr"])
 
 
+@pytest.mark.parametrize("drift", [0.0, -0.6])
+def test_a_wall_of_unstable_runs_near_an_optimum_gives_neither_answer_until_it_is_marked(drift: float) -> None:
+    runs = runs_of(drift, loops=(1, 2, 4), grid=np.arange(-4.5, 3.1, 0.5))
+    wall = runs["lr"] > 2.0**-5.2
+    judged = check(runs.assign(loss=runs["loss"].mask(wall, 30.0))).judged
+    assert (judged.answer, judged.cause) == ("INCONCLUSIVE", "shape")
+    assert "mark runs that went unstable as diverged" in judged.advice
+    marked = check(runs.assign(loss=runs["loss"].mask(wall, math.inf)))
+    assert marked.answer == ("FLAT" if drift == 0 else "DRIFTS")
+
+
 def test_a_regret_that_may_reach_the_tolerance_asks_for_the_seeds_at_the_largest_n_that_settle_it() -> None:
     """Draws whose advice is few seeds; with those, most regrets are told."""
     settled = []
     for draw in range(30):
-        runs = made(wander=0.1, seeds=3, draw=draw)
-        one = check(runs, transferred_lr=2**-5.85).judged
-        if one.cause != "regret":
+        runs = runs_of(wander=0.1, seeds=3, draw=draw)
+        judged = check(runs, transferred_lr=2**-5.85).judged
+        if judged.cause != "regret":
             continue
-        assert one.further_runs is not None
-        assert one.further_runs.at == (8,)
-        seeds = 3 + len(one.further_runs.seeds)
-        assert one.advice == f"run about {seeds} seeds in all at N = 8 (there are 3)"
-        more = made(wander=0.1, loops=(8,), seeds=seeds, draw=100 + draw)
-        more = more[more["seed"].astype(str).isin(one.further_runs.seeds)]
+        assert judged.further_runs is not None
+        assert judged.further_runs.counts == (8,)
+        seeds = 3 + len(judged.further_runs.seeds)
+        assert judged.advice == f"run about {seeds} seeds in all at N = 8 (there are 3)"
+        more = runs_of(wander=0.1, loops=(8,), seeds=seeds, draw=100 + draw)
+        more = more[more["seed"].astype(str).isin(judged.further_runs.seeds)]
         settled.append(check(pd.concat([runs, more]), transferred_lr=2**-5.85).judged.cause != "regret")
     assert len(settled) >= 4
     assert sum(settled) / len(settled) >= 0.6
 
 
 def test_a_transferred_lr_on_the_rim_of_the_basin_is_no_matter_of_more_seeds() -> None:
-    one = check(made(draw=1), transferred_lr=2 ** (-6.1 + 0.2**0.5)).judged
-    assert one.cause == "regret"
-    assert one.further_runs is None
-    assert one.advice.startswith("tune the proxy again")
+    judged = check(runs_of(draw=1), transferred_lr=2 ** (-6.1 + 0.2**0.5)).judged
+    assert judged.cause == "regret"
+    assert judged.further_runs is None
+    assert judged.advice.startswith("tune the proxy again")
 
 
-def test_a_censored_optimum_lends_no_edge_to_a_drift() -> None:
-    """Two optima are known, and the third hides beyond the edge: its edge would make the drift look large."""
-    runs = pd.concat([made(0.6, loops=(1, 2)), made(loops=(4,), centre=-1.0, draw=3)])
-    one = check(runs).judged
-    assert (one.answer, one.cause) == ("INCONCLUSIVE", "high edge")
-    three = check(pd.concat([made(0.6, loops=(1, 2, 4)), made(loops=(8,), centre=-1.0, draw=3)])).judged
-    assert three.answer == "DRIFTS"
-    assert three.reason.endswith("over N = 1, 2, 4, the others being censored.")
+# -- invariances
 
 
-# -- Markdown
+@reproducible
+@given(octaves=st.integers(-8, 8), draw=st.integers(0, 1000))
+def test_scaling_every_lr_changes_nothing(octaves: int, draw: int) -> None:
+    runs = runs_of(0.1, draw=draw)
+    before, after = check(runs), check(runs.assign(lr=runs["lr"] * 2.0**octaves))
+    assert limits(after.rules["factored"].drift) == pytest.approx(limits(before.rules["factored"].drift), abs=1e-8)
+    assert limits(after.rules["factored"].regret) == pytest.approx(limits(before.rules["factored"].regret), abs=1e-8)
+    assert after.answer == before.answer
+
+
+@reproducible
+@given(draw=st.integers(0, 1000), size=st.floats(0, 2))
+def test_a_constant_per_seed_and_loop_count_changes_nothing(draw: int, size: float) -> None:
+    runs = runs_of(0.1, draw=draw)
+    offsets = np.random.default_rng(draw).uniform(-size, size, (9, 4))
+    moved = runs.assign(loss=runs["loss"] + offsets[runs["loops"], runs["seed"]])
+    before, after = check(runs), check(moved)
+    assert limits(after.rules["factored"].drift) == pytest.approx(limits(before.rules["factored"].drift), abs=1e-8)
+    assert limits(after.rules["factored"].regret) == pytest.approx(limits(before.rules["factored"].regret), abs=1e-8)
+
+
+@reproducible
+@given(draw=st.integers(0, 1000))
+def test_the_order_of_the_rows_does_not_matter(draw: int) -> None:
+    runs = pd.concat([runs_of(0.1, draw=draw), runs_of(0.5, "sqrt", loops=(1, 2, 4), draw=draw + 1)], ignore_index=True)
+    shuffled = runs.iloc[np.random.default_rng(draw).permutation(len(runs))]
+    before, after = check(runs), check(shuffled)
+    for rule in ("factored", "sqrt"):
+        assert limits(after.rules[rule].drift) == pytest.approx(limits(before.rules[rule].drift), abs=1e-9)
+        assert after.rules[rule].answer == before.rules[rule].answer
+    assert limits(after.differences[0].drift) == pytest.approx(limits(before.differences[0].drift), abs=1e-9)
+
+
+@reproducible
+@given(octaves=st.floats(-0.7, 0.7), draw=st.integers(0, 1000))
+def test_the_regret_of_an_exact_bowl_is_its_curvature_times_the_squared_distance(octaves: float, draw: int) -> None:
+    runs = runs_of(noise=0.0, wander=0.0, curvature=0.4, draw=draw)
+    judged = check(runs, transferred_lr=2.0 ** (-6.1 + octaves)).rules["factored"]
+    assert limits(judged.regret) == pytest.approx([0.4 * octaves**2] * 3, abs=1e-8)
+
+
+# -- the transferred LR
+
+
+def test_the_transferred_lr_is_by_default_the_optimum_of_the_smallest_n() -> None:
+    runs = runs_of(0.15, loops=(2, 4, 16))
+    default = check(runs)
+    smallest = default.rules["factored"].optima[0]
+    assert smallest.n == 2
+    assert smallest.log2_lr is not None
+    given_ = check(runs, transferred_lr=2.0**smallest.log2_lr.estimate)
+    assert limits(given_.rules["factored"].regret) == pytest.approx(limits(default.rules["factored"].regret), abs=1e-12)
+    other = check(runs, transferred_lr=2.0 ** (smallest.log2_lr.estimate - 0.5))
+    assert limits(other.rules["factored"].regret) != pytest.approx(limits(default.rules["factored"].regret), abs=1e-3)
+
+
+def test_the_transferred_lr_does_not_depend_on_the_order_of_the_loop_counts() -> None:
+    runs = runs_of(0.15, loops=(2, 4, 16))
+    assert check(runs.iloc[::-1]).rules["factored"].optima[0].n == 2
+
+
+# -- rules and their differences
+
+
+def shared_shift(shift: float, draw: int = 0) -> pd.DataFrame:
+    """Two rules that drift by 0.0 and 0.3, to whose drift every seed adds the same random amount."""
+    rng = np.random.default_rng(draw)
+    parts = []
+    for seed, common in enumerate(rng.normal(0, shift, 5)):
+        for rule, drift in (("factored", 0.0), ("sqrt", 0.3)):
+            part = runs_of(drift + common, rule, loops=(1, 2, 4), seeds=1, wander=0.01, draw=int(rng.integers(2**32)))
+            parts.append(part.assign(seed=seed))
+    return pd.concat(parts)
+
+
+def test_pairing_takes_out_a_random_shift_that_the_seeds_share() -> None:
+    verdict = check(shared_shift(0.2))
+    difference, judged, control = verdict.differences[0], drift_of(verdict), drift_of(verdict, "sqrt")
+    assert difference.drift is not None
+    assert difference.drift.estimate == pytest.approx(0.3, abs=0.05)
+    assert difference.drift.estimate == pytest.approx(control.estimate - judged.estimate, abs=1e-9)
+    width = difference.drift.high - difference.drift.low
+    assert width < 0.3 * min(judged.high - judged.low, control.high - control.low)
+
+
+def test_the_difference_in_regret_is_the_controls_minus_that_of_the_rule_judged() -> None:
+    verdict = check(pd.concat([runs_of(0.0, loops=(1, 2, 4)), runs_of(0.5, "sqrt", loops=(1, 2, 4), draw=1)]))
+    judged, control = (limits(verdict.rules[rule].regret)[0] for rule in ("factored", "sqrt"))
+    estimate, low, _ = limits(verdict.differences[0].regret)
+    assert estimate == pytest.approx(control - judged, abs=1e-9)
+    assert control == pytest.approx(0.1 * 1.0**2, abs=0.03)
+    assert low > 0
+
+
+def test_the_difference_is_taken_over_the_loop_counts_that_both_rules_have() -> None:
+    runs = [runs_of(noise=0.0, wander=0.0), runs_of(0.4, "sqrt", loops=(2, 4), noise=0.0, wander=0.0)]
+    difference = check(pd.concat(runs)).differences[0]
+    assert limits(difference.drift) == pytest.approx([0.4] * 3, abs=1e-9)
+    assert difference.regret is None
+
+
+def test_a_censored_control_leaves_the_answer_for_the_rule_asked_for() -> None:
+    verdict = check(pd.concat([runs_of(), runs_of(0.0, "unscaled", centre=-1.0)]))
+    assert [judged.answer for judged in verdict.rules.values()] == ["FLAT", "INCONCLUSIVE"]
+    assert (verdict.differences[0].drift, verdict.differences[0].regret) == (None, None)
+
+
+def test_a_rule_that_is_flat_where_all_its_controls_are_as_flat_has_no_power() -> None:
+    runs = [runs_of(), runs_of(rule="sqrt", draw=1)]
+    verdict = check(pd.concat(runs))
+    assert (verdict.judged.cause, verdict.rules["sqrt"].answer) == ("no power", "FLAT")
+    assert verdict.judged.further_runs is not None
+    assert verdict.judged.further_runs.counts == (32,)
+    assert check(pd.concat([*runs, runs_of(0.5, "unscaled", loops=(1, 2, 4), draw=2)])).answer == "FLAT"
+
+
+def test_the_rule_judged_is_factored_where_there_are_several_and_else_the_only_one() -> None:
+    both = pd.concat([runs_of(rule="sqrt"), runs_of(draw=1)])
+    assert [check(both).rule, check(runs_of(rule="sqrt")).rule, check(both, rule="sqrt").rule] == [
+        "factored",
+        "sqrt",
+        "sqrt",
+    ]
+    for runs, rule in ((runs_of(), "sqrt"), (pd.concat([runs_of(rule="sqrt"), runs_of(rule="unscaled")]), None)):
+        with pytest.raises(InputError, match="is not in the table, which has"):
+            check(runs, rule=rule)
+
+
+# -- numbers out of range, and what is written
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["tolerance", "regret_tolerance", "transferred_lr", "confidence"])
+def test_a_number_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=rf"^{name} is {value!r}; it must"):
+        check(runs_of(), **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"confidence is 90; it must lie between 0 and 1"):
+        check(runs_of(), confidence=90)
+
+
+def test_a_higher_confidence_widens_the_intervals_around_the_same_estimate() -> None:
+    low, high = (drift_of(check(runs_of(), confidence=confidence)) for confidence in (0.8, 0.99))
+    assert low.estimate == pytest.approx(high.estimate, abs=1e-12)
+    assert high.low < low.low < low.high < high.high
+
+
+@pytest.mark.parametrize("runs", [runs_of(), runs_of(0.6, loops=(1, 2, 4)), runs_of(seeds=1), runs_of(centre=-1.0)])
+def test_the_dictionary_is_strict_json_with_a_schema_version_and_no_times(runs: pd.DataFrame) -> None:
+    both = pd.concat([runs, runs_of(rule="sqrt", draw=1)])
+    texts = [json.dumps(check(both.assign(seconds=seconds)).to_dict(), allow_nan=False) for seconds in (4.5, 99.0)]
+    assert texts[0] == texts[1]
+    loaded = json.loads(texts[0])
+    assert (loaded["schema_version"], list(loaded["rules"])) == (3, ["factored", "sqrt"])
+    assert "second" not in texts[0]
+
+
+def test_the_dictionary_holds_the_numbers_of_the_verdict() -> None:
+    verdict = check(runs_of(), transferred_lr=0.015, tolerance=0.3, regret_tolerance=0.1, confidence=0.8)
+    stored = verdict.to_dict()
+    judged = stored["rules"]["factored"]
+    assert (stored["transferred_lr"], stored["tolerance_octaves_per_doubling"]) == (0.015, 0.3)
+    assert (stored["regret_tolerance"], stored["confidence"]) == (0.1, 0.8)
+    assert list(judged["drift_octaves_per_doubling"].values()) == limits(drift_of(verdict))
+    assert [(entry["loops"], entry["seeds"]) for entry in judged["optima"]] == [(n, 4) for n in (1, 2, 4, 8)]
+
+
+@pytest.mark.parametrize(("column", "values"), [("layers", [8, 4, 2, 1]), ("fingerprint", ["a", "a", "a", "b"])])
+def test_what_differs_between_the_rows_beside_n_is_noted(column: str, values: list[object]) -> None:
+    runs = runs_of()
+    assert check(runs.assign(**{column: values[0]})).notes == ()
+    by_n = dict(zip((1, 2, 4, 8), values, strict=True))
+    (note,) = check(runs.assign(**{column: runs["loops"].map(by_n)})).notes
+    assert column in note
+
+
+def test_the_text_names_answer_reason_and_every_loop_count() -> None:
+    text = str(check(runs_of(0.59, loops=(1, 2, 4), noise=0.0, wander=0.0)))
+    assert text.startswith("factored: DRIFTS. The optimum moves up by 0.59 octave per doubling of N.")
+    assert [line.split()[0] for line in text.splitlines()[1:5]] == ["N", "1", "2", "4"]
+
+
+def test_the_verdict_keeps_the_runs_as_tidied_and_the_table_as_it_was() -> None:
+    runs = runs_of()
+    before = runs.copy(deep=True)
+    verdict = check(runs)
+    pd.testing.assert_frame_equal(runs, before)
+    pd.testing.assert_frame_equal(verdict.runs, tidy(runs))
 
 
 def test_the_markdown_holds_the_answer_the_tables_and_the_command() -> None:
-    runs = pd.concat([made(seeds=1), made(0.5, "sqrt", loops=(1, 2, 4), draw=1)])
+    runs = pd.concat([runs_of(seeds=1), runs_of(0.5, "sqrt", loops=(1, 2, 4), draw=1)])
     runs.attrs |= {"source": "results.csv", "grows": "table"}
     verdict = check(runs)
     text = verdict.to_markdown()
     assert text.startswith("### factored: INCONCLUSIVE\n")
     assert sum(line.startswith("|---") for line in text.splitlines()) == 3  # two rules and their difference
-    command = verdict.command(verdict.judged)
-    assert command is not None
-    assert f"    {command}\n" in text
+    assert f"    {verdict.command(verdict.judged)}\n" in text
 
 
 @reproducible
 @given(rule=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda text: text.strip()))
 def test_no_name_breaks_a_table_or_enters_the_page_as_html(rule: str) -> None:
-    text = check(made(rule=rule, loops=(1, 2), seeds=2)).to_markdown()
+    text = check(runs_of(rule=rule, loops=(1, 2), seeds=2)).to_markdown()
     assert "<" not in text
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     assert len({line.replace("\\|", "").count("|") for line in tables}) == 1
+
+
+# -- other axes, metrics, curves over steps
+
+
+def test_any_axis_may_play_the_part_of_n() -> None:
+    runs = runs_of(0.6, loops=(1, 2, 4))
+    by_width, by_loops = check(runs.rename(columns={"loops": "width"}), axis="width"), check(runs)
+    assert limits(by_width.judged.drift) == limits(by_loops.judged.drift)
+    assert by_width.judged.reason == by_loops.judged.reason.replace(" N.", " width.")
+    assert str(by_width).splitlines()[1].split()[0] == "width"
+    assert [entry["width"] for entry in by_width.to_dict()["rules"]["factored"]["optima"]] == [1, 2, 4]
+    assert by_width.command(by_width.judged) is None
+    for axis in ("lr", "loss", "seed", "rule", "step"):
+        with pytest.raises(InputError, match=rf"axis is '{axis}'; it must be a column such as loops"):
+            check(runs, axis=axis)
+
+
+def test_a_metric_of_which_more_is_better_is_judged_as_its_negative_as_a_loss() -> None:
+    runs = runs_of(0.1)
+    runs.loc[runs["lr"] > 2.0**-3.5, "loss"] = math.nan
+    loss, metric = check(runs), check(runs.assign(loss=-runs["loss"]), maximize=True)
+    assert limits(loss.judged.drift) == pytest.approx(limits(metric.judged.drift), abs=1e-9)
+    assert loss.judged.optima[0].diverges
+    assert metric.judged.optima[0].diverges
+    assert (loss.unit, metric.unit) == ("nats", "of the metric")
+
+
+def over_steps(moves: float) -> pd.DataFrame:
+    """Curves over 100 steps whose optimum lies `moves` octaves lower at half of them; at the end it is at −6.1."""
+    ends = runs_of(noise=0.0, wander=0.02)
+    x = np.log2(ends["lr"])
+    early = ends.assign(loss=3.0 + 0.1 * (x + 6.1 + moves) ** 2)
+    middle = ends.assign(loss=2.5 + 0.1 * (x + 6.1 + moves / 2) ** 2)
+    return pd.concat([part.assign(step=step) for part, step in ((early, 50), (middle, 75), (ends, 100))])
+
+
+def test_curves_over_steps_are_judged_at_their_end_and_show_where_the_optimum_was() -> None:
+    verdict = check(over_steps(0.0))
+    assert limits(verdict.judged.drift) == limits(check(over_steps(0.0).query("step == 100")).judged.drift)
+    assert set(verdict.judged.horizons) == {0.5, 0.75, 1.0}
+    assert verdict.notes == ()
+    assert "at 50%" in str(verdict)
+
+
+def test_an_optimum_that_still_moves_over_the_last_half_is_noted() -> None:
+    verdict = check(over_steps(0.5))
+    assert len(verdict.notes) == 4
+    halfway = verdict.judged.horizons[0.5][0].log2_lr
+    assert halfway is not None
+    assert halfway.estimate == pytest.approx(-6.6, abs=0.05)
+
+
+def test_a_run_that_diverged_late_is_whole_at_half_the_training_and_diverged_at_its_end() -> None:
+    runs = over_steps(0.0)
+    runs.loc[(runs["lr"] > 2.0**-4) & (runs["step"] > 50), "loss"] = math.nan
+    judged = check(runs).judged
+    assert (judged.optima[0].diverges, judged.horizons[0.5][0].diverges) == (True, False)
 
 
 # -- units of the loss
@@ -655,7 +538,7 @@ def scaled(runs: pd.DataFrame, by: float, shift: float = 0.0) -> pd.DataFrame:
 
 
 def test_the_curves_height_is_what_leaving_the_best_lr_by_two_and_a_half_octaves_costs() -> None:
-    exact = curve(tidy(made(loops=(1,), centre=-6.0, noise=0.0, wander=0.0)))
+    exact = curve(tidy(runs_of(loops=(1,), centre=-6.0, noise=0.0, wander=0.0)))
     assert curve_height(exact) == pytest.approx(0.1 * 2.5**2, rel=0.05)
     assert curve_height(exact[np.abs(exact.index + 6.0) < 1.6]) == pytest.approx(0.1 * 2.5**2, rel=0.05)
     lopsided = exact.assign(**{"0": np.where(exact.index > -6.0, 30.0, exact["0"])})
@@ -669,7 +552,7 @@ def test_the_curves_height_is_what_leaving_the_best_lr_by_two_and_a_half_octaves
 def test_a_metric_of_another_unit_is_judged_alike_however_it_is_scaled_and_shifted(
     power: int, shift: float, draw: int
 ) -> None:
-    runs = made(0.1, draw=draw)
+    runs = runs_of(0.1, draw=draw)
     before, after = check(runs, unit="points"), check(scaled(runs, 2.0**power, shift), unit="points")
     assert after.regret_tolerance == pytest.approx(before.regret_tolerance * 2.0**power, rel=1e-6)
     assert limits(after.judged.drift) == pytest.approx(limits(before.judged.drift), abs=1e-6)
@@ -677,7 +560,7 @@ def test_a_metric_of_another_unit_is_judged_alike_however_it_is_scaled_and_shift
 
 
 def test_a_curve_lower_than_the_tolerance_in_nats_is_not_in_nats() -> None:
-    nats, small = check(made()), check(scaled(made(), 1e-3))
+    nats, small = check(runs_of()), check(scaled(runs_of(), 1e-3))
     assert (nats.unit, nats.regret_tolerance) == ("nats", 0.02)
     assert small.unit == "of the loss"
     assert small.judged.height is not None
@@ -689,7 +572,7 @@ def test_a_curve_lower_than_the_tolerance_in_nats_is_not_in_nats() -> None:
 
 @pytest.mark.parametrize("best", [1e-9, 7e-4, 7e-3, 0.03, 0.15])
 def test_an_lr_with_three_times_the_best_loss_is_never_said_to_lose_nothing(best: float) -> None:
-    runs = made(noise=0.0, wander=0.01).assign(loss=lambda t: best * (1 + 0.5 * (np.log2(t["lr"]) + 6.1) ** 2))
+    runs = runs_of(noise=0.0, wander=0.01).assign(loss=lambda t: best * (1 + 0.5 * (np.log2(t["lr"]) + 6.1) ** 2))
     runs["loss"] *= 1 + np.random.default_rng(0).normal(0, 1e-3, len(runs))
     assert check(runs).unit == "of the loss"
     assert check(runs, transferred_lr=2.0**-4.1).answer == "INCONCLUSIVE"
@@ -704,16 +587,16 @@ def test_an_lr_with_three_times_the_best_loss_is_never_said_to_lose_nothing(best
 
 
 def test_a_unit_that_is_given_is_kept_and_nats_keep_their_tolerance() -> None:
-    assert check(made(), unit="bits").unit == "bits"
-    assert check(scaled(made(), 0.05), unit="nats").regret_tolerance == 0.02
-    named = made()
+    assert check(runs_of(), unit="bits").unit == "bits"
+    assert check(scaled(runs_of(), 0.05), unit="nats").regret_tolerance == 0.02
+    named = runs_of()
     named.attrs["unit"] = "of best_mse"
     assert check(named).unit == "of best_mse"
     assert check(named, unit="nats").regret_tolerance == 0.02
 
 
 def test_a_study_that_is_maximized_is_and_one_that_is_minimized_is_not_turned_round() -> None:
-    runs = scaled(made(), -1)
+    runs = scaled(runs_of(), -1)
     runs.attrs["maximize"] = True
     assert check(runs).answer == check(runs, maximize=True).answer == "FLAT"
     runs.attrs["maximize"] = False
@@ -725,12 +608,12 @@ def test_a_study_that_is_maximized_is_and_one_that_is_minimized_is_not_turned_ro
 
 
 def test_lrs_that_no_two_seeds_share_are_said_to_be_so() -> None:
-    runs = made(loops=(1, 4), seeds=2)
+    runs = runs_of(loops=(1, 4), seeds=2)
     apart = runs.assign(lr=runs["lr"] * (1 + 1e-3 * runs["seed"]))
-    one = check(apart).judged
-    assert (one.answer, one.cause, one.further_runs) == ("INCONCLUSIVE", "too few LRs", None)
-    assert one.reason == "At N = 1, 4 no LR was run by every seed."
-    assert "write one LR alike" in one.advice
+    judged = check(apart).judged
+    assert (judged.answer, judged.cause, judged.further_runs) == ("INCONCLUSIVE", "too few LRs", None)
+    assert judged.reason == "At N = 1, 4 no LR was run by every seed."
+    assert "write one LR alike" in judged.advice
     some = check(apart.assign(lr=apart["lr"].where(apart["loops"] == 4, runs["lr"]))).judged
     assert some.reason == "At N = 4 no LR was run by every seed."
 

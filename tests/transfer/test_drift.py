@@ -7,16 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looptransfer.transfer.drift import (
-    curve_shift,
     drift_by_reach,
     drift_by_seed,
     find_optima,
     regret_by_seed,
     regret_interval,
     room_for_regret,
-    skew_trend,
-    slope_by_seed,
-    worst_displacement,
 )
 from looptransfer.transfer.optimum import find_optimum
 
@@ -29,24 +25,6 @@ def bowl(vertex: float, seeds: int = 3, skew: float = 0.0, noise: float = 0.0, d
     u = GRID - vertex
     losses = {str(s): 2.0 + s + 0.1 * u**2 + skew * u**3 + rng.normal(0, noise, len(GRID)) for s in range(seeds)}
     return pd.DataFrame(losses, pd.Index(GRID, name="x"))
-
-
-@reproducible
-@given(slope=st.floats(-2, 2), start=st.floats(-9, 0), loops=st.lists(st.integers(1, 64), min_size=2, unique=True))
-def test_the_slope_of_a_line_in_log2_n_is_found_for_any_loop_counts(
-    slope: float, start: float, loops: list[int]
-) -> None:
-    values = [pd.Series([start + slope * math.log2(n) + seed for seed in range(3)]) for n in loops]
-    found = slope_by_seed(loops, values)
-    assert found is not None
-    assert found.to_numpy() == pytest.approx(np.full(3, slope), abs=1e-9)
-
-
-def test_a_slope_needs_two_loop_counts_and_two_seeds_that_they_share() -> None:
-    two = pd.Series([1.0, 2.0], ["a", "b"])
-    assert slope_by_seed([1], [two]) is None
-    assert slope_by_seed([1, 2], [two, pd.Series([1.0, 2.0], ["b", "c"])]) is None
-    assert slope_by_seed([1, 2], [two, two]) is not None
 
 
 def test_a_cubic_and_a_parabola_are_not_mixed_over_n() -> None:
@@ -70,14 +48,6 @@ def test_basins_that_are_flat_at_the_bottom_have_no_optimum_but_keep_their_width
     assert {optimum.censored for optimum in find_optima({1: bowl(-6.0), 4: bowl(-5.8)}, 0.9, 0.02)} == {None}
 
 
-def test_the_worst_displacement_is_that_of_the_loop_count_furthest_from_the_first() -> None:
-    tables = {1: bowl(-6.0), 2: bowl(-5.9), 4: bowl(-6.7), 8: bowl(-6.3)}
-    found = worst_displacement(find_optima(tables, 0.9, 0.02), 0.9)
-    assert found is not None
-    assert found[0] == 4
-    assert found[1].estimate == pytest.approx(-0.7, abs=1e-6)
-
-
 def test_fits_of_every_reach_agree_on_polynomials_and_disagree_where_the_shape_changes_with_n() -> None:
     same = {n: bowl(-6.0 + 0.1 * math.log2(n)) for n in (1, 2, 4)}
     assert drift_by_reach(find_optima(same, 0.9, 0.02), same) == pytest.approx([0.1, 0.1], abs=1e-6)
@@ -85,18 +55,6 @@ def test_fits_of_every_reach_agree_on_polynomials_and_disagree_where_the_shape_c
     narrow, wide = drift_by_reach(find_optima(bent, 0.9, 0.02), bent)
     assert abs(narrow) < 1e-3
     assert abs(wide) > 0.01
-
-
-def test_a_skew_that_grows_with_n_is_found_and_one_that_stays_is_not() -> None:
-    grows = {n: bowl(-6.0, skew=0.005 * math.log2(n), noise=1e-4, draw=n) for n in (1, 2, 4, 8)}
-    trend = skew_trend(find_optima(grows, 0.9, 0.02), 0.9)
-    assert trend is not None
-    assert trend.low > 0
-    assert trend.estimate == pytest.approx(0.05, abs=0.01)
-    stays = {n: bowl(-6.0, skew=0.01, noise=1e-3, draw=n) for n in (1, 2, 4, 8)}
-    trend = skew_trend(find_optima(stays, 0.9, 0.02), 0.9)
-    assert trend is not None
-    assert abs(trend.estimate) < 0.01
 
 
 @reproducible
@@ -146,23 +104,17 @@ def test_the_interval_of_the_regret_covers_the_true_one_about_as_often_as_it_say
 
 
 @reproducible
-@given(shift=st.floats(-1.5, 1.5), level=st.floats(-1, 1))
-def test_a_curve_that_is_shifted_as_a_whole_is_shifted_by_so_much(shift: float, level: float) -> None:
-    fine = np.arange(-10.0, -1.9, 0.25)
-    tables = [
-        pd.DataFrame({str(s): 0.1 * (fine - v) ** 2 + s + add for s in range(3)}, fine)
-        for v, add in ((-6.0, 0.0), (-6.0 + shift, level))
-    ]
-    found = curve_shift(tables[1], tables[0], 0.9)
-    assert found is not None
-    assert found.estimate == pytest.approx(shift, abs=0.02)
-    assert found.high - found.low < 1e-6
+@given(slope=st.floats(-0.6, 0.6), loops=st.lists(st.integers(1, 16), min_size=2, max_size=4, unique=True))
+def test_the_drift_is_the_slope_over_any_loop_counts(slope: float, loops: list[int]) -> None:
+    drifts = drift_by_seed(find_optima({n: bowl(-6.0 + slope * (math.log2(n) - 2)) for n in loops}, 0.9, 0.02))
+    assert drifts is not None
+    assert drifts.to_numpy() == pytest.approx(np.full(3, slope), abs=1e-6)
 
 
-def test_curves_without_two_shared_seeds_or_three_lrs_have_no_shift() -> None:
+def test_a_drift_needs_two_loop_counts_and_two_seeds_that_they_share() -> None:
     table = bowl(-6.0)
-    assert curve_shift(table, table.rename(columns={"1": "7", "2": "8"}), 0.9) is None
-    assert curve_shift(table.iloc[:2], table, 0.9) is None
+    assert drift_by_seed(find_optima({1: table}, 0.9, 0.02)) is None
+    assert drift_by_seed(find_optima({1: table, 2: table.rename(columns={"1": "7", "2": "8"})}, 0.9, 0.02)) is None
 
 
 def test_the_drift_is_taken_over_the_loop_counts_whose_optimum_is_known() -> None:

@@ -51,7 +51,7 @@ def test_an_exact_quadratic_gives_back_its_vertex_whatever_the_offsets_of_its_se
     assert optimum.log2_lr is not None
     assert optimum.log2_lr.high - optimum.log2_lr.low < 1e-6
     assert optimum.seeds == len(offsets)
-    assert optimum.at == 2
+    assert optimum.n == 2
     assert optimum.loss(vertex).to_numpy() == pytest.approx(np.array(offsets), abs=1e-6)
 
 
@@ -217,7 +217,7 @@ def test_the_interval_of_the_optimum_covers_the_true_one_as_often_as_it_says() -
 def test_an_optimum_beyond_the_lrs_that_were_run_is_censored(vertex: float, why: str, seeds: int) -> None:
     optimum = find_optimum(8, bowls(GRID, [vertex] * seeds), NINETY)
     assert optimum.censored == why
-    assert (optimum.at, optimum.seeds) == (8, seeds)
+    assert (optimum.n, optimum.seeds) == (8, seeds)
     assert (optimum.log2_lr, optimum.by_seed, optimum.curves, optimum.basin) == (None, None, None, None)
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looptransfer.errors import InputError
-from looptransfer.transfer.results import at_horizon, fingerprint, tidy
+from looptransfer.transfer.provenance import fingerprint
+from looptransfer.transfer.results import at_horizon, tidy
 from looptransfer.transfer.sources import read_results
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from looptransfer.command.cli import main
 from looptransfer.errors import InputError
-from looptransfer.transfer.baseline import Baseline, StoredOptimum
+from looptransfer.transfer.baseline import Baseline
 from looptransfer.transfer.optimum import Interval
 from looptransfer.transfer.sources import read_results
+from looptransfer.transfer.stored import StoredOptimum
 from looptransfer.trials.gate import gate
 from tests.experiments import tiny_experiment
 
@@ -25,7 +26,7 @@ STORED = Baseline("loops", "nats", 0.9, None, {}, {"factored": (optimum(1, -5), 
 def test_it_trains_at_half_once_and_twice_the_lr_with_the_seeds_of_the_baseline(tmp_path: Path) -> None:
     ledger = tmp_path / "gate.db"
     told = gate(tiny_experiment(), STORED, seeds=4, ledger=ledger, workers=1)
-    assert [finding.at for finding in told.findings] == [1, 4]
+    assert [finding.n for finding in told.findings] == [1, 4]
     runs = read_results(f"{ledger}#gate")
     assert len(runs) == 24
     assert set(runs["seed"]) == {"0", "1", "2", "3"}

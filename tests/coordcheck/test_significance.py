@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 
 from looptransfer.coordcheck.exponents import COLUMNS, on_axis
-from looptransfer.coordcheck.verdict import Branch, Context, CoordCheck, judge
+from looptransfer.coordcheck.result import Context, CoordCheck, WatchedBranch
+from looptransfer.coordcheck.significance import judge_frame
 from looptransfer.errors import InputError
 
 LOOPS = [1, 2, 4, 8]
-CONTEXT = Context((Branch("f", "f", 8),))
+CONTEXT = Context((WatchedBranch("f", "f", 8),))
 
 
 def frame(exponent: float, scatter: float = 0.01, seeds: int = 3, **changes: float) -> pd.DataFrame:
@@ -36,7 +37,7 @@ def frame(exponent: float, scatter: float = 0.01, seeds: int = 3, **changes: flo
 
 
 def verdict(table: pd.DataFrame, **options: float) -> CoordCheck:
-    return judge(table, ["factored"], CONTEXT, **options)
+    return judge_frame(table, ["factored"], CONTEXT, **options)
 
 
 def test_a_model_that_keeps_its_promises_passes() -> None:
@@ -62,7 +63,7 @@ def test_a_wrong_multiplier_fails_and_is_called_by_its_name(exponent: float, wor
 
 
 def test_a_stream_that_grows_is_told_with_its_exponent() -> None:
-    stream = next(one for one in verdict(frame(-0.5)).judged if one.statistic == "stream_rms")
+    stream = next(finding for finding in verdict(frame(-0.5)).judged if finding.statistic == "stream_rms")
     assert stream.reading.startswith("the stream at initialisation grows as N^0.4")
     assert "1/√N where 1/N is needed" in stream.reading
 
@@ -91,7 +92,7 @@ def test_a_training_that_ended_early_fails() -> None:
 def test_branches_that_start_at_zero_are_judged_at_the_first_step_at_which_they_do_not() -> None:
     table = frame(-1)
     table.loc[(table["step"] == 0) & table["statistic"].isin(["branch_rms", "added_rms"]), "value"] = 0
-    found = {one.statistic: one.answer for one in verdict(table).judged}
+    found = {finding.statistic: finding.answer for finding in verdict(table).judged}
     assert found["branch_rms"] == found["added_rms"] == "passes"
 
 
@@ -102,7 +103,7 @@ def test_eps_that_takes_much_of_the_step_fails() -> None:
 
 def test_steps_of_the_branches_are_held_against_those_outside() -> None:
     table = frame(-1).assign(layers=4)  # base layers 1: LR × 4^−½ is promised
-    found = [one for one in verdict(table).failures if one.statistic == "step_ratio"]
+    found = [finding for finding in verdict(table).failures if finding.statistic == "step_ratio"]
     assert found[0].reading.startswith("the step of f is 1 times that outside the branches where 0.5 is promised")
 
 
