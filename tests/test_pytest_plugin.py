@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from looptransfer.pytest_plugin import LRTransfer
-from looptransfer.transfer.baseline import read_baseline
+from looptransfer.transfer.baseline import Baseline
 
 ROOT = Path(__file__).parent.parent
 TESTS = """
@@ -69,7 +69,7 @@ def test_a_baseline_is_asked_for_then_written_then_held(project: Path) -> None:
     assert "there is no baseline" in first.stdout
     assert "--looptransfer-update" in first.stdout
     assert run_pytest(project, "--looptransfer-update").returncode == 0
-    assert set(read_baseline(project / "lr-optima.json").of_rule("factored")) == {1, 2, 4, 8}
+    assert set(Baseline.read(project / "lr-optima.json").of_rule("factored")) == {1, 2, 4, 8}
     assert run_pytest(project).returncode == 0
 
 

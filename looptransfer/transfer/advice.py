@@ -74,10 +74,10 @@ class Case:
 class Row:
     """A row of the table; its sentences have the fields of `_facts`."""
 
-    answer: Answer
     reason: str
     advice: str = ""
     runs: Callable[[Case], FurtherRuns | None] = lambda case: None
+    answer: Answer = "INCONCLUSIVE"
 
 
 def advised(measured: Measured, situation: str, terms: Terms) -> RuleVerdict:
@@ -173,23 +173,28 @@ def _around_best_lr(case: Case) -> FurtherRuns:
 
 
 def _censored(cause: Censored, advice: str, runs: Callable[[Case], FurtherRuns]) -> Row:
-    return Row("INCONCLUSIVE", f"At {{N}} = {{counts}} {CENSORED[cause]}.", advice, runs)
+    return Row(f"At {{N}} = {{counts}} {CENSORED[cause]}.", advice, runs)
+
+
+def _closer_lrs(case: Case) -> FurtherRuns:
+    return further.closer_lrs(of_counts(case.measured.tables, case.measured.fitted))
 
 
 OVER = ": over 64 seeds"
 RUN_LRS = "run LRs {lrs} at {N} = {counts}"
 MOVES = "The optimum moves {direction} by {octaves:.2f} octave per doubling of {N}"
 IN_ALL = "run about {case.seeds_in_all} seeds in all"
+ACROSS = "The interval of the drift reaches across the tolerance."
 REGRET = "The regret of the transferred LR may reach the tolerance."
 CLOSER = "run LRs between those around the optima"
 ROWS: Mapping[str, Row] = {
-    "flat": Row("FLAT", "The optimum stays put and the transferred LR loses nothing that matters."),
-    "drifts": Row("DRIFTS", f"{MOVES}."),
-    "drifts: some censored": Row("DRIFTS", f"{MOVES} over {{N}} = {{counts}}, the others being censored."),
+    "flat": Row("The optimum stays put and the transferred LR loses nothing that matters.", answer="FLAT"),
+    "drifts": Row(f"{MOVES}.", answer="DRIFTS"),
+    "drifts: some censored": Row(
+        f"{MOVES} over {{N}} = {{counts}}, the others being censored.", answer="DRIFTS"
+    ),
     "one N": Row(
-        "INCONCLUSIVE",
-        "Only {N} = {case.measured.optima[0].n} was run.",
-        "run the same LRs at one larger {N} or more",
+        "Only {N} = {case.measured.optima[0].n} was run.", "run the same LRs at one larger {N} or more",
         lambda case: further.larger_n(case.measured.tables, 4),
     ),
     "low edge": _censored("low edge", RUN_LRS, lambda case: _beyond_edge(case, (-2, -1))),
@@ -200,73 +205,50 @@ ROWS: Mapping[str, Row] = {
     "one seed": _censored("one seed", "run the same LRs with seeds {new_seeds} at {N} = {counts}", _beside_one_seed),
     "too few LRs": _censored("too few LRs", RUN_LRS, _around_best_lr),
     "too few LRs: none shared": Row(
-        "INCONCLUSIVE",
         "At {N} = {counts} no LR was run by every seed.",
         "run every LR with every seed at {N} = {counts}, or write one LR alike for all of them",
     ),
     "no shared seeds": Row(
-        "INCONCLUSIVE",
-        "Fewer than two seeds are shared by all {N}.",
-        "run the same seeds at every {N}",
+        "Fewer than two seeds are shared by all {N}.", "run the same seeds at every {N}",
         lambda case: further.missing_seeds(case.measured.tables),
     ),
     "too few seeds": Row(
-        "INCONCLUSIVE",
-        "The interval of the drift reaches across the tolerance.",
-        f"{IN_ALL} (there are {{case.seeds}})",
+        ACROSS, f"{IN_ALL} (there are {{case.seeds}})",
         lambda case: further.more_seeds(case.measured.tables, case.seeds_in_all or 0),
     ),
     f"too few seeds{OVER}": Row(
-        "INCONCLUSIVE",
-        "The interval of the drift reaches across the tolerance.",
-        "run a {N} twice as large: more seeds alone would take over {most}",
+        ACROSS, "run a {N} twice as large: more seeds alone would take over {most}",
         lambda case: further.larger_n(case.measured.tables, 2),
     ),
     "shape": Row(
-        "INCONCLUSIVE",
         "The drift depends on how much of the curve is fitted ({drift:+.2f}; by narrower and wider fits {by_reach}): "
-        "the basin's shape changes with {N}.",
-        CLOSER,
-        lambda case: further.closer_lrs(case.tables),
+        "the basin's shape changes with {N}.", CLOSER, _closer_lrs,
     ),
     "shape: a wall": Row(
-        "INCONCLUSIVE",
         "At {N} = {counts} runs with a finite but far higher loss stand within 1.5 octaves of the optimum and bend the "
-        "fit.",
-        f"mark runs that went unstable as diverged, or {CLOSER}",
-        lambda case: further.closer_lrs(of_counts(case.measured.tables, case.measured.fitted)),
+        "fit.", f"mark runs that went unstable as diverged, or {CLOSER}", _closer_lrs,
     ),
     "tolerance": Row(
-        "INCONCLUSIVE",
         "The tolerance of the regret, {tolerance:.3g}, is as large as the whole curve is high, {height:.3g}: any LR "
-        "would pass.",
-        "give a smaller tolerance, with --regret",
+        "would pass.", "give a smaller tolerance, with --regret",
     ),
     "regret: not run": Row(
-        "INCONCLUSIVE",
-        "The transferred LR lies outside the LRs run at the largest {N}.",
-        "run LRs around the transferred LR",
+        "The transferred LR lies outside the LRs run at the largest {N}.", "run LRs around the transferred LR"
     ),
     "regret: too large": Row(
-        "INCONCLUSIVE",
         "The optimum stays, but the transferred LR costs more than the tolerance.",
         "tune the proxy again, nearer to its optimum",
     ),
     "regret": Row(
-        "INCONCLUSIVE",
-        REGRET,
-        f"{IN_ALL} at {{N}} = {{counts}} (there are {{case.seeds}})",
+        REGRET, f"{IN_ALL} at {{N}} = {{counts}} (there are {{case.seeds}})",
         lambda case: further.more_seeds(case.tables, case.seeds_in_all or 0),
     ),
     f"regret{OVER}": Row(
-        "INCONCLUSIVE",
-        REGRET,
-        "tune the proxy again: over {most} seeds would be needed to see the regret of this LR",
+        REGRET, "tune the proxy again: over {most} seeds would be needed to see the regret of this LR"
     ),
     "no power": Row(
-        "INCONCLUSIVE",
         "No power: the control ({controls}) is as flat, so this sweep could not have seen a drift that the rule mends.",
         "run a {N} four times as large, where a control drifts",
         lambda case: further.larger_n(case.measured.tables, 4),
     ),
-}
+}  # fmt: skip

@@ -100,17 +100,12 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the schema has a version."""
-        return {
+        fields = {name: value for name, value in vars(self).items() if name not in ("path", "tolerance")}
+        return fields | {
             "schema_version": SCHEMA_VERSION,
             "answer": self.answer,
             "baseline": self.path,
-            "rule": self.rule,
-            "axis": self.axis,
-            "method": self.method,
             "tolerance_octaves": self.tolerance,
-            "loss_tolerance": self.loss_tolerance,
-            "unit": self.unit,
-            "confidence": self.confidence,
             "findings": [finding.to_dict() for finding in self.findings],
             "differing": {key: {"then": old, "now": new} for key, (old, new) in self.differing.items()},
             "notes": list(self.notes),
