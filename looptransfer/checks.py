@@ -12,7 +12,10 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
     """A finite number strictly between two others; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return math.isfinite(value) and low < float(value) < high
+    try:
+        return math.isfinite(value) and low < float(value) < high
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def is_count(value: Any, least: int = 1) -> bool:

@@ -218,17 +218,20 @@ def _notes(stored: Mapping[int, StoredOptimum], optima: Mapping[int, Optimum], l
 def _from_json(data: dict[str, Any], path: str) -> Baseline:
     """A baseline from the values of its file; what cannot be so is a ValueError."""
     rules = value_of(dict[str, tuple[dict[str, Any], ...]], data.pop("rules", None), "rules")
-    optima = {rule: [renamed(stored, KEY, "n") for stored in optima] for rule, optima in rules.items()}
-    baseline = record_of(Baseline, {**data, "optima": optima, "path": path})
+    for stored in (stored for optima in rules.values() for stored in optima):
+        stored["n"] = value_of(int, stored.pop(KEY, None), KEY)
+    baseline = record_of(
+        Baseline, {**data, "optima": {rule: list(stored) for rule, stored in rules.items()}, "path": path}
+    )
     for name, high in (("confidence", 1.0), ("loss_tolerance", float("inf")), ("transferred_lr", float("inf"))):
         value = getattr(baseline, name)
         if value is not None and not is_number(value, 0, high):
             raise ValueError(f"{name} is {value:g}, not between 0 and {high:g}")
-    for rule, stored in baseline.optima.items():
-        for optimum in stored:
+    for rule, optima in baseline.optima.items():
+        for optimum in optima:
             optimum.check()
-        if len({optimum.n for optimum in stored}) < len(stored):
+        if len({optimum.n for optimum in optima}) < len(optima):
             raise ValueError(f"rules {rule} has two optima of one place")
-    if not any(optimum.log2_lr for stored in baseline.optima.values() for optimum in stored):
+    if not any(optimum.log2_lr for optima in baseline.optima.values() for optimum in optima):
         raise ValueError("it holds no optimum")
     return baseline

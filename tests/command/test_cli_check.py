@@ -109,32 +109,20 @@ def tracked() -> pd.DataFrame:
 
 EXPORTS: dict[str, tuple[dict[str, str], dict[str, str], list[str]]] = {
     "W&B": (
-        {"loops": "n_loops", "lr": "lr", "seed": "seed", "loss": "val_loss", "state": "State", "user": "User"},
+        {"loops": "n_loops", "loss": "val_loss", "state": "State", "user": "User"},
         {},
         ["--columns", "loops=n_loops", "loss=val_loss", "--where", "State=finished"],
     ),
     "MLflow": (
-        {
-            "loops": "params.loops",
-            "lr": "params.lr",
-            "seed": "params.seed",
-            "loss": "metrics.val_loss",
-            "state": "status",
-            "user": "tags.mlflow.user",
-        },
+        {**{name: f"params.{name}" for name in ("loops", "lr", "seed")}, "loss": "metrics.val_loss", "state": "status"},
         {"finished": "FINISHED", "crashed": "FAILED", "running": "RUNNING"},
         [
-            "--columns",
-            "loops=params.loops",
-            "lr=params.lr",
-            "seed=params.seed",
-            "loss=metrics.val_loss",
-            "--where",
-            "status=FINISHED",
+            *("--columns", "loops=params.loops", "lr=params.lr", "seed=params.seed", "loss=metrics.val_loss"),
+            *("--where", "status=FINISHED"),
         ],
     ),
     "TensorBoard": (
-        {"loops": "loops", "lr": "lr", "seed": "seed", "loss": "loss/val_loss", "state": "Status", "user": "trial_id"},
+        {"loss": "loss/val_loss", "state": "Status", "user": "trial_id"},
         {"finished": "STATUS_SUCCESS", "crashed": "STATUS_FAILURE", "running": "STATUS_RUNNING"},
         ["--columns", "loss=loss/val_loss", "--where", "Status=STATUS_SUCCESS"],
     ),
@@ -143,17 +131,17 @@ EXPORTS: dict[str, tuple[dict[str, str], dict[str, str], list[str]]] = {
 
 @pytest.mark.parametrize("tracker", EXPORTS)
 def test_the_runs_table_of_a_tracker_needs_one_command(folder: Path, capsys: Capture, tracker: str) -> None:
-    names, words, options = EXPORTS[tracker]
-    export = tracked().replace({"state": words}).rename(columns=names)
+    names, states, options = EXPORTS[tracker]
+    export = tracked().replace({"state": states}).rename(columns=names)
     export.to_csv("export.csv", index=False)
     columns = options[: options.index("--where")]
     assert main(["check", "export.csv", *columns]) == 2
-    said = capsys.readouterr().err
-    assert "a run without a result, as in 4 of 63 rows" in said
-    assert f"--where {names['state']}=" in said
+    error = capsys.readouterr().err
+    assert "a run without a result, as in 4 of 63 rows" in error
+    assert f"--where {names['state']}=" in error
     assert main(["check", "export.csv", *options]) in (0, 3)
     assert "4 of 63 rows are left out" in capsys.readouterr().out
-    lost = f"{names['state']}={words.get('crashed', 'crashed')}"
+    lost = f"{names['state']}={states.get('crashed', 'crashed')}"
     assert main(["check", "export.csv", *columns, "--diverged", lost, "--where", "loss!="]) in (0, 3)
     assert "61 rows, 2 of them diverged" in capsys.readouterr().out
 
@@ -211,11 +199,11 @@ def test_a_database_is_only_read(folder: Path, mode: str) -> None:
     database.close()
     os.utime(path, (1, 1))
     os.utime(songs, (1, 1))
-    before = {one.name: (one.read_bytes(), one.stat().st_mtime) for one in folder.iterdir()}
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime) for path in folder.iterdir()}
     assert main(["check", str(path)]) == 0
     assert main(["check", f"sqlite:///{path}#sweep"]) == 0
     assert main(["check", str(songs)]) == 2
-    assert {one.name: (one.read_bytes(), one.stat().st_mtime) for one in folder.iterdir()} == before
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime) for path in folder.iterdir()} == before
 
 
 KILLED = '''
@@ -296,10 +284,10 @@ def test_nothing_is_written_over_what_is_read_or_twice(folder: Path, capsys: Cap
     os.link("runs.csv", "hard.csv")
     os.symlink("runs.csv", "soft.csv")
     assert main(["check", "runs.csv", "--baseline", "b.json", "--update-baseline"]) == 0
-    before = {one.name: one.read_bytes() for one in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert main(arguments) == 2
     assert "would overwrite" in capsys.readouterr().err
-    assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_coordinate_check_writes_not_over_its_experiment(folder: Path, capsys: Capture) -> None:
@@ -321,7 +309,7 @@ def test_a_device_takes_a_page_and_a_baseline_and_stays_a_device(folder: Path) -
 
 def test_nothing_is_written_where_the_baseline_cannot_be_read(folder: Path) -> None:
     assert main(["check", "runs.csv", "--html", "page.html", "--todo", "todo.csv", "--baseline", "none.json"]) == 2
-    assert [one.name for one in folder.iterdir()] == ["runs.csv"]
+    assert [path.name for path in folder.iterdir()] == ["runs.csv"]
 
 
 def test_runs_that_settle_a_table_of_others_are_rows_and_those_of_a_sweep_a_command(
@@ -489,9 +477,9 @@ def worse(path: Path) -> None:
 def noisy(path: Path) -> None:
     """A baseline whose seeds scatter so much that nothing could move out of it."""
     data = json.loads(path.read_text())
-    for one in data["rules"]["factored"]:
-        one["log2_lr_by_seed"] = {"7": one["log2_lr"]["estimate"] - 3, "8": one["log2_lr"]["estimate"] + 3}
-        one["loss_by_seed"] = {"7": one["loss"]["estimate"] - 3, "8": one["loss"]["estimate"] + 3}
+    for stored in data["rules"]["factored"]:
+        for name in ("log2_lr", "loss"):
+            stored[f"{name}_by_seed"] = {str(7 + up): stored[name]["estimate"] + 6 * up - 3 for up in (0, 1)}
     path.write_text(json.dumps(data))
 
 
@@ -502,7 +490,7 @@ def emptied(path: Path) -> None:
     path.write_text(json.dumps(data))
 
 
-WAYS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+UNCHECKED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "nothing left to compare": (censored, []),
     "a rule without optima": (emptied, []),
     "an empty table": (write(""), []),
@@ -522,12 +510,12 @@ WAYS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_gate_passes_without_having_checked(folder: Path, way: str) -> None:
+@pytest.mark.parametrize("case", UNCHECKED)
+def test_no_gate_passes_without_having_checked(folder: Path, case: str) -> None:
     path = folder / "lr-optima.json"
     assert main(["check", "runs.csv", "--baseline", str(path), "--update-baseline"]) == 0
     assert main(["check", "runs.csv", "--baseline", str(path)]) == 0
-    change, options = WAYS[way]
+    change, options = UNCHECKED[case]
     change(path)
     assert main(["check", "runs.csv", "--baseline", str(path), *options]) in (2, 3)
 

@@ -12,6 +12,8 @@ from looptransfer.command.cli import main
 from looptransfer.command.inspection import inspect_model, parse_inputs
 from tests import models
 
+HERE = __name__
+
 
 def with_inputs() -> tuple[nn.Module, torch.Tensor]:
     return models.ResidualMLP(loops=5), torch.ones(2, models.WIDTH)
@@ -33,13 +35,13 @@ instance = models.ResidualMLP(loops=2)
 
 
 def test_a_factory_may_bring_its_inputs_and_they_may_be_described() -> None:
-    assert inspect_model("tests.command.test_inspection:with_inputs").loops == 5
-    assert inspect_model("tests.command.test_inspection:without_inputs", ["float:2x8"]).loops == 5
-    assert inspect_model("tests.command.test_inspection:without_inputs", ["h=float:2x8"]).loops == 5
+    assert inspect_model(f"{HERE}:with_inputs").loops == 5
+    assert inspect_model(f"{HERE}:without_inputs", ["float:2x8"]).loops == 5
+    assert inspect_model(f"{HERE}:without_inputs", ["h=float:2x8"]).loops == 5
 
 
 def test_a_model_is_inspected_as_it_stands_and_a_class_is_called() -> None:
-    plan = inspect_model("tests.command.test_inspection:instance", ["float:2x8"], base_layers=4, branches=["f"], layers=2)
+    plan = inspect_model(f"{HERE}:instance", ["float:2x8"], base_layers=4, branches=["f"], layers=2)
     assert (plan.loops, plan.layers, plan.base_layers, plan.declared) == (2, 2, 4, True)
     assert inspect_model("looptransfer:LoopedDecoder", ["long:2x16"], rule="unscaled").rule == "unscaled"
 
@@ -67,12 +69,18 @@ def test_either_all_inputs_have_names_or_none() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("tests.command.test_inspection", "names no factory; write PACKAGE.MODULE:FACTORY"),
+        (HERE, "names no factory; write PACKAGE.MODULE:FACTORY"),
         ("no_such_package:make", "cannot import no_such_package:make: ModuleNotFoundError"),
-        ("tests.command.test_inspection:no_such", "cannot import tests.command.test_inspection:no_such: AttributeError"),
-        ("tests.command.test_inspection:unwilling", r"unwilling\(\) fails: TypeError.*a factory that takes no arguments"),
-        ("tests.command.test_inspection:nothing", r"returns a str; it must return a model, or \(model, inputs\)"),
-        ("tests.command.test_inspection:without_inputs", "gives no example inputs; return"),
+        (
+            f"{HERE}:no_such",
+            f"cannot import {HERE}:no_such: AttributeError",
+        ),
+        (
+            f"{HERE}:unwilling",
+            r"unwilling\(\) fails: TypeError.*a factory that takes no arguments",
+        ),
+        (f"{HERE}:nothing", r"returns a str; it must return a model, or \(model, inputs\)"),
+        (f"{HERE}:without_inputs", "gives no example inputs; return"),
     ],
 )
 def test_a_target_that_makes_no_model_is_refused_with_what_to_do(target: str, message: str) -> None:
@@ -81,7 +89,7 @@ def test_a_target_that_makes_no_model_is_refused_with_what_to_do(target: str, me
 
 
 def test_the_command_prints_the_plan_or_its_json(capsys: pytest.CaptureFixture[str]) -> None:
-    target = ["inspect", "tests.command.test_inspection:with_inputs"]
+    target = ["inspect", f"{HERE}:with_inputs"]
     assert main(target) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("rule factored: N = 5, L = 1")
     assert main([*target, "--json"]) == 0
@@ -92,7 +100,7 @@ def test_the_command_prints_the_plan_or_its_json(capsys: pytest.CaptureFixture[s
 
 def test_a_refusal_is_bad_input_for_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "torch.nn:Linear"]) == 2
-    assert main(["inspect", "tests.command.test_inspection:with_inputs", "--rule", "best"]) == 2
+    assert main(["inspect", f"{HERE}:with_inputs", "--rule", "best"]) == 2
     assert "rule is 'best'; choose one of" in capsys.readouterr().err
 
 

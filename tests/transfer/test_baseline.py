@@ -111,7 +111,7 @@ def test_a_file_that_is_no_baseline_is_refused(tmp_path: Path, content: bytes | 
         (("more",), 1, "'more' is unknown"),
         (("rules",), {}, "it holds no optimum"),
         (("rules", "factored"), "none", "rules factored"),
-        (("rules", "factored", 0, "at"), 1.5, "n is '1.5', not a int"),
+        (("rules", "factored", 0, "at"), 1.5, "at is '1.5', not a int"),
         (("rules", "factored", 0, "at"), 0, "at is 0"),
         (("rules", "factored", 0, "at"), 4, "two optima of one place"),
         (("rules", "factored", 0, "log2_lr"), None, "log2_lr is missing"),
