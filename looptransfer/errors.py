@@ -1,4 +1,4 @@
-"""What goes wrong, and what deserves a second look."""
+"""Errors, and warnings of what deserves a second look."""
 
 
 class InputError(ValueError):

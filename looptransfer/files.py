@@ -46,11 +46,7 @@ def write_file(path: str | Path, content: str | bytes | None) -> None:
             _write_into(path, data)
         else:
             _replace(Path(path).resolve(), data)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a NUL in a path is a ValueError, a ring of links a RuntimeError
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in a path, a ring of links
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {ELSEWHERE}") from None
 
 
@@ -60,8 +56,8 @@ def _write_into(path: str | Path, data: bytes | None) -> None:
     if not (stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)):
         raise OSError(None, "Is a directory" if stat.S_ISDIR(kind) else "Is no regular file")
     if data is not None:
-        now = getattr(os, "O_NONBLOCK", 0)  # a pipe that nobody reads is an error, and no wait
-        target = os.open(path, os.O_WRONLY | now)
+        at_once = getattr(os, "O_NONBLOCK", 0)  # a pipe that nobody reads is an error, and no wait
+        target = os.open(path, os.O_WRONLY | at_once)
         if stat.S_ISFIFO(kind):
             os.set_blocking(target, True)
         with open(target, "wb") as stream:
@@ -159,7 +155,7 @@ def check_writable(path: Path, ledger: str) -> None:
 
 
 def same_file(path: str | Path, other: str | Path) -> bool:
-    """Whether two paths lead to one file, by links of either kind too."""
+    """Two paths lead to one file, by links of either kind too."""
     with contextlib.suppress(OSError, ValueError):
         if os.path.samefile(path, other):
             return True

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from looptransfer.checks import check_count, check_number, is_number
 from looptransfer.errors import InputError
 
 Rule = Literal["factored", "sqrt", "unscaled"]
@@ -39,14 +40,16 @@ def depth_multiplier(layers: int, base_layers: int) -> float:
     Raises:
         InputError: either count is not a whole number from 1 up.
     """
-    for name, value in (("layers", layers), ("base_layers", base_layers)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name} is {value!r}; it must be a whole number from 1 up")
+    check_count("layers", layers)
+    check_count("base_layers", base_layers)
     return layers / base_layers
 
 
 def residual_multiplier(rule: Rule, *, visits: float, layers: int, lam: float = 1.0, base_layers: int = 1) -> float:
     """The factor ε on a residual branch that is visited `visits` times in a model of `layers` unique layers.
+
+    It is all that a stack needs which `parametrize` cannot rewrite: x = x + ε·f(x), with the LR factors of
+    `param_groups`.
 
     `visits` may be a mean, where the loop count is random (our extension).
     `base_layers=1` writes the rule absolutely, λ/(N√L); `base_layers=12` relative to a model tuned with 12 layers.
@@ -55,9 +58,8 @@ def residual_multiplier(rule: Rule, *, visits: float, layers: int, lam: float = 
         InputError: an unknown rule, a count below 1, or a λ that is not a positive finite number.
     """
     check_rule(rule)
-    if not (isinstance(lam, (int, float)) and math.isfinite(lam) and lam > 0):
-        raise InputError(f"lam is {lam!r}; λ must be a finite number above 0 (the paper's value is 1)")
-    if not isinstance(visits, (int, float)) or isinstance(visits, bool) or not 1 <= visits < math.inf:
+    check_number("lam", lam)
+    if not is_number(visits) or visits < 1:
         raise InputError(f"visits is {visits!r}; it must be a number from 1 up")
     return RULES[rule](visits, depth_multiplier(layers, base_layers), float(lam))
 
@@ -70,7 +72,7 @@ def check_rule(rule: str) -> None:
 
 @dataclass(frozen=True)
 class DepthFactors:
-    """What the optimizer's settings are multiplied by for some parameters."""
+    """The factors on the optimizer's settings for some parameters."""
 
     lr: float
     eps: float

@@ -45,7 +45,7 @@ def without_password(text: str) -> str:
 
 
 def without_secrets(text: str, url: str) -> str:
-    """What a driver says, without what `without_password` hides of the URL."""
+    """The words of a driver, without what `without_password` hides of the URL."""
     hidden = re.findall(r"://[^:/@?]*:(.*)@", url) + re.findall(r"[?&][^=&#]*=([^&#]*)", url)
     for secret in sorted({*hidden, *map(unquote, hidden)}, key=len, reverse=True):
         text = text.replace(secret, "***") if len(secret) > 2 else text

@@ -169,7 +169,7 @@ def _paired(minuend: pd.Series | None, subtrahend: pd.Series | None, confidence:
 
 
 def _notes(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
-    """What in the table may stand behind a drift, or is left out of the fits."""
+    """Notes on what in the table may stand behind a drift, or is left out of the fits."""
     label = terms.axis_label
     if "fingerprint" in runs and runs["fingerprint"].nunique() > 1:
         yield f"the rows come from {runs['fingerprint'].nunique()} different experiments (column fingerprint)"

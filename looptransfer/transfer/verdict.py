@@ -44,7 +44,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the runs of one rule show, before anything is decided.
+    """Measurements on the runs of one rule, before anything is decided.
 
     Attributes:
         tables: the losses by N, as `curve` makes them.
