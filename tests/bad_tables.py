@@ -1,7 +1,4 @@
-"""Damaged tables, studies and baselines by class, each with the exit status of `check` and a phrase of its message.
-
-`python -m tests.bad_tables` judges them all and prints a count for every class.
-"""
+"""Damaged tables, studies and baselines by class, each with the exit status of `check` and a phrase of its message."""
 
 import bz2
 import contextlib
@@ -11,16 +8,13 @@ import json
 import os
 import pickle
 import random
-import shutil
 import signal
 import socket
 import sqlite3
 import sys
 import tempfile
 import threading
-import time
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -656,28 +650,3 @@ CLASSES = (
 
 def all_bad() -> list[Bad]:
     return [bad for of_class in CLASSES for bad in of_class()]
-
-
-def report() -> int:
-    """Judge every source, print the counts, and return how many were not answered as they should be."""
-    counts: Counter[str] = Counter()
-    wrong = []
-    started = time.monotonic()
-    for bad in all_bad():
-        folder = Path(tempfile.mkdtemp())
-        try:
-            said = fault(bad, folder)
-        finally:
-            shutil.rmtree(folder)
-        counts[bad.kind] += 1
-        if said is not None:
-            wrong.append(f"{bad}: {said}")
-    for kind, count in counts.items():
-        print(f"{kind:20} {count:4}, {sum(line.startswith(f'{kind}:') for line in wrong)} not as they should be")
-    print(f"{'all':20} {counts.total():4}, {len(wrong)} not as they should be, {time.monotonic() - started:.0f} s")
-    print(*wrong, sep="\n")
-    return len(wrong)
-
-
-if __name__ == "__main__":
-    sys.exit(report() > 0)
