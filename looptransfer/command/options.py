@@ -260,7 +260,7 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.ArgumentParser], None], str, str
 
 
 def columns_of(texts: Sequence[str]) -> dict[str, str]:
-    """{"lr": "config.lr"} from "lr=config.lr"."""
+    """{"lr": "config.lr"} from "lr=config.lr"; what is no pair, or there twice, is refused."""
     pairs = [text.partition("=") for text in texts]
     wrong = [text for text, (name, _, source) in zip(texts, pairs, strict=True) if not name or not source]
     if wrong:
@@ -273,7 +273,7 @@ def columns_of(texts: Sequence[str]) -> dict[str, str]:
 
 
 def numbers_of(option: str, text: str, number: Callable[[str], T], example: str) -> list[T]:
-    """Numbers separated by commas."""
+    """Numbers separated by commas; anything else is refused."""
     try:
         return [number(part) for part in text.split(",")]
     except ValueError:
@@ -282,7 +282,7 @@ def numbers_of(option: str, text: str, number: Callable[[str], T], example: str)
 
 
 def seeds_of(text: str) -> int | list[int]:
-    """A count from "4"; seeds from "0-3" or "0,2,5"."""
+    """A count from "4"; seeds from "0-3" or "0,2,5"; anything else is refused."""
     spans = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part) for part in text.split(",")]
     ends = [(int(span[1]), int(span[2] or span[1])) for span in spans if span]
     alone = text.isdecimal()
@@ -294,7 +294,7 @@ def seeds_of(text: str) -> int | list[int]:
 
 
 def learning_rates(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `sweep` that say which LRs; `around` is still a number or a file."""
+    """The arguments of `sweep` that say which LRs, `around` still as text; --octaves beside --lrs are refused."""
     if arguments.lrs is not None:
         if arguments.octaves is not None:
             raise InputError("--octaves are distances from --around; with --lrs give the LRs alone")

@@ -61,8 +61,6 @@ class StoredOptimum:
 
 def renamed(fields: Mapping[str, Any], name: str, other: str) -> dict[str, Any]:
     """The same fields, one of them by another name, first."""
-    if name not in fields:
-        raise ValueError(f"{name} is missing")
     return {other: fields[name], **{key: value for key, value in fields.items() if key != name}}
 
 
