@@ -17,7 +17,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class _Memory:
     storage: Any  # kept alive, so that its key stays its own
     node: int
     parts: Any = None  # the node per element, where a part was written after the whole; numpy, which is not observed
+    pieces: dict[Part, tuple[int, Part | None]] = field(default_factory=dict)  # of cat and stack: what each repeats
 
 
 class SiteCounter(TorchDispatchMode):
@@ -234,6 +235,8 @@ class Recorder(SiteCounter):
             self._look_into_kernel(call)
         out = func(*args, **kwargs)
         self._note_results(node, written, tensors_in(out))
+        if op.name in {"cat", "stack"} and not written:
+            self._note_pieces(call, out)
         if site is not None and isinstance(out, Tensor) and not node.backward:
             self._note_sum(call, out, site)
         return out
@@ -246,7 +249,7 @@ class Recorder(SiteCounter):
         frame = self.caller()
         node = Node(op, tuple(n for n, _ in reads), place=(frame.f_code.co_filename, frame.f_lineno))
         node.backward = frame.f_code.co_filename == torch.autograd.graph.__file__
-        node.slices = frozenset((n, _part_of(tensor)) for n, tensor in reads if not _whole(tensor))
+        node.slices = frozenset((n, part) for n, t in reads if (part := self._part_read(t)) is not None)
         node.gradients_to = frozenset(n for n, t in reads if t.requires_grad or not torch.is_grad_enabled())
         node.data = any(nodes[n].data for n in node.sources)
         node.random = op.draws or any(nodes[n].random for n in node.sources)
@@ -291,6 +294,18 @@ class Recorder(SiteCounter):
                 self.nodes[source].consumers.append(number)
             self._see(tensor, number)
 
+    def _note_pieces(self, call: Call, out: Tensor) -> None:
+        """Data that is put side by side and taken apart again is what it was."""
+        pieces, start, dim = self.owner[_key(out)].pieces, 0, int(_argument(1, call.args, call.kwargs) or 0)
+        for number, tensor in zip(call.before, call.inputs, strict=True):
+            if tensor.ndim < out.ndim and call.op.name == "cat":  # an empty list to begin with
+                continue
+            size = tensor.shape[dim] if call.op.name == "cat" else 1
+            piece = out.narrow(dim, start, size) if call.op.name == "cat" else out.select(dim, start)
+            if number is not None and self.nodes[number].data:
+                pieces[_part_of(piece)] = number, self._part_read(tensor)
+            start += size
+
     def _see(self, tensor: Tensor, number: int) -> None:
         if number in self.change and not tensor.is_meta:
             with torch.no_grad():
@@ -303,7 +318,8 @@ class Recorder(SiteCounter):
     def _node_of(self, tensor: Tensor) -> int | None:
         memory = self.owner.get(_key(tensor))
         if memory is None or memory.parts is None:
-            return None if memory is None else memory.node
+            piece = memory.pieces.get(_part_of(tensor)) if memory is not None and memory.pieces else None
+            return piece[0] if piece is not None else None if memory is None else memory.node
         writers = tuple(np.unique(_region(memory.parts, tensor)).tolist())
         if len(writers) == 1:
             return int(writers[0])
@@ -320,6 +336,13 @@ class Recorder(SiteCounter):
             self.nodes.append(part)
         return self.gathered[writers]
 
+    def _part_read(self, tensor: Tensor) -> Part | None:
+        """The part of its node that a tensor is; None where it is all of it."""
+        if _whole(tensor):
+            return None
+        piece = self.owner[_key(tensor)].pieces.get(part := _part_of(tensor))
+        return piece[1] if piece is not None else part
+
     def _own(self, tensor: Tensor, node: Node) -> int:
         number, key = len(self.nodes), _key(tensor)
         self.nodes.append(node)
@@ -329,7 +352,7 @@ class Recorder(SiteCounter):
         else:
             if memory.parts is None:
                 size = tensor.untyped_storage().nbytes() // tensor.element_size()
-                memory.parts = np.full(size, memory.node, dtype=np.int32)
+                memory.parts, memory.pieces = np.full(size, memory.node, dtype=np.int32), {}
             _region(memory.parts, tensor)[...] = number
         return number
 
