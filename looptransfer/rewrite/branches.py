@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.graph import Graph, Handle, Site
+from looptransfer.rewrite.graph import Graph, Handle, Site, bits
 from looptransfer.rewrite.names import module_of, parameter_names
 from looptransfer.rewrite.trace import ResidualAdd, Trace
 
@@ -234,23 +234,44 @@ def declared_groups(model: nn.Module, found: Trace, patterns: list[str]) -> list
 def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
     """What a module returns, as a branch: with the residual adds it reaches, where there are any.
 
-    Of several tensors it is the one that reaches most adds, and of those the first: attention weights come beside it.
+    Of several tensors it is the one that reaches most adds, then one that the next visit depends on, then one that
+    meets what it was made of, then the one in which most of the module's matrices act (in attention weights the values'
+    do not), and of those the first.
     """
-    order = dict.fromkeys(h for node in found.graph.nodes for h in node.handles if h.module == name and h.mark is None)
+    nodes = found.graph.nodes
+    order = {h: _places(found, h) for node in nodes for h in node.handles if h.module == name and h.mark is None}
+    order = {h: places for h, places in order.items() if places}
     if not order:
-        raise InputError(f"branches holds {name}, which returns no tensor; name a module whose output is the branch")
+        raise InputError(
+            f"branches holds {name}, which returns no tensor that reaches the output; name a module whose output is "
+            "the branch"
+        )
     near = [(add, set(found.proportional(add))) for add in found.of("leaf") + found.of("time")]
-    served = {h: [add for add, nodes in near if nodes & set(_places(found, h))] for h in order}
-    indexed = sorted(order, key=lambda h: (h.output is not None, str(h.output)))
-    handle = max(indexed, key=lambda h: len(served[h]))
-    places, adds = _places(found, handle), served[handle]
+    served = {h: [add for add, way in near if way & set(places)] for h, places in order.items()}
     owned = {name: p for p, name in _owned(model, name)}
+
+    def rank(handle: Handle) -> tuple[int, bool, bool, int]:
+        first, *_, last = order[handle] * 2
+        acting = found.graph.matrices_on([first, *bits(nodes[first].ancestors)])
+        carried, meets = found.graph.precedes(first, last), _meets_its_origin(found.graph, first)
+        return len(served[handle]), carried, meets, len(acting & owned.keys())
+
+    handle = max(sorted(order, key=lambda h: (h.output is not None, str(h.output))), key=rank)
+    places, adds = order[handle], served[handle]
     matrices = frozenset(name for name, p in owned.items() if p.ndim >= 2) or frozenset([str(handle)])
-    others = [n for n in places if not any(n in nodes for add, nodes in near if add in adds)]
-    matrices, last = (adds[-1].matrices, adds[-1].last) if adds else (matrices, matrices)
+    others = [n for n in places if not any(n in way for add, way in near if add in adds)]
+    matrices, end = (adds[-1].matrices, adds[-1].last) if adds else (matrices, matrices)
     ways = {n: _up_to_use(found.graph, n) for n in places}
-    alone = [_standing_alone(ways[n][-1], frozenset(ways[n]), matrices, last) for n in others]
+    alone = [_standing_alone(ways[n][-1], frozenset(ways[n]), matrices, end) for n in others]
     return _at(handle, [way[-1] for way in ways.values()], adds + alone)
+
+
+def _meets_its_origin(graph: Graph, number: int) -> bool:
+    """A node is used together with other data of what it was made of, and not as its factor or beside it."""
+    end = _up_to_use(graph, number)[-1]
+    users = (graph.nodes[n] for n in graph.users(end) if graph.nodes[n].op.relation not in {"product", "side by side"})
+    others = (graph.nodes[s] for user in users for s in user.sources if s != end and graph.nodes[s].data)
+    return any(other.ancestors & graph.nodes[number].ancestors for other in others)
 
 
 def _owned(model: nn.Module, name: str) -> list[tuple[nn.Parameter, str]]:

@@ -78,8 +78,8 @@ class Paths:
 
     @functools.cached_property
     def data(self) -> int:
-        """The nodes that depend on the inputs."""
-        return _union(1 << n for n, node in enumerate(self.graph.nodes) if node.data)
+        """The nodes that depend on the inputs; one that is cut is what remains of it."""
+        return _union(1 << n for n, node in enumerate(self.graph.nodes) if node.data and n not in self.cut)
 
     # -- one node
 

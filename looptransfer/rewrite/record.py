@@ -108,8 +108,14 @@ class SiteCounter(TorchDispatchMode):
             raise InputError(
                 f"the trace cannot look into {func} at {place_of(self.caller())[0]}; replace it for the trace"
             )
-        with self:
-            return dense(*args, **kwargs)
+        names, check = dense.__globals__, "_get_current_dispatch_mode"
+        kept = names.get(check)
+        names.update({check: lambda: None} if kept else {})  # cond and scan refuse to run where somebody watches
+        try:
+            with self:
+                return dense(*args, **kwargs)
+        finally:
+            names.update({check: kept} if kept else {})
 
     def caller(self) -> types.FrameType:
         """The frame that spelled the operation that runs now."""
@@ -439,16 +445,17 @@ class Recorder(SiteCounter):
     def _note_product(self, node: Node, call: Call, held: list[int]) -> None:
         op, args, sources = call.op, call.args, node.sources
         second = args[1] if len(args) > 1 else None
+        still = [t for n, t in zip(call.before, call.inputs, strict=True) if n is None or not self.nodes[n].data]
         if op.name == "div" and len(sources) == 2 and self.nodes[sources[1]].data:
             held = held[:1] if sources[0] != sources[1] and self.nodes[sources[0]].data else []
         if isinstance(second, (int, float)):
             node.factor = float(second)
-        elif isinstance(second, Tensor):
-            still = [t for n, t in zip(call.before, call.inputs, strict=True) if n is None or not self.nodes[n].data]
-            if still and not node.parameters:
-                node.factor, node.even = _size(still[0])
+        elif isinstance(second, Tensor) and still and not node.parameters:
+            node.factor, node.even = _size(still[0])
         if op.name == "div" and node.factor:
             node.factor = 1 / node.factor
+        constant = isinstance(second, (int, float)) or (not node.parameters and any(t.numel() == 1 for t in still))
+        node.repeats = held[0] if constant and held and node.factor == 1 else None
         node.proportional_to = tuple((number,) for number in held) if len(set(held)) == len(held) else ()
 
     # -- sums
