@@ -207,8 +207,7 @@ class _Runs:
         self.width_scaled = any(hasattr(parameter, "infshape") for parameter in model.parameters())
         layers = plan.layers if plan else len({tap.layer for tap in taps})
         where = (rule, size.loops, size.width or setting.width, layers, seed)
-        if plan is None or plan.realisation == "multiplier":  # a folded one is in the weights
-            self.rows += [(*where, 0, tap.module, 0, "multiplier", tap.multiplier) for tap in taps]
+        self.rows += [(*where, 0, tap.module, 0, "multiplier", tap.multiplier) for tap in taps]
         for step, observation, more in train_watched(model, made, taps, data, setting.loss, plan, setting.statistics):
             self.rows += [(*where, step, *value) for value in [*observation.values, *more]]
             if observation.cosines is not None and step in {0, setting.steps}:
