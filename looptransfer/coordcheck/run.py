@@ -236,7 +236,7 @@ class _Runs:
             at.loops: p for (name, at), p in self.plans.items() if p and name == rule and at.is_but_for_loops(size)
         }
         names = {at.loops: names for at, names in self.names.items() if at.is_but_for_loops(size)}
-        if peers:
+        if peers and rule != AS_MADE:  # what is checked as made may be untied, as a control
             with calls_back("", setting.make_model):
                 check_one_parameterization(peers, names)
         return plan
