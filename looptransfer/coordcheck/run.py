@@ -207,8 +207,7 @@ class _Runs:
         self.width_scaled = any(hasattr(parameter, "infshape") for parameter in model.parameters())
         layers = plan.layers if plan else len({tap.layer for tap in taps})
         where = (rule, size.loops, size.width or setting.width, layers, seed)
-        if plan is None or plan.realisation == "multiplier":  # a folded one is in the weights
-            self.rows += [(*where, 0, tap.module, 0, "multiplier", tap.multiplier) for tap in taps]
+        self.rows += [(*where, 0, tap.module, 0, "multiplier", tap.multiplier) for tap in taps]
         for step, observation, more in train_watched(model, made, taps, data, setting.loss, plan, setting.statistics):
             self.rows += [(*where, step, *value) for value in [*observation.values, *more]]
             if observation.cosines is not None and step in {0, setting.steps}:
@@ -237,7 +236,7 @@ class _Runs:
             at.loops: p for (name, at), p in self.plans.items() if p and name == rule and at.is_but_for_loops(size)
         }
         names = {at.loops: names for at, names in self.names.items() if at.is_but_for_loops(size)}
-        if peers:
+        if peers and rule != AS_MADE:  # what is checked as made may be untied, as a control
             with calls_back("", setting.make_model):
                 check_one_parameterization(peers, names)
         return plan

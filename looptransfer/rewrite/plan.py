@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Handle
@@ -13,7 +13,6 @@ from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier
 
 SCHEMA_VERSION = 1
 SHOWN = 6  # names in a printed list; all of them are in the plan
-Realisation = Literal["multiplier", "folded"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class ScalingPlan:
     caveats: tuple[str, ...] = ()
     declared: bool = False  # the user named the branches
     random_loops: bool = False  # the visits are a mean: the loop count is drawn afresh in every forward
-    realisation: Realisation = "multiplier"
     proved: bool = False  # the checks with ε = 0 have passed; they need weights
 
     @property
@@ -102,7 +100,7 @@ class ScalingPlan:
     def under(self, rule: Rule) -> "ScalingPlan":
         """The same branches and visits with the multipliers of another rule."""
         visits = {branch.handle: branch.visits for branch in self.branches}
-        return replace(self, rule=rule, realisation="multiplier").with_counts(visits, self.on_stream)
+        return replace(self, rule=rule).with_counts(visits, self.on_stream)
 
     def to_json(self) -> str:
         """The plan as text, to be kept beside a checkpoint; `from_json` reads it back and `apply_plan` uses it."""
@@ -149,8 +147,6 @@ class ScalingPlan:
             named = ", ".join(f"{name} ({times:g}×)" for name, times in list(self.on_stream.items())[:SHOWN])
             named += f" and {len(self.on_stream) - SHOWN} more" if len(self.on_stream) > SHOWN else ""
             notes.append(f"on stream   used again and again outside the branches, not controlled by ε: {named}")
-        if self.realisation == "folded":
-            notes.append("folded      the multipliers are in the weights of the branches' last maps")
         if not self.proved:
             notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")
         return [*notes, *(f"note        {caveat}" for caveat in self.caveats)]
@@ -249,8 +245,6 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
         )
         if not (math.isfinite(branch.multiplier) and branch.multiplier > 0):
             raise InputError(f"the multiplier of {branch.handle} is {branch.multiplier!r}; it must be above 0")
-    if plan.realisation not in {"multiplier", "folded"}:
-        raise InputError(f"realisation is {plan.realisation!r}; choose multiplier or folded")
     return plan
 
 

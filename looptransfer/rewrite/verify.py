@@ -71,28 +71,27 @@ def _disagreements(plan: ScalingPlan, found: Trace, groups: list[Group], trainin
         if group is None:
             problems.append(f"{branch.handle}: no longer a residual branch of its own (was it replaced?)")
             continue
-        wanted = branch.multiplier if plan.realisation == "multiplier" else 1.0
-        measured = _measured(branch, wanted, found, group)
+        measured = _measured(branch, found, group)
         if measured is not None:
-            problems.append(f"{branch.handle}: multiplier {wanted:.6g} planned, {measured} measured")
+            problems.append(f"{branch.handle}: multiplier {branch.multiplier:.6g} planned, {measured} measured")
         if group.visits != branch.visits and training and not plan.random_loops:
             problems.append(
                 f"{branch.handle}: {branch.visits:g} visits planned, {group.visits} measured; "
-                "rescale(model, loops=…) follows a loop count that changed in training"
+                "rescale(model, example_inputs) follows a loop count that changed in training"
             )
     return problems + [f"{handle}: a residual branch that the plan does not know" for handle in live]
 
 
-def _measured(branch: Branch, wanted: float, found: Trace, group: Group) -> str | None:
-    """What stands on a branch instead of the multiplier that is wanted; None where it is that one."""
+def _measured(branch: Branch, found: Trace, group: Group) -> str | None:
+    """The factor that stands on a branch instead of its multiplier; None where it is that."""
     ours = factors(found, group)
     first = ours[0] / branch.factors[0] if ours and branch.factors and branch.factors[0] else 0.0
     for own in branch.factors:  # there may be more by now, of adapters put on the last map
-        if not any(_near(factor, own * wanted) for factor in ours):
+        if not any(_near(factor, own * branch.multiplier) for factor in ours):
             return f"{first:.6g}"
     last = [abs(found.graph.nodes[route[-1]].factor) for _, route in group.routes]
-    if wanted != 1 and branch.mark is None and not all(_near(factor, wanted) for factor in last):
-        return f"{wanted:.6g} on a part of it"
+    if branch.multiplier != 1 and branch.mark is None and not all(_near(f, branch.multiplier) for f in last):
+        return f"{branch.multiplier:.6g} on a part of it"
     return None
 
 

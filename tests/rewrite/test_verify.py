@@ -74,7 +74,6 @@ FRESH: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "declared in part": (small_decoder, tokens(), {"branches": ["layers.*.mlp"]}),
     "declared behind a gate": (ScaledSkip, X, {"branches": ["f"]}),
     "marks": (Marked, X, {}),
-    "folded": (small_decoder, tokens(), {"realisation": "folded"}),
     "preserved": (small_decoder, tokens(), {"preserve": True}),
     "statistics": (models.NormedMLP, inputs(4, WIDTH), {}),
 }
@@ -392,13 +391,6 @@ def test_a_second_factor_is_caught_however_it_is_put_on(hook: Callable[..., Tens
         lt.verify(model, tokens())
 
 
-def test_a_factor_on_a_folded_branch_is_caught() -> None:
-    model = decoder(realisation="folded")
-    spoil_with_a_hook(model)
-    with pytest.raises(lt.VerificationError, match=r"layers\.1\.mlp: multiplier 1 planned, 0\.25 measured"):
-        lt.verify(model, tokens())
-
-
 def test_a_mark_that_lost_its_multiplier_is_caught() -> None:
     model = Marked().double()
     lt.parametrize(model, X)
@@ -482,7 +474,9 @@ def test_another_loop_count_is_an_error_in_training_and_accepted_in_eval(
     model = decoder()
     live = way(model)
     model.loops = loops
-    with pytest.raises(lt.VerificationError, match=rf"2 visits planned, {loops} measured; rescale\(model, loops=…\)"):
+    with pytest.raises(
+        lt.VerificationError, match=rf"2 visits planned, {loops} measured; rescale\(model, example_inputs\)"
+    ):
         lt.verify(live, tokens())
     assert lt.verify(live.eval(), tokens()).loops == 2
 
@@ -638,19 +632,6 @@ def test_a_mean_of_what_is_not_drawn_must_be_near_the_traced_count() -> None:
         lt.parametrize(models.ResidualMLP(5).double(), inputs(2, WIDTH), loops=3)
 
 
-def test_rescale_of_folded_multipliers_is_refused_and_the_way_out_works() -> None:
-    model = decoder(realisation="folded")
-    before = model(tokens())
-    with pytest.raises(lt.InputError, match=r"folded into the weights; call unfold\(model\), rescale it and fold it"):
-        lt.rescale(model, tokens())
-    assert torch.equal(model(tokens()), before)
-    lt.unfold(model)
-    model.loops = 6
-    lt.rescale(model, tokens())
-    lt.fold(model)
-    lt.verify(model, tokens())
-
-
 @pytest.mark.parametrize("loops", [0, -1, 0.5, float("nan"), float("inf"), "3", True])
 def test_a_loop_count_out_of_range_is_refused(loops: Any) -> None:
     model = decoder()
@@ -740,16 +721,6 @@ def test_a_plan_of_another_process_keeps_its_integers_whole() -> None:
     assert hash(again.branches) == hash(plan.branches)
 
 
-def test_a_folded_plan_folds_the_weights_of_a_fresh_model() -> None:
-    source = noisy(small_decoder(), std=0.1)
-    fresh_model = copy.deepcopy(source)
-    plan = lt.parametrize(source, tokens(), realisation="folded")
-    lt.apply_plan(fresh_model, plan)
-    assert torch.equal(fresh_model(tokens()), source(tokens()))
-    lt.unfold(fresh_model)
-    lt.remove(fresh_model)
-
-
 def test_applying_a_plan_runs_no_forward_and_warns_of_nothing() -> None:
     plan = lt.verify(decoder(), tokens())
 
@@ -833,7 +804,6 @@ def test_a_branch_out_of_range_is_refused(field: str, value: Any) -> None:
         ("base_layers", 1.5),
         ("layers", 0),
         ("layers", "2"),
-        ("realisation", "both"),
         ("branches", None),
         ("branches", 3),
         ("branches", [3]),
@@ -848,16 +818,15 @@ def test_a_setting_out_of_range_is_refused(field: str, value: Any) -> None:
         lt.ScalingPlan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("realisation", ["multiplier", "folded"])
 @pytest.mark.parametrize(
     "other",
     [lambda: small_decoder(layers=1), models.ResidualMLP, lambda: Looped([models.MLPBlock()])],
     ids=["fewer layers", "another kind", "other names"],
 )
 def test_a_plan_is_refused_for_another_architecture_which_stays_as_it_is(
-    other: Callable[[], nn.Module], realisation: Any
+    other: Callable[[], nn.Module],
 ) -> None:
-    plan = lt.parametrize(small_decoder(layers=2), tokens(), realisation=realisation)
+    plan = lt.parametrize(small_decoder(layers=2), tokens())
     model = other()
     before = copy.deepcopy(model)
     with pytest.raises(lt.InputError, match=r"the plan names layers\.\S+, which this \w+ does not have"):
@@ -867,9 +836,8 @@ def test_a_plan_is_refused_for_another_architecture_which_stays_as_it_is(
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("realisation", ["multiplier", "folded"])
-def test_a_plan_is_applied_once(realisation: Any) -> None:
-    plan = lt.parametrize(small_decoder(), tokens(), realisation=realisation)
+def test_a_plan_is_applied_once() -> None:
+    plan = lt.parametrize(small_decoder(), tokens())
     model = noisy(small_decoder(), std=0.1)
     lt.apply_plan(model, plan)
     out = model(tokens())
