@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import looptransfer as lt
 from tests.models import WIDTH, inputs, mlp
-from tests.rewrite.answers import X, Residual, Stepped, planned, refusal, visits
+from tests.rewrite.answers import Residual, Stepped, X, planned, refusal, visits
 
 Step = Callable[[Any, Tensor], Tensor]
 ROWS = torch.arange(2)
@@ -115,6 +115,11 @@ def unpacked(m: Any, x: Tensor) -> Tensor:
     return stream + branch
 
 
+def by_number(m: Any, x: Tensor) -> Tensor:
+    both = torch.stack([x, m.f(x)])
+    return both[0] + both[1]
+
+
 def from_a_buffer(m: Any, x: Tensor) -> Tensor:
     both = x.new_empty(2, *x.shape)
     both[0], both[1] = x, m.f(x)
@@ -129,7 +134,7 @@ def some_features(m: Any, x: Tensor) -> Tensor:
 
 FOLLOWED: dict[str, Step] = {
     "packed and unpacked": unpacked,
-    "stacked and taken by number": lambda m, x: (lambda both: both[0] + both[1])(torch.stack([x, m.f(x)])),
+    "stacked and taken by number": by_number,
     "stacked and unbound": lambda m, x: sum(torch.stack([x, m.f(x)], 2).unbind(2)),  # type: ignore[arg-type, return-value]
     "kept in a buffer": from_a_buffer,
     "some features": some_features,
