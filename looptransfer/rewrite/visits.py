@@ -7,7 +7,6 @@ they have most of their learned numbers in common, on their whole way and where 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from itertools import combinations
 
 from torch import nn
@@ -33,9 +32,11 @@ class Ties:
         self.weights = {id(add): _weights(model, group, add) for group in groups for add in group.adds}
 
     def tied(self, these: Weights, those: Weights) -> bool:
-        """Most of the learned numbers are the same: of those at the end, and of the branch that has fewer."""
-        whole, end = ((a, b) for a, b in zip(these, those, strict=True))
-        return self._share(*whole, min) >= 0.5 and self._share(*end, max) >= 0.5
+        """Most of the learned numbers of the branch that has fewer are the same, on its whole way and where it ends.
+
+        Where a condition is made of the first visit's stream, its map acts in that visit's branch besides.
+        """
+        return all(self._share(a, b) >= 0.5 for a, b in zip(these, those, strict=True))
 
     def alike(self, these: list[Branch], those: list[Branch]) -> bool:
         """Each of the first branches is tied to one of the others, or made by the same run of a matrix."""
@@ -56,8 +57,8 @@ class Ties:
         loose = [(a, b) for (a, ran), (b, runs) in combinations(branches, 2) if not (ran & runs or self.tied(a, b))]
         return tuple(sorted({name for a, b in loose for name in a[0] & b[0]}))
 
-    def _share(self, these: frozenset[str], those: frozenset[str], of: Callable[[float, float], float]) -> float:
-        size = of(self._size(these), self._size(those))
+    def _share(self, these: frozenset[str], those: frozenset[str]) -> float:
+        size = min(self._size(these), self._size(those))
         return self._size(these & those) / size if size else float(these == those)
 
     def _size(self, names: frozenset[str]) -> float:

@@ -147,11 +147,7 @@ def around(part: nn.Module, own: nn.ModuleList, x: Tensor) -> Tensor:
 )
 def test_a_small_part_that_untied_layers_share_does_not_tie_them_and_is_named(use: Any, part: tuple[int, int]) -> None:
     shared = nn.Linear(*part, bias=False)
-    layers = [Shared(shared, use) for _ in range(3)]
-    model = Stepped(
-        lambda m, x: m.c(m.b(m.a(x))), 1, **{n: Wrapped(layer) for n, layer in zip("abc", layers, strict=True)}
-    )
-    plan = planned(model, inputs(2, 5, WIDTH))
+    plan = planned(nn.Sequential(*(Wrapped(Shared(shared, use)) for _ in range(3))), inputs(2, 5, WIDTH))
     assert ({b.visits for b in plan.branches}, plan.layers) == ({1}, 3)
     assert any(caveat.startswith("shared in part: 0.f.part.weight") for caveat in plan.caveats)
 
@@ -183,7 +179,7 @@ class Solver(nn.Module):
 def with_a_look(m: Any, x: Tensor) -> Tensor:
     for _ in range(3):
         x = m.block(x)
-        m.gap = float((m.block(x) - x).norm())
+        m.gap = float((m.block(x) - x).detach().norm())
     return x
 
 
