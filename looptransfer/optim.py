@@ -96,12 +96,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """
     if not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr < 0:
         raise InputError(f"lr is {lr!r}; it must be a finite number from 0 up")
-    for number, group in enumerate(optimizer.param_groups):
-        if "lr_factor" not in group:
-            raise InputError(
-                f"group {number} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or "
-                "its state was loaded from such an optimizer; make the optimizer of param_groups"
-            )
+    strange = [number for number, group in enumerate(optimizer.param_groups) if "lr_factor" not in group]
+    if strange:
+        raise InputError(
+            f"group {strange[0]} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or its "
+            "state was loaded from such an optimizer; make the optimizer of param_groups"
+        )
+    for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):  # capturable: a compiled step reads it
             group["lr"].fill_(lr * group["lr_factor"])
         else:
