@@ -99,8 +99,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     strange = [number for number, group in enumerate(optimizer.param_groups) if "lr_factor" not in group]
     if strange:
         raise InputError(
-            f"group {strange[0]} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or its "
-            "state was loaded from such an optimizer; make the optimizer of param_groups"
+            f"group {strange[0]} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or "
+            "its state was loaded from such an optimizer; make the optimizer of param_groups"
         )
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):  # capturable: a compiled step reads it
