@@ -157,11 +157,11 @@ def rescale(
     draws += [analyse(inner, example_inputs, declared, seed=seed) for seed in _seeds(draws[0])]
     mean = loops if loops is not None or not plan.random_loops else max(branch.visits for branch in plan.branches)
     visits, uses = counts(draws, mean, plan.declared)
-    known, live = {branch.handle for branch in plan.branches}, {handle for draw in draws for handle in draw.visits}
-    if known != live:
+    handles, live = {branch.handle for branch in plan.branches}, {handle for draw in draws for handle in draw.visits}
+    if handles != live:
         raise InputError(
             "at its loop count the model has other branches than before "
-            f"({', '.join(sorted(map(str, known ^ live))[:4])}); parametrize a fresh model at that count"
+            f"({', '.join(sorted(map(str, handles ^ live))[:4])}); parametrize a fresh model at that count"
         )
     inside = {name for branch in plan.branches for name in branch.parameters}
     new = plan.with_counts(visits, {name: times for name, times in uses.items() if name not in inside})
@@ -207,13 +207,13 @@ def planned(model: nn.Module) -> tuple[nn.Module, ScalingPlan]:
     Raises:
         InputError: the model was not rewritten, or its parts were.
     """
-    found = [module for module in model.modules() if PLAN in module.__dict__]
-    if len(found) > 1:
+    parts = [module for module in model.modules() if PLAN in module.__dict__]
+    if len(parts) > 1:
         raise InputError(
-            f"{len(found)} parts of the model were rewritten apart; call parametrize once on the whole model"
+            f"{len(parts)} parts of the model were rewritten apart; call parametrize once on the whole model"
         )
-    if found:
-        return found[0], found[0].__dict__[PLAN]
+    if parts:
+        return parts[0], parts[0].__dict__[PLAN]
     raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
 
 
@@ -249,11 +249,11 @@ def _check_settings(rule: Rule, lam: float, base_layers: int, branches: Any, lay
         raise InputError(f"branches is {branches!r}; give a list of module names or globs, such as ['layers.*.mlp']")
 
 
-def _check_foldable(plan: ScalingPlan, what: str) -> None:
+def _check_foldable(plan: ScalingPlan, option: str) -> None:
     stuck = next((branch for branch in plan.branches if not branch.last_map), None)
     if stuck is not None:
         raise InputError(
-            f"{what}: the branch {stuck.handle} cannot take ε into its weights: {stuck.unfoldable}. "
+            f"{option}: the branch {stuck.handle} cannot take ε into its weights: {stuck.unfoldable}. "
             "Keep the multipliers, which need no such weight"
         )
 

@@ -205,10 +205,10 @@ class Paths:
         return None
 
     def _parts(self, held: int, end: int, number: int) -> set[object]:
-        """The parts of a tensor that are read on the way to a node."""
-        way = self.between(held, end) if held != end else [number]
-        slices = {part for n in way for s, part in self.graph.nodes[n].slices if s == held}
-        return slices | {n for n in way if self.graph.nodes[n].op.relation == "moved" and held in self._sources(n)}
+        """The parts of a tensor that are read on the path to a node."""
+        path = self.between(held, end) if held != end else [number]
+        slices = {part for n in path for s, part in self.graph.nodes[n].slices if s == held}
+        return slices | {n for n in path if self.graph.nodes[n].op.relation == "moved" and held in self._sources(n)}
 
     def _onto(self, number: int) -> Join | None:
         """A product that is added to the first argument at once."""

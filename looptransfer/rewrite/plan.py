@@ -255,9 +255,9 @@ def _count(value: Any) -> float:
 
 
 def _strict(cls: Any, data: dict[str, Any]) -> Any:
-    known = {one.name for one in fields(cls)}
-    if set(data) != known:
-        wrong = sorted(set(data) ^ known)
+    names = {item.name for item in fields(cls)}
+    if set(data) != names:
+        wrong = sorted(set(data) ^ names)
         raise InputError(f"this is no plan: fields {', '.join(wrong)} of {cls.__name__} are missing or unknown")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 

@@ -182,10 +182,10 @@ def _branch(model: nn.Module, analysis: Analysis, place: int) -> Branch:
 
 
 def _left_alone(analysis: Analysis) -> tuple[LeftAlone, ...]:
-    found = analysis.trace
-    taken = {id(add) for add in scaled(found, analysis.groups)}
-    others = Counter((add.site.source, REASONS[add.kind]) for add in found.adds if id(add) not in taken)
+    forward = analysis.trace
+    taken = {id(add) for add in scaled(forward, analysis.groups)}
+    others = Counter((add.site.source, REASONS[add.kind]) for add in forward.adds if id(add) not in taken)
     for join in analysis.rest.joins:
-        file, line = found.graph.nodes[join.node].place
+        file, line = forward.graph.nodes[join.node].place
         others[f"{file}:{line}", "data gets past learned matrices there, and what they make is not declared"] += 1
     return tuple(LeftAlone(source, reason) for source, reason in others)

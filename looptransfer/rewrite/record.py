@@ -204,9 +204,9 @@ class Recorder(SiteCounter):
 
     def tell(self, *tensors: Tensor) -> None:
         """Values of these go to Python."""
-        known = [self.nodes[n] for tensor in tensors if (n := self._node_of(tensor)) is not None]
-        self.chance_steers |= any(node.random for node in known)
-        self.weights_steer |= any(node.learned for node in known)
+        seen = [self.nodes[n] for tensor in tensors if (n := self._node_of(tensor)) is not None]
+        self.chance_steers |= any(node.random for node in seen)
+        self.weights_steer |= any(node.learned for node in seen)
 
     def _handed_over(self, tensor: Tensor, handle: Handle) -> None:
         number = self._node_of(tensor)
@@ -479,9 +479,9 @@ class Recorder(SiteCounter):
 
     def _look_into_kernel(self, call: Call) -> None:
         """With its parameters at zero, a kernel that hands an input back adds a residual branch of its own."""
-        known = [(n, tensor) for n, tensor in zip(call.before, call.inputs, strict=True) if n is not None]
-        learned = {n for n, _ in known if self.nodes[n].parameters and not self.nodes[n].data}
-        data = [tensor for n, tensor in known if self.nodes[n].data]
+        seen = [(n, tensor) for n, tensor in zip(call.before, call.inputs, strict=True) if n is not None]
+        learned = {n for n, _ in seen if self.nodes[n].parameters and not self.nodes[n].data}
+        data = [tensor for n, tensor in seen if self.nodes[n].data]
         if not learned or call.op.writes or any(tensor.is_meta for tensor in data):
             return
         silent = call.again(lambda n, tensor: torch.zeros_like(tensor) if n in learned else tensor) or []

@@ -51,8 +51,8 @@ def _links(graph: Graph, chain: list[int]) -> tuple[list[int], set[Read]]:
     links, new, read, passed = chain[:1], set[Read](), set[Read](), 0
     for count, link in enumerate(chain):
         earlier = next((n for n in chain[count - 1 :: -1] if count and graph.precedes(n, link)), None)
-        known = 0 if earlier is None else graph.nodes[earlier].ancestors | 1 << earlier
-        fresh = [n for n in [*bits(graph.nodes[link].ancestors & ~known), link] if graph.nodes[n].data]
+        before = 0 if earlier is None else graph.nodes[earlier].ancestors | 1 << earlier
+        fresh = [n for n in [*bits(graph.nodes[link].ancestors & ~before), link] if graph.nodes[n].data]
         parts = _parts_read(graph, fresh)
         if earlier is not None:
             beside = {(n, p) for n, p in parts - read if not (graph.nodes[n].ancestors | 1 << n) & passed}

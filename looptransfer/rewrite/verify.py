@@ -63,7 +63,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
     return plan
 
 
-def _disagreements(plan: ScalingPlan, found: Trace, groups: list[Group], training: bool) -> list[str]:
+def _disagreements(plan: ScalingPlan, forward: Trace, groups: list[Group], training: bool) -> list[str]:
     live = {group.handle: group for group in groups}
     problems = []
     for branch in plan.branches:
@@ -71,7 +71,7 @@ def _disagreements(plan: ScalingPlan, found: Trace, groups: list[Group], trainin
         if group is None:
             problems.append(f"{branch.handle}: no longer a residual branch of its own (was it replaced?)")
             continue
-        measured = _measured(branch, found, group)
+        measured = _measured(branch, forward, group)
         if measured is not None:
             problems.append(f"{branch.handle}: multiplier {branch.multiplier:.6g} planned, {measured} measured")
         if group.visits != branch.visits and training and not plan.random_loops:
@@ -82,21 +82,21 @@ def _disagreements(plan: ScalingPlan, found: Trace, groups: list[Group], trainin
     return problems + [f"{handle}: a residual branch that the plan does not know" for handle in live]
 
 
-def _measured(branch: Branch, found: Trace, group: Group) -> str | None:
+def _measured(branch: Branch, forward: Trace, group: Group) -> str | None:
     """The factor that stands on a branch instead of its multiplier; None where it is that."""
-    ours = factors(found, group)
-    first = ours[0] / branch.factors[0] if ours and branch.factors and branch.factors[0] else 0.0
-    for own in branch.factors:  # there may be more by now, of adapters put on the last map
-        if not any(_near(factor, own * branch.multiplier) for factor in ours):
+    measured = factors(forward, group)
+    first = measured[0] / branch.factors[0] if measured and branch.factors and branch.factors[0] else 0.0
+    for constant in branch.factors:  # there may be more by now, of adapters put on the last map
+        if not any(_near(factor, constant * branch.multiplier) for factor in measured):
             return f"{first:.6g}"
-    last = [abs(found.graph.nodes[route[-1]].factor) for _, route in group.routes]
+    last = [abs(forward.graph.nodes[route[-1]].factor) for _, route in group.routes]
     if branch.multiplier != 1 and branch.mark is None and not all(_near(f, branch.multiplier) for f in last):
         return f"{branch.multiplier:.6g} on a part of it"
     return None
 
 
-def _near(value: float, wanted: float) -> bool:
-    return abs(value - wanted) <= TOLERANCE * abs(wanted)
+def _near(value: float, expected: float) -> bool:
+    return abs(value - expected) <= TOLERANCE * abs(expected)
 
 
 def _compiled_agrees(model: nn.Module, inner: nn.Module, example_inputs: ExampleInputs) -> bool:
