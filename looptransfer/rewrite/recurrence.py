@@ -47,8 +47,12 @@ def _by_node(parts: set[Read]) -> dict[int, list[Part | None]]:
 
 
 def _links(graph: Graph, chain: list[int]) -> tuple[list[int], set[Read]]:
-    """The first link, and those that read something that none before them read; and what that is."""
+    """The first link, and those that read something that none before them read; and what that is.
+
+    What is new to the second link, and read again by all that follow, is injected after every visit.
+    """
     links, new, read, passed = chain[:1], set[Read](), set[Read](), 0
+    used: list[set[Read]] = []
     for count, link in enumerate(chain):
         earlier = next((n for n in chain[count - 1 :: -1] if count and graph.precedes(n, link)), None)
         before = 0 if earlier is None else graph.nodes[earlier].ancestors | 1 << earlier
@@ -60,7 +64,9 @@ def _links(graph: Graph, chain: list[int]) -> tuple[list[int], set[Read]]:
             new |= beside
         read |= parts
         passed |= 1 << link
-    return links, new
+        used.append(parts | {(source, None) for n in fresh for source in graph.nodes[n].sources})
+    injected = links == chain[:2] and len(chain) > 2 and all(reads & new for reads in used[2:])
+    return (chain[:1], set()) if injected else (links, new)
 
 
 def _parts_read(graph: Graph, fresh: list[int]) -> set[Read]:

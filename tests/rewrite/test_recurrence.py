@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import looptransfer as lt
 from tests.models import WIDTH, inputs, tokens
-from tests.rewrite.answers import X, refusal, visits
+from tests.rewrite.answers import Stepped, X, refusal, visits
 
 STEPS = 4
 
@@ -83,3 +83,9 @@ def test_what_is_declared_is_depth_with_its_count() -> None:
     model = Recurrent(OVER_TIME["projected"][0], zeros)
     plan = lt.parametrize(model.double(), X, branches=["f"], loops=STEPS)
     assert [(b.module, b.visits) for b in plan.branches] == [("f", STEPS)]
+
+
+@pytest.mark.parametrize("loops", [1, 3, 4])
+def test_an_injection_after_every_visit_is_no_frame(loops: int) -> None:
+    model = Stepped(lambda m, x, extra: x + m.f(x) + extra, loops)
+    assert visits(model, (X, inputs(2, 4, WIDTH, seed=1))) == {"f": loops}
