@@ -5,6 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import looptransfer as lt
+from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rules import Rule
 from tests import models
 from tests.models import WIDTH, Looped, inputs, noisy, small_decoder, tokens
+from tests.rewrite.answers import Stepped, planned
 
 
 @pytest.fixture(autouse=True)
@@ -853,3 +856,44 @@ def test_a_plan_is_refused_for_a_compiled_model_and_for_what_is_no_module() -> N
         lt.apply_plan(torch.compile(small_decoder(), backend="eager"), plan)
     with pytest.raises(lt.InputError, match="model is a str"):
         lt.apply_plan("model", plan)  # type: ignore[arg-type]
+
+
+# -- marks where nothing is recognised
+
+ROWS = torch.arange(2)
+MARKED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "stacked": lambda m, x: torch.stack([x, lt.residual(m.f(x))]).mean(0) * 2,
+    "einsum": lambda m, x: torch.einsum("k...,k->...", torch.stack([x, lt.residual(m.f(x))]), torch.ones(2).double()),
+    "lerp": lambda m, x: torch.lerp(x, lt.residual(m.f(x)), 0.5),
+    "flipped": lambda m, x: x.flip(1) + lt.residual(m.f(x)),
+    "scattered": lambda m, x: x.index_put((ROWS,), lt.residual(m.f(x)), accumulate=True),
+    "_foreach_add": lambda m, x: torch._foreach_add([x], [lt.residual(m.f(x))])[0],
+    "gated": lambda m, x: x * torch.sigmoid(m.g(x)) + lt.residual(m.f(x)),
+    "rsub": lambda m, x: torch.rsub(-lt.residual(m.f(x)), x),
+    "clamped": lambda m, x: x + lt.residual(m.f(x).clamp(-1, 1)),
+    "packed": lambda m, x: sum((torch.cat([x, lt.residual(m.f(x))], -1) * 1.5).chunk(2, -1)),  # type: ignore[arg-type, return-value]
+}
+
+
+@pytest.mark.parametrize("how", MARKED)
+def test_a_branch_that_is_marked_as_the_refusal_says_is_scaled_and_verified(how: str) -> None:
+    with (
+        mock.patch.object(lt, "residual", lambda branch, name="branch": branch),
+        pytest.raises(lt.InputError) as caught,
+    ):
+        lt.parametrize(Stepped(MARKED[how], 3).double(), X)
+    assert "looptransfer.residual(…" in str(caught.value)
+    model = Stepped(MARKED[how], 3).double()
+    assert [(str(b.handle), b.visits) for b in planned(model).branches] == [(":branch", 3)]
+    ours = model(X)
+    with mock.patch.object(lt, "residual", lambda branch, name="branch": branch / 3):
+        torch.testing.assert_close(ours, Stepped(MARKED[how], 3).double()(X), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("how", ["stacked", "scattered", "clamped"])
+def test_a_mark_that_was_rewritten_and_lost_its_multiplier_is_caught(how: str) -> None:
+    model = Stepped(MARKED[how], 3).double()
+    plan = planned(model)
+    set_multiplier(model, plan.branches[0].handle, 1.0)
+    with pytest.raises(lt.VerificationError, match=r":branch: multiplier 0\.333333 planned, 1 measured"):
+        lt.verify(model, X)
