@@ -152,8 +152,8 @@ def _candidates(graph: Graph, refused: set[int], composite: set[int]) -> Trace:
 
 def _candidate(forward: Trace, total: Sum, added: set[int]) -> ResidualAdd | None:
     graph = forward.graph
-    if not graph.is_live(total.node):
-        return None
+    if not graph.is_live(total.node) or len(graph.nodes[total.node].slices) > len(set(total.operands)):
+        return None  # it is read by nothing, or adds parts of one tensor
     for s, b in ((0, 1), (1, 0)):
         stream, branch = total.operands[s], total.operands[b]
         root = next((n for n in forward.same(stream) if graph.precedes(n, branch)), None)

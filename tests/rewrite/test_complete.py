@@ -45,6 +45,11 @@ def packed_and_halved(m: Any, x: Tensor) -> Tensor:
     return both[..., :WIDTH] + 0.5 * both[..., WIDTH:]
 
 
+def first_token_to_all(m: Any, x: Tensor) -> Tensor:
+    z = torch.cat([m.f(x.mean(1, keepdim=True)), x], 1)
+    return z[:, 1:] + z[:, :1]
+
+
 def in_frequencies(m: Any, x: Tensor) -> Tensor:
     total = torch.fft.rfft(x, dim=-1) + torch.fft.rfft(m.f(x), dim=-1)
     return torch.fft.irfft(total, n=WIDTH, dim=-1)
@@ -87,6 +92,7 @@ SPELLINGS: dict[str, tuple[Step, str]] = {
     "a padded skip": (lambda m, x: F.pad(x[..., :4], (0, 4)) + m.f(x), "F.pad"),
     "a permuted skip": (lambda m, x: x[..., torch.randperm(WIDTH)] + m.f(x), "randperm"),
     "a pooled skip": (lambda m, x: F.avg_pool1d(x, 3, 1, 1) + m.f(x), "avg_pool1d"),
+    "a token of its own, added to all": (first_token_to_all, "+ z[:, :1]"),
     "packed, scaled and unpacked": (packed_and_scaled, "stream + branch"),
     "packed, masked and unpacked": (packed_and_masked, "both[0] + both[1]"),
     "packed, squashed and unpacked": (packed_and_halved, "0.5 * both"),
