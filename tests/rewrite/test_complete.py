@@ -47,6 +47,7 @@ def packed_and_halved(m: Any, x: Tensor) -> Tensor:
 
 def first_token_to_all(m: Any, x: Tensor) -> Tensor:
     z = torch.cat([m.f(x.mean(1, keepdim=True)), x], 1)
+    z = z + m.g(z)
     return z[:, 1:] + z[:, :1]
 
 
