@@ -88,8 +88,8 @@ class Call:
 class Node:
     """One version of one memory.
 
-    `proportional_to` of z = (a * b) @ w, with data in a and b, is ((a,), (b,)): z doubles with either. Of z = a + b it is
-    ((a, b),): z doubles if both do. A branch can be multiplied wherever it is proportional to what stands there.
+    `proportional_to` of z = (a * b) @ w, with data in a and b, is ((a,), (b,)): z doubles with either. Of z = a + b it
+    is ((a, b),): z doubles if both do. A branch can be multiplied wherever it is proportional to what stands there.
     """
 
     op: Operator = GIVEN
