@@ -76,6 +76,10 @@ class SiteCounter(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under `as_written`; the skip alone would import TorchDynamo, 1.5 s
+
     def __init__(self, model: nn.Module, hidden: str = __file__) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = {id(module): name for name, module in plain_names(model).items()}
