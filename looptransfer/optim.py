@@ -9,8 +9,7 @@ from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.names import module_of, named_parameters
-from looptransfer.rewrite.parametrize import planned
-from looptransfer.rewrite.plan import Branch
+from looptransfer.rewrite.plan import Branch, planned
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
 FAMILIES: dict[type[torch.optim.Optimizer], Family] = {

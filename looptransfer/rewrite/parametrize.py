@@ -13,14 +13,13 @@ from looptransfer.rewrite.analysis import Analysis, analyse
 from looptransfer.rewrite.caveats import renewed
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
-from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
 from looptransfer.rewrite.planner import counts, make_plan
 from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import ExampleInputs
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
-PLAN = "_looptransfer_plan"  # on the model
 DRAWS = 7  # further forwards where random numbers steer the model
 
 
@@ -199,22 +198,6 @@ def remove(model: nn.Module) -> None:
     inner, _ = planned(model)
     clear_multipliers(inner)
     delattr(inner, PLAN)
-
-
-def planned(model: nn.Module) -> tuple[nn.Module, ScalingPlan]:
-    """The module that `parametrize` rewrote and its plan, also inside a wrapper such as DDP or a compiled model.
-
-    Raises:
-        InputError: the model was not rewritten, or its parts were.
-    """
-    parts = [module for module in model.modules() if PLAN in module.__dict__]
-    if len(parts) > 1:
-        raise InputError(
-            f"{len(parts)} parts of the model were rewritten apart; call parametrize once on the whole model"
-        )
-    if parts:
-        return parts[0], parts[0].__dict__[PLAN]
-    raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
 
 
 # -- checks

@@ -5,13 +5,17 @@ import math
 import os
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier, residual_multiplier
 
+if TYPE_CHECKING:
+    from torch import nn
+
 SCHEMA_VERSION = 1
+PLAN = "_looptransfer_plan"  # the attribute of a rewritten model
 SHOWN = 6  # names in a printed list; all of them are in the plan
 
 
@@ -150,6 +154,22 @@ class ScalingPlan:
         if not self.proved:
             notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")
         return [*notes, *(f"note        {caveat}" for caveat in self.caveats)]
+
+
+def planned(model: "nn.Module") -> "tuple[nn.Module, ScalingPlan]":
+    """The module that `parametrize` rewrote and its plan, also inside a wrapper such as DDP or a compiled model.
+
+    Raises:
+        InputError: the model was not rewritten, or its parts were.
+    """
+    parts = [module for module in model.modules() if PLAN in module.__dict__]
+    if len(parts) > 1:
+        raise InputError(
+            f"{len(parts)} parts of the model were rewritten apart; call parametrize once on the whole model"
+        )
+    if parts:
+        return parts[0], parts[0].__dict__[PLAN]
+    raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
 
 
 def check_one_parameterization(plans: Mapping[int, ScalingPlan], parameters: Mapping[int, Container[str]]) -> None:

@@ -4,6 +4,9 @@
 - A tensor is known by its memory, so that a view is what it views. Who wrote an element last is kept per memory, and
   per element where only a part of it was written.
 - Nothing is copied and nothing stays on the model; memory is kept alive until the graph is dropped.
+- An operator's row in `ops` says what it does to its arguments; where there is none, the operation is run again on
+  changed arguments when somebody asks (`Graph.scales_with`), which costs nothing where nobody does.
+- Lines are those of the user's file: frames of torch and of this module are skipped.
 """
 
 import copy

@@ -4,6 +4,14 @@ A residual add is `a + b` where some x reaches a by identity operations only, an
 act: a is the stream, b the branch. Without the matrices an activation that is written out, a manual norm or RoPE would
 qualify. The way must not lead through another residual branch: values that are made once and added in every attention
 come round to themselves only by way of the stream.
+
+    x = embed(ids)
+    for _ in range(2):
+        x = x + f(norm(x))          two leaves: root and stream x, path norm → f, matrices {f.weight}
+        x = x + e                   no residual add: e comes from no x on the stream
+    y = x + g(norm(x) + norm(x))    a leaf; the addition inside g's argument has no matrix on either side
+
+Candidates are judged together, again and again until none changes: whether one is a branch depends on which others are.
 """
 
 import functools

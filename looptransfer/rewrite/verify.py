@@ -13,8 +13,7 @@ from looptransfer.rewrite.branches import Group
 from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.insert import clear_multipliers
 from looptransfer.rewrite.names import compiled_modules
-from looptransfer.rewrite.parametrize import PLAN, planned
-from looptransfer.rewrite.plan import Branch, ScalingPlan
+from looptransfer.rewrite.plan import PLAN, Branch, ScalingPlan, planned
 from looptransfer.rewrite.proof import SEED, all_agree, prove
 from looptransfer.rewrite.record import ExampleInputs, RejectedInputsError, call_arguments, held
 from looptransfer.rewrite.trace import Trace
