@@ -80,7 +80,7 @@ class _Finder:
                 )
             route = {add.total} | {n for _, path in cut for n in path}
             for handle, path in cut:
-                self._check_use(add, path, route)
+                self._check_use(add, handle, path, route)
                 group = groups.setdefault(handle, Group(handle, []))
                 if add not in group.adds[-1:]:  # chunks are handed over apart and added together
                     group.adds.append(add)
@@ -89,8 +89,11 @@ class _Finder:
                 group.routes.append((signs[add.position] if signs else 1.0, path))
         return list(groups.values())
 
-    def _check_use(self, add: ResidualAdd, path: tuple[int, ...], route: set[int]) -> None:
-        if any(self.graph.users(n) - route for n in path) or path[-1] in self.graph.outputs:
+    def _check_use(self, add: ResidualAdd, handle: Handle, path: tuple[int, ...], route: set[int]) -> None:
+        inside = range(self.graph.nodes[path[-1]].handed_over[handle])  # what the module itself makes of its branch
+        users = [self.graph.users(n) for n in path[:-1]]
+        users.append({n for n in self.graph.users(path[-1]) if n not in inside})
+        if any(numbers - route for numbers in users) or path[-1] in self.graph.outputs:
             raise InputError(
                 f"the residual branch added at {add.site.source} also feeds something else, so it cannot be "
                 f"multiplied on its way to the stream. Mark it at the add: x + looptransfer.residual(…, 'name'). "
@@ -226,8 +229,8 @@ def declared_groups(model: nn.Module, forward: Trace, patterns: list[str]) -> li
                 f"model.named_modules(): {some}, …"
             )
         for name in called:
-            group = _handed_over_by(model, forward, name)
-            groups.setdefault(group.handle, group)
+            for group in _handed_over_by(model, forward, name):
+                groups.setdefault(group.handle, group)
     nested = [(a, b) for a in groups for b in groups if a.module.startswith(b.module + ".")]
     if nested:
         inner, outer = nested[0]
@@ -237,12 +240,12 @@ def declared_groups(model: nn.Module, forward: Trace, patterns: list[str]) -> li
     return list(groups.values())
 
 
-def _handed_over_by(model: nn.Module, forward: Trace, name: str) -> Group:
-    """What a module returns, as a branch: with the residual adds it reaches, where there are any.
+def _handed_over_by(model: nn.Module, forward: Trace, name: str) -> list[Group]:
+    """What a module returns, as branches: with the residual adds it reaches, where there are any.
 
-    Of several tensors it is the one that reaches most adds, then one that the next visit depends on, then one that
-    meets what it was made of, then the one in which most of the module's matrices act (in attention weights the values'
-    do not), and of those the first.
+    Of several tensors each that reaches an add first is a branch. Where none does, it is one that the next visit
+    depends on, then one that meets what it was made of, then the one in which most of the module's matrices act (in
+    attention weights the values' do not), and of those the first.
     """
     nodes = forward.graph.nodes
     order = {h: _places(forward, h) for node in nodes for h in node.handles if h.module == name and h.mark is None}
@@ -252,23 +255,35 @@ def _handed_over_by(model: nn.Module, forward: Trace, name: str) -> Group:
             f"branches holds {name}, which returns no tensor that reaches the output; name a module whose output is "
             "the branch"
         )
-    near = [(add, set(forward.proportional(add))) for add in forward.of("leaf") + forward.of("time")]
-    served = {h: [add for add, path in near if path & set(places)] for h, places in order.items()}
     owned = {name: p for p, name in _owned(model, name)}
 
-    def rank(handle: Handle) -> tuple[int, bool, bool, int]:
+    def rank(handle: Handle) -> tuple[bool, bool, int]:
         first, *_, last = order[handle] * 2
         acting = forward.graph.matrices_on([first, *bits(nodes[first].ancestors)])
         carried, meets = forward.graph.precedes(first, last), _meets_its_origin(forward.graph, first)
-        return len(served[handle]), carried, meets, len(acting & owned.keys())
+        return carried, meets, len(acting & owned.keys())
 
-    handle = max(sorted(order, key=lambda h: (h.output is not None, str(h.output))), key=rank)
-    places, adds = order[handle], served[handle]
-    matrices = frozenset(name for name, p in owned.items() if p.ndim >= 2) or frozenset([str(handle)])
-    others = [n for n in places if not any(n in path for add, path in near if add in adds)]
-    matrices, end = (adds[-1].matrices, adds[-1].last) if adds else (matrices, matrices)
+    handles = sorted(order, key=lambda h: (h.output is not None, str(h.output)))
+    served: dict[Handle, list[tuple[ResidualAdd, set[int]]]] = {}
+    for add in forward.of("leaf") + forward.of("time"):
+        path = set(forward.proportional(add))
+        reached = {h: max(path & set(order[h])) for h in handles if path & set(order[h])}
+        if reached:
+            served.setdefault(max(reached, key=reached.__getitem__), []).append((add, path))
+    served = served or {max(handles, key=rank): []}
+    matrices = frozenset(name for name, p in owned.items() if p.ndim >= 2) or frozenset([name])
+    return [_declared(forward, handle, order[handle], near, matrices) for handle, near in served.items()]
+
+
+def _declared(
+    forward: Trace, handle: Handle, places: list[int], near: list[tuple[ResidualAdd, set[int]]], owned: frozenset[str]
+) -> Group:
+    """A group of what a module returns at some nodes, which reaches these adds; `owned` are the module's matrices."""
+    adds = [add for add, _ in near]
+    others = [n for n in places if not any(n in path for _, path in near)]
+    matrices, last = (adds[-1].matrices, adds[-1].last) if adds else (owned, owned)
     paths = {n: _up_to_use(forward.graph, n) for n in places}
-    alone = [_standing_alone(paths[n][-1], frozenset(paths[n]), matrices, end) for n in others]
+    alone = [_standing_alone(paths[n][-1], frozenset(paths[n]), matrices, last) for n in others]
     return _at(handle, [path[-1] for path in paths.values()], adds + alone)
 
 

@@ -33,7 +33,12 @@ def find_caveats(
         _depth_scaling(forward, groups, constants),
         _cut_loops(model, forward, groups),
     ]
-    checks += [_prelude(branches), _frozen(model, branches), None if preserved else _trained(model)]
+    checks += [
+        _prelude(branches),
+        _frozen(model, branches),
+        _left_frozen(forward),
+        None if preserved else _trained(model),
+    ]
     return tuple(caveat for caveat in checks if caveat)
 
 
@@ -194,6 +199,16 @@ def _frozen(model: nn.Module, branches: tuple[Branch, ...]) -> str | None:
         f"frozen weights: {', '.join(still[:4])}{', …' * (len(still) > 4)} hold nothing that is trained and are scaled "
         "all the same, since gradients go through them; if what they compute is to stay, declare the other branches, "
         "branches=[…]"
+    )
+
+
+def _left_frozen(forward: Trace) -> str | None:
+    sources = list(dict.fromkeys(add.site.source for add in forward.of("frozen")))
+    if not sources:
+        return None
+    return (
+        f"left as they are: no gradient comes to the branches added at {', '.join(sources)}, as in a teacher or a "
+        "frozen backbone. One that copies trained weights must compute with their ε: name all branches, branches=[…]"
     )
 
 

@@ -55,7 +55,7 @@ def without_branches(forward: Trace, adds: list[ResidualAdd]) -> Remainder:
     carried = functools.reduce(lambda mask, add: mask | paths.free[add.stream] | 1 << add.stream, adds, 0)
     looped = [n for n in live if carried >> n & 1 and paths.free[n] & totals and n not in known]
     injections = [n for n in looped if nodes[n].op.relation == "sum" and _brings_older(paths, n, totals)]
-    gates = [n for n in looped if paths.gates(n)]
+    gates = [n for n in looped if paths.gates(n, totals)]
     return Remainder(paths, joins, uses, again, injections, gates)
 
 

@@ -120,6 +120,7 @@ class Node:
     slot: int = 0  # which result of its call it is
     call: Call | None = None  # where what it does to its sources is not known from its name
     handles: list[Handle] = field(default_factory=list)
+    handed_over: dict[Handle, int] = field(default_factory=dict)  # the number of the next node then
     consumers: list[int] = field(default_factory=list)
 
 
@@ -153,14 +154,19 @@ class Graph:
 
     @functools.cached_property
     def ends(self) -> list[int]:
-        """The outputs that matter: numbers, and no losses where there is anything else."""
+        """The outputs that matter: numbers, and no losses where there is anything else.
+
+        Of a model that hands back nothing that can be opened, they are what nothing else was made of.
+        """
         amounts = [n for n in self.outputs if not self.nodes[n].choice]
+        if not amounts:
+            amounts = [n for n, node in enumerate(self.nodes) if node.data and not node.consumers and not node.choice]
         return [n for n in amounts if self.nodes[n].shape] or amounts
 
     @functools.cached_property
     def live(self) -> int:
         """Bitmask of the nodes that the model's output depends on."""
-        if not self.ends:
+        if all(self.nodes[n].choice for n in self.outputs):
             return -1  # it handed back nothing that we know how to open
         return functools.reduce(lambda seen, n: seen | self.nodes[n].ancestors | 1 << n, self.outputs, 0)
 

@@ -144,13 +144,16 @@ class Paths:
         past = [p for p in operands if self._past(p, operands)]
         return bool(past) and all(self.graph.scales_with(number, (p,)) for p in past)
 
-    def gates(self, number: int) -> bool:
-        """A product in which an operand went through learned matrices that another one did not."""
+    def gates(self, number: int, stream: int) -> bool:
+        """A product of the stream in which another operand went through learned matrices that it did not.
+
+        `stream`: bitmask of nodes of which the stream holds some; a mask from outside holds none.
+        """
         operands = self._data(self._sources(number))
         pairs = ((p, q) for p in operands for q in operands if p != q)
         op = self.graph.nodes[number].op
         return (op.relation == "product" and op.pointwise) and any(
-            self._only(q) & ~self.through[p] & self.data for p, q in pairs
+            self._free(p) & stream and self._only(q) & ~self.through[p] & self.data for p, q in pairs
         )
 
     def _past(self, operand: int, operands: list[int]) -> int:

@@ -53,10 +53,9 @@ def make_plan(
         InputError: no residual add was found, or `loops` does not fit what was traced.
     """
     analysis = _fullest(draws)
-    groups = analysis.groups
+    groups, graph, paths = analysis.groups, analysis.trace.graph, analysis.rest.paths
     if not groups:
-        graph, paths = analysis.trace.graph, analysis.rest.paths
-        met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n)]
+        met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n, -1)]
         lines = dict.fromkeys(graph.line(n) for n in [*(total.node for total in graph.sums), *met])
         seen = f" What meets at {', '.join(list(lines)[:4])} is not of that form." if lines else ""
         raise InputError(
@@ -77,6 +76,12 @@ def make_plan(
     caveats = list(find_caveats(model, analysis, plan.branches, preserve))
     if loops is None and any(draw.visits != draws[0].visits for draw in draws):
         caveats.append(VARIES)
+    if declared and analysis.rest.joins:
+        lines = dict.fromkeys(graph.line(join.node) for join in analysis.rest.joins)
+        caveats.append(
+            f"branches that are not named: at {', '.join(list(lines)[:4])} data meets what learned matrices made of "
+            "it, which keeps factor 1"
+        )
     if analysis.rest.matrices:
         caveats.append(_stream_caveat(analysis.rest.matrices))
     return replace(plan, caveats=tuple(caveats))

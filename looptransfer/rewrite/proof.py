@@ -131,7 +131,7 @@ def all_agree(rewritten: list[Tensor], expected: list[Tensor], model: nn.Module)
 def _agree(rewritten: Tensor, expected: Tensor, room: float) -> bool:
     if not rewritten.is_floating_point() or rewritten.is_meta:
         return True
-    a, b = rewritten.detach().double(), expected.detach().double()
+    a, b = (tensor.detach().to_dense().double() for tensor in (rewritten, expected))
     finite = a.isfinite() & b.isfinite()
     if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
         return False

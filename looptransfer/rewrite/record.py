@@ -215,6 +215,7 @@ class Recorder(SiteCounter):
         number = self._node_of(tensor)
         if number is not None:
             self.nodes[number].handles.append(handle)
+            self.nodes[number].handed_over[handle] = len(self.nodes)
 
     # -- operations
 
@@ -298,7 +299,7 @@ class Recorder(SiteCounter):
         sources = [self.nodes[n] for n in node.sources]
         ancestors, picked = node.ancestors, any(s.picked or (s.data and not s.choice) for s in sources)
         for count, (slot, tensor) in enumerate(places):
-            part = node if count == 0 else replace(node, handles=[], consumers=[])
+            part = node if count == 0 else replace(node, handles=[], handed_over={}, consumers=[])
             part.slot, part.shape, part.choice = slot, tuple(tensor.shape), _chooses(tensor)
             part.ancestors = 0 if part.choice else ancestors
             part.picked = part.choice and picked
