@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from looptransfer.rewrite.parametrize import parametrize as parametrize
     from looptransfer.rewrite.parametrize import remove as remove
     from looptransfer.rewrite.parametrize import rescale as rescale
-    from looptransfer.rewrite.parametrize import unfold as unfold
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
     from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
@@ -62,7 +61,6 @@ _HOMES = {
     "residual_multiplier": "rules",
     "sweep": "trials.sweep",
     "tune": "trials.sweep",
-    "unfold": "rewrite.parametrize",
     "verify": "rewrite.verify",
     "write_html": "report.page",
 }

@@ -9,9 +9,8 @@ from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.names import module_of, named_parameters
-from looptransfer.rewrite.parametrize import planned
-from looptransfer.rewrite.plan import Branch, ScalingPlan
-from looptransfer.rules import DepthFactors, Family, depth_factors, fold_factors
+from looptransfer.rewrite.plan import Branch, planned
+from looptransfer.rules import DepthFactors, Family, depth_factors
 
 FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
     torch.optim.AdamW: "adamw",
@@ -35,10 +34,6 @@ def param_groups(
     norm and head × 1. Norm gains and biases (one dimension or none) are not decayed. With μP (`mup.set_base_shapes` was
     called on the model) LR and decay are also divided and multiplied by the width multiplier, as `mup.MuAdamW`,
     `mup.MuAdam` and `mup.MuSGD` have it.
-
-    Where the multipliers are folded into the weights of the branches' last maps, the groups of those weights make up
-    for it, so that training is the same as with multipliers (`rules.fold_factors`, our extension). Clipping by the
-    global norm is not the same.
 
     Each group has a `name` and remembers its factor as `lr_factor`, a key that no scheduler acts on. Schedulers that
     multiply the LRs they find (torch's LambdaLR, CosineAnnealingLR with eta_min=0, timm's with lr_min=0) keep the ratio
@@ -67,7 +62,6 @@ def param_groups(
     factors = depth_factors(plan.rule, family, plan.layers, plan.base_layers)
     live = named_parameters(inner)
     in_branches = {id(parameter) for branch in plan.branches for parameter in _of_branch(inner, live, branch)}
-    folded = _folded(live, plan)
     uses = {id(live[name]): n for name, n in plan.on_stream.items() if name in live} if on_stream == "scale" else {}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in model.parameters():
@@ -75,15 +69,14 @@ def param_groups(
             continue
         branch, decayed, width = id(parameter) in in_branches, parameter.ndim >= 2, _width_multiplier(parameter, family)
         depth = factors if branch else DepthFactors(1.0, 1.0, 1.0)
-        fold = fold_factors(family, folded.get(id(parameter), 1.0))
         times = 1 if branch else uses.get(id(parameter), 1)
-        label = _label(branch, decayed, folded.get(id(parameter)), times, width)
-        lr_factor = depth.lr * fold.lr / (width * times)
+        label = _label(branch, decayed, times, width)
+        lr_factor = depth.lr / (width * times)
         settings = {"name": label, "lr": lr * lr_factor, "lr_factor": lr_factor, "params": []}
-        decay = weight_decay * depth.weight_decay * fold.weight_decay * width
+        decay = weight_decay * depth.weight_decay * width
         settings["weight_decay"] = decay if decayed else 0.0
         if family != "sgd":
-            settings["eps"] = eps * depth.eps * fold.eps
+            settings["eps"] = eps * depth.eps
         groups.setdefault(label, settings)["params"].append(parameter)
     return list(groups.values())
 
@@ -102,12 +95,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """
     if not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr < 0:
         raise InputError(f"lr is {lr!r}; it must be a finite number from 0 up")
-    for number, group in enumerate(optimizer.param_groups):
-        if "lr_factor" not in group:
-            raise InputError(
-                f"group {number} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or "
-                "its state was loaded from such an optimizer; make the optimizer of param_groups"
-            )
+    strange = [number for number, group in enumerate(optimizer.param_groups) if "lr_factor" not in group]
+    if strange:
+        raise InputError(
+            f"group {strange[0]} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or "
+            "its state was loaded from such an optimizer; make the optimizer of param_groups"
+        )
+    for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):  # capturable: a compiled step reads it
             group["lr"].fill_(lr * group["lr_factor"])
         else:
@@ -122,10 +116,9 @@ def _family(optimizer: type[torch.optim.Optimizer]) -> Family:
     return family
 
 
-def _label(branch: bool, decayed: bool, folded: float | None, times: float, width: float) -> str:
+def _label(branch: bool, decayed: bool, times: float, width: float) -> str:
     """A group's name: all that sets it apart from the others."""
     label = ("branches" if branch else "outside") + ("" if decayed else ", no decay")
-    label += "" if folded is None else f", folded ε = {folded:.6g}"
     label += "" if times == 1 else f", on the stream {times:g}×"
     return label + ("" if width == 1 else f", width × {width:g}")
 
@@ -137,13 +130,6 @@ def _of_branch(inner: nn.Module, live: dict[str, nn.Parameter], branch: Branch) 
             yield live[name]
         else:
             yield from module_of(inner, name.rpartition(".")[0]).parameters()
-
-
-def _folded(live: dict[str, nn.Parameter], plan: ScalingPlan) -> dict[int, float]:
-    """The ε that the weights of last maps hold, by parameter."""
-    if plan.realisation != "folded":
-        return {}
-    return {id(live[name]): branch.multiplier for branch in plan.branches for name in branch.last_map}
 
 
 def _check_settings(lr: float, eps: float, weight_decay: float) -> None:

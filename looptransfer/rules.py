@@ -96,16 +96,3 @@ def depth_factors(rule: Rule, family: Family, layers: int, base_layers: int) -> 
         "adam": DepthFactors(lr=shrink, eps=shrink, weight_decay=shrink),
         "sgd": DepthFactors(lr=1.0, eps=1.0, weight_decay=shrink),
     }[family]
-
-
-def fold_factors(family: Family, multiplier: float) -> DepthFactors:
-    """Optimizer factors of a weight that holds ε itself, so that it trains as ε beside it would (our extension).
-
-    The folded weight is W' = εW, and its gradient the plain one over ε. For W' to stay εW the step must be ε times W's:
-    AdamW lr·ε, eps/ε, wd/ε; Adam with an L2 penalty lr·ε, eps/ε, wd/ε²; SGD, with momentum or without, lr·ε², wd/ε².
-    """
-    return {
-        "adamw": DepthFactors(lr=multiplier, eps=1 / multiplier, weight_decay=1 / multiplier),
-        "adam": DepthFactors(lr=multiplier, eps=1 / multiplier, weight_decay=multiplier**-2),
-        "sgd": DepthFactors(lr=multiplier**2, eps=1.0, weight_decay=multiplier**-2),
-    }[family]

@@ -311,3 +311,104 @@ def test_parameters_on_the_stream_get_the_lr_by_their_uses() -> None:
 def test_another_word_for_on_stream_is_refused() -> None:
     with pytest.raises(lt.InputError, match="on_stream is 'ignore'; choose scale or leave"):
         lt.param_groups(post_norm_model(), torch.optim.AdamW, lr=0.1, on_stream="ignore")
+
+
+# -- schedules
+
+
+def optimizer_of(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(lt.param_groups(model, torch.optim.AdamW, lr=0.1), **settings)
+
+
+def ratios(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The LR of each group by its own factor: the base LR, were there one."""
+    return [float(group["lr"]) / group["lr_factor"] for group in optimizer.param_groups]
+
+
+def per_group(optimizer: torch.optim.Optimizer, lr: float) -> list[float]:
+    return [lr * group["lr_factor"] for group in optimizer.param_groups]
+
+
+class MultipliedByScale:
+    """timm's way: a value per group from the LR that it began with, times lr_scale where the group has that key."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.steps = optimizer, 0
+        self.first = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        self.steps += 1
+        for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
+            group["lr"] = first * 0.5 * (1 + math.cos(math.pi * self.steps / 5)) * group.get("lr_scale", 1.0)
+
+
+schedulers = torch.optim.lr_scheduler
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=7),
+    "warm-up and decay": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=2), schedulers.ExponentialLR(o, 0.7)], milestones=[2]
+    ),
+    "OneCycleLR, one number per group": lambda o: schedulers.OneCycleLR(o, per_group(o, 0.3), total_steps=6),
+    "timm": MultipliedByScale,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_keeps_the_ratio_of_the_groups_and_scales_nothing_twice(schedule: str) -> None:
+    optimizer = optimizer_of(rewritten())
+    scheduler = SCHEDULES[schedule](optimizer)
+    seen = set()
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+        base = ratios(optimizer)
+        assert base == pytest.approx([base[0]] * 4, rel=1e-12)
+        seen.add(round(base[0], 9))
+    assert len(seen) > 2
+    assert not any("lr_scale" in group for group in optimizer.param_groups)
+
+
+def test_what_sets_one_lr_for_all_loses_the_ratio_and_set_lr_gives_it_back() -> None:
+    optimizer = optimizer_of(rewritten())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.03
+    assert len(set(ratios(optimizer))) == 2
+    for lr in (0.02, 0, 0.3):
+        lt.set_lr(optimizer, lr)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(per_group(optimizer, lr), rel=1e-15)
+        assert ratios(optimizer) == pytest.approx([lr] * 4, rel=1e-15)
+
+
+def test_an_lr_in_a_tensor_is_set_in_place() -> None:
+    optimizer = optimizer_of(rewritten(), capturable=True)
+    tensors = [torch.tensor(group["lr"]) for group in optimizer.param_groups]
+    for group, tensor in zip(optimizer.param_groups, tensors, strict=True):
+        group["lr"] = tensor
+    lt.set_lr(optimizer, 0.02)
+    assert all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors, strict=True))
+    assert ratios(optimizer) == pytest.approx([0.02] * 4)
+
+
+def test_the_factor_survives_the_state_dict() -> None:
+    first, second = optimizer_of(rewritten()), optimizer_of(rewritten())
+    lt.set_lr(first, 0.02)
+    second.load_state_dict(first.state_dict())
+    assert ratios(second) == pytest.approx([0.02] * 4)
+    lt.set_lr(second, 0.04)
+
+
+@pytest.mark.parametrize("lr", [-0.1, math.nan, math.inf, "0.1", None])
+def test_a_base_lr_out_of_range_is_refused_and_changes_nothing(lr: Any) -> None:
+    optimizer = optimizer_of(rewritten())
+    with pytest.raises(lt.InputError, match=r"^lr is .*must be a finite number from 0 up"):
+        lt.set_lr(optimizer, lr)
+    assert ratios(optimizer) == pytest.approx([0.1] * 4)
+
+
+def test_an_optimizer_of_other_groups_is_refused_before_anything_is_set() -> None:
+    optimizer, before = optimizer_of(rewritten()), optimizer_of(rewritten())
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1.0})
+    with pytest.raises(lt.InputError, match="group 4 of the optimizer holds no lr_factor"):
+        lt.set_lr(optimizer, 0.02)
+    assert [group["lr"] for group in optimizer.param_groups] == [*per_group(before, 0.1), 1.0]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import looptransfer as lt
 from looptransfer import rules
-from looptransfer.rules import DepthFactors, Family, Rule, depth_factors, fold_factors
+from looptransfer.rules import DepthFactors, Family, Rule, depth_factors
 
 reproducible = settings(derandomize=True, deadline=None)
 counts = st.integers(min_value=1, max_value=10_000)
@@ -135,16 +135,3 @@ def test_unscaled_leaves_the_optimizer_alone(family: Family, layers: int, base: 
 @given(every_rule, st.sampled_from(["adamw", "adam", "sgd"]), counts)
 def test_depth_factors_are_one_at_the_base_depth(rule: Rule, family: Family, layers: int) -> None:
     assert depth_factors(rule, family, layers, layers) == DepthFactors(1.0, 1.0, 1.0)
-
-
-@reproducible
-@given(multiplier=lams)
-def test_a_folded_weight_steps_epsilon_times_as_far(multiplier: float) -> None:
-    """Its gradient is the plain one over ε; the decay of an L2 penalty is added to that, AdamW's to the step."""
-    adamw, adam, sgd = (fold_factors(family, multiplier) for family in ("adamw", "adam", "sgd"))
-    assert adamw.lr == adam.lr == multiplier
-    assert adamw.eps * multiplier == pytest.approx(1)
-    assert adamw.lr * adamw.weight_decay * multiplier == pytest.approx(multiplier)
-    assert adam.weight_decay * multiplier == pytest.approx(1 / multiplier)
-    assert sgd.lr / multiplier == pytest.approx(multiplier)
-    assert sgd.lr * sgd.weight_decay * multiplier == pytest.approx(multiplier)

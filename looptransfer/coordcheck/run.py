@@ -192,8 +192,7 @@ class _Runs:
         self.width_scaled = any(hasattr(parameter, "infshape") for parameter in model.parameters())
         layers = plan.layers if plan else len({branch.layer for branch in branches})
         place = (rule, size.loops, size.width or setting.experiment.width, layers, seed)
-        if plan is None or plan.realisation == "multiplier":  # a folded one is in the weights
-            self.rows += [(*place, 0, branch.module, 0, "multiplier", branch.multiplier) for branch in branches]
+        self.rows += [(*place, 0, branch.module, 0, "multiplier", branch.multiplier) for branch in branches]
         training = train_watched(model, optimizer, branches, data, setting.experiment.loss, plan, setting.statistics)
         for step, observation, values in training:
             self.rows += [(*place, step, *value) for value in [*observation.values, *values]]
@@ -227,7 +226,8 @@ class _Runs:
             )
         self.plans[rule, size] = plan
         self.names[size] = frozenset(named_parameters(model))
-        self._check_peers(rule, size)
+        if rule != AS_MADE:  # what is checked as made may be untied, as a control
+            self._check_peers(rule, size)
         return plan
 
     def _check_peers(self, rule: str, size: _Size) -> None:

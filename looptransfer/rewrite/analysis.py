@@ -58,16 +58,16 @@ def analyse(
     def again(change: Mapping[int, Change], watch: frozenset[int]) -> Mapping[int, Tensor]:
         return record(model, example_inputs, change=change, watch=watch, seed=0).watched
 
-    found = trace(model, example_inputs, **options)
-    groups = marked_alone(found) if declared is None else declared_groups(model, found, declared)
-    adds = branches_of(found, groups) if declared is None else [add for group in groups for add in group.adds]
-    rest = without_branches(found, adds)
+    forward = trace(model, example_inputs, **options)
+    groups = marked_alone(forward) if declared is None else declared_groups(model, forward, declared)
+    adds = branches_of(forward, groups) if declared is None else [add for group in groups for add in group.adds]
+    rest = without_branches(forward, adds)
     if declared is None:
-        refuse_time(found)
-        refuse_unrecognised(found, rest, again)
-        groups = find_groups(found) + groups
-    ties = count_visits(model, found, groups)
-    note_members(model, found, groups, rest, frozenset())
+        refuse_time(forward)
+        refuse_unrecognised(forward, rest, again)
+        groups = find_groups(forward) + groups
+    ties = count_visits(model, forward, groups)
+    note_members(model, forward, groups, rest, frozenset())
     blocks = find_blocks(model, groups)
     layers = count_layers(model, blocks, groups, ties)
-    return Analysis(found, groups, blocks, layers, ties.shared(groups), rest)
+    return Analysis(forward, groups, blocks, layers, ties.shared(groups), rest)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.graph import Graph, Handle, Site
+from looptransfer.rewrite.graph import Graph, Handle, Site, bits
 from looptransfer.rewrite.names import module_of, parameter_names
 from looptransfer.rewrite.trace import ResidualAdd, Trace
 
@@ -27,27 +27,27 @@ class Group:
     routes: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)  # from each add, and its own factor
 
 
-def branches_of(found: Trace, groups: list[Group]) -> list[ResidualAdd]:
+def branches_of(forward: Trace, groups: list[Group]) -> list[ResidualAdd]:
     """The adds whose branches are to be scaled: those that were found, and those of groups that the user names."""
-    marked = [add for add in found.of("time") if found.marked(add)]
-    return [*found.of("leaf"), *marked, *(add for group in groups for add in group.adds)]
+    marked = [add for add in forward.of("time") if forward.marked(add)]
+    return [*forward.of("leaf"), *marked, *(add for group in groups for add in group.adds)]
 
 
-def refuse_time(found: Trace) -> None:
+def refuse_time(forward: Trace) -> None:
     """Refuse visits that follow time and not depth, where nothing is marked.
 
     Raises:
         InputError: names the line.
     """
-    for add in found.of("time"):
-        if not found.marked(add):
+    for add in forward.of("time"):
+        if not forward.marked(add):
             raise InputError(
                 f"the residual add at {add.site.source} runs over time, not over depth: what it depends on grows with "
                 f"every one of its visits, so their number is no loop count. {DECLARE}, and N with loops="
             )
 
 
-def find_groups(found: Trace) -> list[Group]:
+def find_groups(forward: Trace) -> list[Group]:
     """One group per handle, in the order in which the branches are first added.
 
     The handle is the module that returned the branch, or something to which the branch is proportional, at every one of
@@ -57,15 +57,15 @@ def find_groups(found: Trace) -> list[Group]:
     Raises:
         InputError: a branch has no handle, or feeds something else too.
     """
-    return _Finder(found).groups()
+    return _Finder(forward).groups()
 
 
 class _Finder:
     """Finds a handle for every branch of a trace."""
 
-    def __init__(self, found: Trace) -> None:
-        self.found, self.graph = found, found.graph
-        self.adds = sorted(branches_of(found, []), key=lambda add: add.total)
+    def __init__(self, forward: Trace) -> None:
+        self.forward, self.graph = forward, forward.graph
+        self.adds = sorted(branches_of(forward, []), key=lambda add: add.total)
         self.usable = self._usable()
 
     def groups(self) -> list[Group]:
@@ -78,19 +78,22 @@ class _Finder:
                     "cannot be multiplied on its way to the stream (a module that hands over something else too at "
                     f"another call is none). Mark it there: x + looptransfer.residual(…, 'name'). {DECLARE}"
                 )
-            route = {add.total} | {n for _, way in cut for n in way}
-            for handle, way in cut:
-                self._check_use(add, way, route)
+            route = {add.total} | {n for _, path in cut for n in path}
+            for handle, path in cut:
+                self._check_use(add, handle, path, route)
                 group = groups.setdefault(handle, Group(handle, []))
                 if add not in group.adds[-1:]:  # chunks are handed over apart and added together
                     group.adds.append(add)
-                group.nodes.add(way[-1])
+                group.nodes.add(path[-1])
                 signs = self.graph.nodes[add.total].signs
-                group.routes.append((signs[add.position] if signs else 1.0, way))
+                group.routes.append((signs[add.position] if signs else 1.0, path))
         return list(groups.values())
 
-    def _check_use(self, add: ResidualAdd, way: tuple[int, ...], route: set[int]) -> None:
-        if any(self.graph.users(n) - route for n in way) or way[-1] in self.graph.outputs:
+    def _check_use(self, add: ResidualAdd, handle: Handle, path: tuple[int, ...], route: set[int]) -> None:
+        inside = range(self.graph.nodes[path[-1]].handed_over[handle])  # what the module itself makes of its branch
+        users = [self.graph.users(n) for n in path[:-1]]
+        users.append({n for n in self.graph.users(path[-1]) if n not in inside})
+        if any(numbers - route for numbers in users) or path[-1] in self.graph.outputs:
             raise InputError(
                 f"the residual branch added at {add.site.source} also feeds something else, so it cannot be "
                 f"multiplied on its way to the stream. Mark it at the add: x + looptransfer.residual(…, 'name'). "
@@ -104,9 +107,9 @@ class _Finder:
         serves: Counter[Handle] = Counter()
         twice: set[Handle] = set()
         for add in self.adds:
-            for node in self.found.proportional(add):
+            for node in self.forward.proportional(add):
                 for handle in self.graph.nodes[node].handles:
-                    earlier = handed[handle] & add.way
+                    earlier = handed[handle] & add.path
                     twice |= {handle} if any(self.graph.precedes(node, n) for n in earlier) else set()
                     handed[handle].add(node)
                     common[handle] = common.get(handle, add.matrices) & add.matrices
@@ -122,45 +125,51 @@ class _Finder:
 
         return Counter({handle: serves[handle] for handle in handed if whole(handle)})
 
-    def _cut(self, add: ResidualAdd, number: int, way: tuple[int, ...]) -> list[tuple[Handle, tuple[int, ...]]] | None:
+    def _cut(self, add: ResidualAdd, number: int, path: tuple[int, ...]) -> list[tuple[Handle, tuple[int, ...]]] | None:
         """The handles that scale the branch together, each with the nodes from the add back to it.
 
         Of those that lie one behind the other it is the one that serves most adds, and of these the nearest.
         """
-        way = (*way, number)
+        path = (*path, number)
         handles = [h for h in self.graph.nodes[number].handles if h in self.usable]
         fit = [h for h in handles if h.mark is not None or h.module not in add.site.container]
         marks = [h for h in fit if h.mark is not None]
-        if not self._apart(number, way):
+        if not self._apart(number, path):
             fit = marks = []
         if marks:
-            return [(marks[-1], way)]
+            return [(marks[-1], path)]
         best = [max(reversed(fit), key=self.usable.__getitem__)] if fit else []
-        for alternative in self.graph.scaling(number) if number in add.way else ():
-            parts = [self._cut(add, source, way) for source in alternative]
+        for alternative in self.graph.scaling(number) if number in add.path else ():
+            parts = [self._cut(add, source, path) for source in alternative]
             cut = [piece for part in parts if part for piece in part]
             if parts and None not in parts and (not best or min(self.usable[h] for h, _ in cut) > self.usable[best[0]]):
                 return cut
-        return [(best[0], way)] if best else None
+        return [(best[0], path)] if best else None
 
-    def _apart(self, number: int, way: tuple[int, ...]) -> bool:
+    def _apart(self, number: int, path: tuple[int, ...]) -> bool:
         """Nothing beside the way holds the branch too, as the norm does in y / |y|."""
-        beside = {s for n in way[:-1] for s in self.graph.nodes[n].sources} - set(way)
+        beside = {s for n in path[:-1] for s in self.graph.nodes[n].sources} - set(path)
         return not any(s == number or self.graph.precedes(number, s) for s in beside)
 
 
 # -- named by the user
 
 
-def marked_alone(found: Trace) -> list[Group]:
+def marked_alone(forward: Trace) -> list[Group]:
     """Marks on what no addition that is recognised takes up.
 
     Raises:
         InputError: a mark inside a branch is left alone there, but has the name of a mark around it.
     """
     scaled, idle = (
-        {h for add in adds for n in found.proportional(add) for h in found.graph.nodes[n].handles if h.mark is not None}
-        for adds in (branches_of(found, []), [add for add in found.adds if add.kind in {"inner", "composite"}])
+        {
+            h
+            for add in adds
+            for n in forward.proportional(add)
+            for h in forward.graph.nodes[n].handles
+            if h.mark is not None
+        }
+        for adds in (branches_of(forward, []), [add for add in forward.adds if add.kind in {"inner", "composite"}])
     )
     for handle in idle - scaled:
         around = [h for h in scaled if h.mark == handle.mark and (handle.module + ".").startswith(h.module)]
@@ -169,39 +178,39 @@ def marked_alone(found: Trace) -> list[Group]:
                 f"the mark {handle} lies inside a branch and is left alone, but has the name of {around[0]} around "
                 "it and would be taken for it; give it another name: looptransfer.residual(…, 'inner')"
             )
-    marks = {handle for handle in found.graph.calls if handle.mark is not None}
-    return [_marked_alone(found, handle) for handle in sorted(marks - scaled - idle, key=str)]
+    marks = {handle for handle in forward.graph.calls if handle.mark is not None}
+    return [_marked_alone(forward, handle) for handle in sorted(marks - scaled - idle, key=str)]
 
 
-def _marked_alone(found: Trace, handle: Handle) -> Group:
+def _marked_alone(forward: Trace, handle: Handle) -> Group:
     """A mark on what is added in a way that is not recognised: what acts between its runs is its branch's."""
-    graph = found.graph
-    ways = {way[-1]: frozenset(way) for n in _places(found, handle) for way in [_up_to_use(graph, n)]}
+    graph = forward.graph
+    ways = {path[-1]: frozenset(path) for n in _places(forward, handle) for path in [_up_to_use(graph, n)]}
     places, acting = list(ways), []
     for count, n in enumerate(places):
         earlier = next((m for m in places[count - 1 :: -1] if count and graph.precedes(m, n)), None)
         acting.append(graph.matrices_on(graph.between(earlier, n)) if earlier is not None else frozenset())
-    known = next((names for names in acting if names), frozenset([str(handle)]))
+    common = next((names for names in acting if names), frozenset([str(handle)]))
     adds = [
-        _standing_alone(n, ways[n], names or known, names or known) for n, names in zip(places, acting, strict=True)
+        _standing_alone(n, ways[n], names or common, names or common) for n, names in zip(places, acting, strict=True)
     ]
     return _at(handle, places, adds)
 
 
 def _up_to_use(graph: Graph, number: int) -> list[int]:
     """A marked node and what it is multiplied by on its way to where it is used: ε stands there after the rewrite."""
-    way, users = [number], graph.users(number)
+    path, users = [number], graph.users(number)
     while len(users) == 1:
         user = graph.nodes[next(iter(users))]
-        others = [graph.nodes[s] for s in user.sources if s != way[-1]]
+        others = [graph.nodes[s] for s in user.sources if s != path[-1]]
         if user.op.name not in {"mul", "div"} or any(other.data or other.parameters for other in others):
             break
-        way.append(users.pop())
-        users = graph.users(way[-1])
-    return way
+        path.append(users.pop())
+        users = graph.users(path[-1])
+    return path
 
 
-def declared_groups(model: nn.Module, found: Trace, patterns: list[str]) -> list[Group]:
+def declared_groups(model: nn.Module, forward: Trace, patterns: list[str]) -> list[Group]:
     """The outputs of modules that the user names as branches.
 
     Raises:
@@ -212,7 +221,7 @@ def declared_groups(model: nn.Module, found: Trace, patterns: list[str]) -> list
     groups: dict[Handle, Group] = {}
     for pattern in patterns:
         fitting = [canonical[id(module)] for name, module in names.items() if fnmatchcase(name, pattern)]
-        called = [name for name in dict.fromkeys(fitting) if found.graph.calls[Handle(name)]]
+        called = [name for name in dict.fromkeys(fitting) if forward.graph.calls[Handle(name)]]
         if not called:
             some = ", ".join(name for name in list(names)[:8])
             raise InputError(
@@ -220,8 +229,8 @@ def declared_groups(model: nn.Module, found: Trace, patterns: list[str]) -> list
                 f"model.named_modules(): {some}, …"
             )
         for name in called:
-            group = _handed_over_by(model, found, name)
-            groups.setdefault(group.handle, group)
+            for group in _handed_over_by(model, forward, name):
+                groups.setdefault(group.handle, group)
     nested = [(a, b) for a in groups for b in groups if a.module.startswith(b.module + ".")]
     if nested:
         inner, outer = nested[0]
@@ -231,26 +240,59 @@ def declared_groups(model: nn.Module, found: Trace, patterns: list[str]) -> list
     return list(groups.values())
 
 
-def _handed_over_by(model: nn.Module, found: Trace, name: str) -> Group:
-    """What a module returns, as a branch: with the residual adds it reaches, where there are any.
+def _handed_over_by(model: nn.Module, forward: Trace, name: str) -> list[Group]:
+    """What a module returns, as branches: with the residual adds it reaches, where there are any.
 
-    Of several tensors it is the one that reaches most adds, and of those the first: attention weights come beside it.
+    Of several tensors each that reaches an add first is a branch. Where none does, it is one that the next visit
+    depends on, then one that meets what it was made of, then the one in which most of the module's matrices act (in
+    attention weights the values' do not), and of those the first.
     """
-    order = dict.fromkeys(h for node in found.graph.nodes for h in node.handles if h.module == name and h.mark is None)
+    nodes = forward.graph.nodes
+    order = {h: _places(forward, h) for node in nodes for h in node.handles if h.module == name and h.mark is None}
+    order = {h: places for h, places in order.items() if places}
     if not order:
-        raise InputError(f"branches holds {name}, which returns no tensor; name a module whose output is the branch")
-    near = [(add, set(found.proportional(add))) for add in found.of("leaf") + found.of("time")]
-    served = {h: [add for add, nodes in near if nodes & set(_places(found, h))] for h in order}
-    indexed = sorted(order, key=lambda h: (h.output is not None, str(h.output)))
-    handle = max(indexed, key=lambda h: len(served[h]))
-    places, adds = _places(found, handle), served[handle]
+        raise InputError(
+            f"branches holds {name}, which returns no tensor that reaches the output; name a module whose output is "
+            "the branch"
+        )
     owned = {name: p for p, name in _owned(model, name)}
-    matrices = frozenset(name for name, p in owned.items() if p.ndim >= 2) or frozenset([str(handle)])
-    others = [n for n in places if not any(n in nodes for add, nodes in near if add in adds)]
-    matrices, last = (adds[-1].matrices, adds[-1].last) if adds else (matrices, matrices)
-    ways = {n: _up_to_use(found.graph, n) for n in places}
-    alone = [_standing_alone(ways[n][-1], frozenset(ways[n]), matrices, last) for n in others]
-    return _at(handle, [way[-1] for way in ways.values()], adds + alone)
+
+    def rank(handle: Handle) -> tuple[bool, bool, int]:
+        first, *_, last = order[handle] * 2
+        acting = forward.graph.matrices_on([first, *bits(nodes[first].ancestors)])
+        carried, meets = forward.graph.precedes(first, last), _meets_its_origin(forward.graph, first)
+        return carried, meets, len(acting & owned.keys())
+
+    handles = sorted(order, key=lambda h: (h.output is not None, str(h.output)))
+    served: dict[Handle, list[tuple[ResidualAdd, set[int]]]] = {}
+    for add in forward.of("leaf") + forward.of("time"):
+        path = set(forward.proportional(add))
+        reached = {h: max(path & set(order[h])) for h in handles if path & set(order[h])}
+        if reached:
+            served.setdefault(max(reached, key=reached.__getitem__), []).append((add, path))
+    served = served or {max(handles, key=rank): []}
+    matrices = frozenset(name for name, p in owned.items() if p.ndim >= 2) or frozenset([name])
+    return [_declared(forward, handle, order[handle], near, matrices) for handle, near in served.items()]
+
+
+def _declared(
+    forward: Trace, handle: Handle, places: list[int], near: list[tuple[ResidualAdd, set[int]]], owned: frozenset[str]
+) -> Group:
+    """A group of what a module returns at some nodes, which reaches these adds; `owned` are the module's matrices."""
+    adds = [add for add, _ in near]
+    others = [n for n in places if not any(n in path for _, path in near)]
+    matrices, last = (adds[-1].matrices, adds[-1].last) if adds else (owned, owned)
+    paths = {n: _up_to_use(forward.graph, n) for n in places}
+    alone = [_standing_alone(paths[n][-1], frozenset(paths[n]), matrices, last) for n in others]
+    return _at(handle, [path[-1] for path in paths.values()], adds + alone)
+
+
+def _meets_its_origin(graph: Graph, number: int) -> bool:
+    """A node is used together with other data of what it was made of, and not as its factor or beside it."""
+    end = _up_to_use(graph, number)[-1]
+    users = (graph.nodes[n] for n in graph.users(end) if graph.nodes[n].op.relation not in {"product", "side by side"})
+    others = (graph.nodes[s] for user in users for s in user.sources if s != end and graph.nodes[s].data)
+    return any(other.ancestors & graph.nodes[number].ancestors for other in others)
 
 
 def _owned(model: nn.Module, name: str) -> list[tuple[nn.Parameter, str]]:
@@ -258,18 +300,20 @@ def _owned(model: nn.Module, name: str) -> list[tuple[nn.Parameter, str]]:
     return [(p, canonical[id(p)]) for p in module_of(model, name).parameters()]
 
 
-def scaled(found: Trace, groups: list[Group]) -> list[ResidualAdd]:
+def scaled(forward: Trace, groups: list[Group]) -> list[ResidualAdd]:
     """The adds whose branch some group hands over."""
     taken, nodes = {id(add) for group in groups for add in group.adds}, {n for group in groups for n in group.nodes}
     return [
-        add for add in found.adds if id(add) in taken or (add.kind == "fixed" and nodes & set(found.proportional(add)))
+        add
+        for add in forward.adds
+        if id(add) in taken or (add.kind == "fixed" and nodes & set(forward.proportional(add)))
     ]
 
 
-def _standing_alone(place: int, way: frozenset[int], matrices: frozenset[str], last: frozenset[str]) -> ResidualAdd:
+def _standing_alone(place: int, path: frozenset[int], matrices: frozenset[str], last: frozenset[str]) -> ResidualAdd:
     """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
     site = Site(DECLARED, 0, ())
-    return ResidualAdd("leaf", site, 0, place, place, place, 0, place, way, matrices=matrices, last=last)
+    return ResidualAdd("leaf", site, 0, place, place, place, 0, place, path, matrices=matrices, last=last)
 
 
 def _at(handle: Handle, places: list[int], adds: list[ResidualAdd]) -> Group:
@@ -277,6 +321,6 @@ def _at(handle: Handle, places: list[int], adds: list[ResidualAdd]) -> Group:
     return Group(handle, adds, nodes=set(places), routes=[(1.0, (n,)) for n in places])
 
 
-def _places(found: Trace, handle: Handle) -> list[int]:
-    live = found.graph.is_live
-    return [n for n, node in enumerate(found.graph.nodes) if handle in node.handles and live(n)]
+def _places(forward: Trace, handle: Handle) -> list[int]:
+    live = forward.graph.is_live
+    return [n for n, node in enumerate(forward.graph.nodes) if handle in node.handles and live(n)]

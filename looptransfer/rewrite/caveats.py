@@ -22,25 +22,30 @@ def find_caveats(
 
     `branches`: those of the plan. `preserved`: the rewrite leaves the function as it is.
     """
-    found, groups, constants = analysis.trace, analysis.groups, [branch.factors for branch in branches]
+    forward, groups, constants = analysis.trace, analysis.groups, [branch.factors for branch in branches]
     checks = [
-        _unused(model, found, groups),
+        _unused(model, forward, groups),
         _injection(analysis),
         _gated(analysis),
         _shared(analysis.shared),
-        _fixed(found, groups),
-        _post_norm(found),
-        _depth_scaling(found, groups, constants),
-        _cut_loops(model, found, groups),
+        _fixed(forward, groups),
+        _post_norm(forward),
+        _depth_scaling(forward, groups, constants),
+        _cut_loops(model, forward, groups),
     ]
-    checks += [_prelude(branches), _frozen(model, branches), None if preserved else _trained(model)]
+    checks += [
+        _prelude(branches),
+        _frozen(model, branches),
+        _left_frozen(forward),
+        None if preserved else _trained(model),
+    ]
     return tuple(caveat for caveat in checks if caveat)
 
 
-def _unused(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
+def _unused(model: nn.Module, forward: Trace, groups: list[Group]) -> str | None:
     inside = tuple(group.handle.module + "." for group in groups if group.handle.mark is None)
     wide = [name for name, parameter in named_parameters(model).items() if parameter.ndim >= 2]
-    idle = [name for name in wide if name not in found.graph.touched and not name.startswith(inside)]
+    idle = [name for name in wide if name not in forward.graph.touched and not name.startswith(inside)]
     if not idle:
         return None
     return (
@@ -79,9 +84,9 @@ def _shared(names: tuple[str, ...]) -> str | None:
     )
 
 
-def _fixed(found: Trace, groups: list[Group]) -> str | None:
-    taken = scaled(found, groups)
-    sources = list(dict.fromkeys(add.site.source for add in found.of("fixed") if add not in taken))
+def _fixed(forward: Trace, groups: list[Group]) -> str | None:
+    taken = scaled(forward, groups)
+    sources = list(dict.fromkeys(add.site.source for add in forward.of("fixed") if add not in taken))
     if not sources:
         return None
     return (
@@ -91,13 +96,13 @@ def _fixed(found: Trace, groups: list[Group]) -> str | None:
     )
 
 
-def _post_norm(found: Trace) -> str | None:
+def _post_norm(forward: Trace) -> str | None:
     """A sum that goes on only through something without matrices: the stream itself is normalised."""
-    leaves = found.of("leaf")
+    leaves = forward.of("leaf")
     carried = set[int]()
-    for number in [*(add.stream for add in leaves), *found.graph.outputs]:
-        found.origin(number, carried)
-    normed = [add for n, add in enumerate(leaves) if _normed(found, add, leaves[n + 1 : n + 9], carried)]
+    for number in [*(add.stream for add in leaves), *forward.graph.outputs]:
+        forward.origin(number, carried)
+    normed = [add for n, add in enumerate(leaves) if _normed(forward, add, leaves[n + 1 : n + 9], carried)]
     if not normed or len(normed) < len(leaves) // 2:  # no more than a norm at the end of each loop
         return None
     return (
@@ -107,36 +112,36 @@ def _post_norm(found: Trace) -> str | None:
     )
 
 
-def _normed(found: Trace, add: ResidualAdd, later: list[ResidualAdd], carried: set[int]) -> bool:
-    following = next((one for one in later if found.graph.precedes(add.total, one.stream)), None)
+def _normed(forward: Trace, add: ResidualAdd, later: list[ResidualAdd], carried: set[int]) -> bool:
+    following = next((then for then in later if forward.graph.precedes(add.total, then.stream)), None)
     if add.total in carried or following is None:
         return False
-    way = found.graph.between(add.total, following.stream)
-    return any(found.graph.nodes[n].op.relation == "norm" for n in way) and not found.graph.matrices_on(way)
+    path = forward.graph.between(add.total, following.stream)
+    return any(forward.graph.nodes[n].op.relation == "norm" for n in path) and not forward.graph.matrices_on(path)
 
 
-def _depth_scaling(found: Trace, groups: list[Group], constants: list[tuple[float, ...]]) -> str | None:
+def _depth_scaling(forward: Trace, groups: list[Group], constants: list[tuple[float, ...]]) -> str | None:
     named = [
-        f"{group.handle} × {own[0]:g}"
-        for group, own in zip(groups, constants, strict=True)
-        if own and all(abs(constant - 1) > 1e-6 for constant in own)
+        f"{group.handle} × {factors[0]:g}"
+        for group, factors in zip(groups, constants, strict=True)
+        if factors and all(abs(constant - 1) > 1e-6 for constant in factors)
     ]
-    learned = sorted(frozenset[str]().union(*(gates(found, group) for group in groups)))
-    what = [f"a constant factor ({named[0]}, as residual_multiplier in some configurations)"] if named else []
-    what += (
+    learned = sorted(frozenset[str]().union(*(gates(forward, group) for group in groups)))
+    causes = [f"a constant factor ({named[0]}, as residual_multiplier in some configurations)"] if named else []
+    causes += (
         [f"learned factors ({', '.join(learned[:4])}{', …' * (len(learned) > 4)}; LayerScale, ReZero)"]
         if learned
         else []
     )
-    if not what:
+    if not causes:
         return None
     return (
-        f"existing depth scaling: {' and '.join(what)} already on the branches. ε comes on top of it: if it was "
+        f"existing depth scaling: {' and '.join(causes)} already on the branches. ε comes on top of it: if it was "
         "chosen for depth, set it to 1 first, or depth is counted twice"
     )
 
 
-def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | None:
+def _cut_loops(model: nn.Module, forward: Trace, groups: list[Group]) -> str | None:
     if not torch.is_grad_enabled():
         return None
     trained = {name for name, parameter in named_parameters(model).items() if parameter.requires_grad}
@@ -144,10 +149,10 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
         if not group.parameters & trained:
             continue
         follow = [
-            (a, b) for a, b in pairwise(group.adds) if a.total == b.stream or found.graph.precedes(a.total, b.stream)
+            (a, b) for a, b in pairwise(group.adds) if a.total == b.stream or forward.graph.precedes(a.total, b.stream)
         ]
         cut = [add for add in group.adds if not add.recorded]
-        cut += [later for earlier, later in follow if earlier.recorded and _cut_between(found, earlier, later)]
+        cut += [later for earlier, later in follow if earlier.recorded and _cut_between(forward, earlier, later)]
         if cut:
             return (
                 f"loops cut by detach or no_grad: {len(cut)} of {len(group.adds)} visits at "
@@ -157,13 +162,13 @@ def _cut_loops(model: nn.Module, found: Trace, groups: list[Group]) -> str | Non
     return None
 
 
-def _cut_between(found: Trace, earlier: ResidualAdd, later: ResidualAdd) -> bool:
+def _cut_between(forward: Trace, earlier: ResidualAdd, later: ResidualAdd) -> bool:
     """No gradient comes from the later sum back to the earlier one on any way."""
     reached = {earlier.total}
-    for n in found.graph.between(earlier.total, later.total):
-        if found.graph.nodes[n].gradients_to & reached:
+    for n in forward.graph.between(earlier.total, later.total):
+        if forward.graph.nodes[n].gradients_to & reached:
             reached.add(n)
-    return found.graph.nodes[earlier.total].followed and later.total not in reached
+    return forward.graph.nodes[earlier.total].followed and later.total not in reached
 
 
 def renewed(caveats: tuple[str, ...], branches: tuple[Branch, ...]) -> tuple[str, ...]:
@@ -194,6 +199,16 @@ def _frozen(model: nn.Module, branches: tuple[Branch, ...]) -> str | None:
         f"frozen weights: {', '.join(still[:4])}{', …' * (len(still) > 4)} hold nothing that is trained and are scaled "
         "all the same, since gradients go through them; if what they compute is to stay, declare the other branches, "
         "branches=[…]"
+    )
+
+
+def _left_frozen(forward: Trace) -> str | None:
+    sources = list(dict.fromkeys(add.site.source for add in forward.of("frozen")))
+    if not sources:
+        return None
+    return (
+        f"left as they are: no gradient comes to the branches added at {', '.join(sources)}, as in a teacher or a "
+        "frozen backbone. One that copies trained weights must compute with their ε: name all branches, branches=[…]"
     )
 
 

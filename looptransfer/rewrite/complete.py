@@ -39,23 +39,23 @@ class Remainder:
         self.matrices = tuple(name for name in self.matrices if name not in names)
 
 
-def without_branches(found: Trace, adds: list[ResidualAdd]) -> Remainder:
+def without_branches(forward: Trace, adds: list[ResidualAdd]) -> Remainder:
     """Cut the branches of some adds out of a trace, and those that are not trained."""
-    nodes = found.graph.nodes
-    cut: dict[int, int | None] = {add.total: add.stream for add in found.of("frozen")}
+    nodes = forward.graph.nodes
+    cut: dict[int, int | None] = {add.total: add.stream for add in forward.of("frozen")}
     cut |= {add.total: add.stream if add.total != add.branch else None for add in adds}
-    known = frozenset(add.total for add in found.adds if add.kind != "fixed") - cut.keys()
-    paths = Paths(found.graph, cut, known)
+    known = frozenset(add.total for add in forward.adds if add.kind != "fixed") - cut.keys()
+    paths = Paths(forward.graph, cut, known)
     live = [n for n in range(len(nodes)) if paths.live >> n & 1]
     joins = [join for n in live if (join := paths.join_at(n)) is not None]
-    uses = _uses(found.graph, paths, live)
-    acting = {name.split("+")[0] for name in found.graph.matrices_on(live)}
+    uses = _uses(forward.graph, paths, live)
+    acting = {name.split("+")[0] for name in forward.graph.matrices_on(live)}
     again = tuple(name for name, times in sorted(uses.items()) if times > 1 and name in acting)
     totals = functools.reduce(lambda mask, add: mask | 1 << add.total, adds, 0)
     carried = functools.reduce(lambda mask, add: mask | paths.free[add.stream] | 1 << add.stream, adds, 0)
     looped = [n for n in live if carried >> n & 1 and paths.free[n] & totals and n not in known]
     injections = [n for n in looped if nodes[n].op.relation == "sum" and _brings_older(paths, n, totals)]
-    gates = [n for n in looped if paths.gates(n)]
+    gates = [n for n in looped if paths.gates(n, totals)]
     return Remainder(paths, joins, uses, again, injections, gates)
 
 
@@ -82,33 +82,35 @@ def _uses(graph: Graph, paths: Paths, live: list[int]) -> dict[str, int]:
     return {name: max(n for _, _, n in uses) for name, uses in chains.items()}
 
 
-def note_members(model: nn.Module, found: Trace, groups: list[Group], rest: Remainder, hidden: frozenset[str]) -> None:
+def note_members(
+    model: nn.Module, forward: Trace, groups: list[Group], rest: Remainder, hidden: frozenset[str]
+) -> None:
     """Set the parameters of every group: those that reach the output through its branch, and not at ε = 0.
 
     `hidden` are known to have no effect then: what they make is on the stream, and cut off before the output. Of the
     module that hands a branch over its parameters are also those that did not run, such as an expert not chosen.
     """
-    names = {n: node.parameters for n, node in enumerate(found.graph.nodes) if node.parameters and not node.sources}
+    names = {n: node.parameters for n, node in enumerate(forward.graph.nodes) if node.parameters and not node.sources}
     canonical = parameter_names(model)
 
     def reaching(mask: int) -> set[str]:
-        return {name for n, own in names.items() if mask >> n & 1 for name in own}
+        return {name for n, entering in names.items() if mask >> n & 1 for name in entering}
 
     outside = reaching(rest.paths.live) - hidden
 
     def ancestors(number: int) -> int:
         """Those of a branch, as they are left; of one that is cut itself those of what it is made of."""
-        sources = found.graph.nodes[number].sources if number in rest.paths.cut else (number,)
+        sources = forward.graph.nodes[number].sources if number in rest.paths.cut else (number,)
         return functools.reduce(lambda mask, n: mask | rest.paths.reach[n] | 1 << n, sources, 0)
 
     for group in groups:
         inside = set[str]().union(*(reaching(ancestors(n)) for n in {add.branch for add in group.adds}))
         module = module_of(model, group.handle.module) if group.handle.mark is None else None
-        idle = {canonical[id(p)] for p in module.parameters()} - found.graph.touched if module is not None else set()
+        idle = {canonical[id(p)] for p in module.parameters()} - forward.graph.touched if module is not None else set()
         group.parameters = frozenset(inside - outside) | idle
 
 
-def refuse_unrecognised(found: Trace, rest: Remainder, again: Rerun) -> None:
+def refuse_unrecognised(forward: Trace, rest: Remainder, again: Rerun) -> None:
     """Refuse what adds data to what learned matrices made of it, and is no residual add that was found.
 
     Inside a branch that is its own affair, unless it is a loop: one that runs on through the same matrices. `again`
@@ -117,101 +119,101 @@ def refuse_unrecognised(found: Trace, rest: Remainder, again: Rerun) -> None:
     Raises:
         InputError: names the line where the two meet.
     """
-    nodes = found.graph.nodes
-    if found.graph.fused_kernels:
+    nodes = forward.graph.nodes
+    if forward.graph.fused_kernels:
         raise InputError(
-            f"the kernel called at {found.graph.fused_kernels[0]} adds a residual branch to its own input, where no "
+            f"the kernel called at {forward.graph.fused_kernels[0]} adds a residual branch to its own input, where no "
             f"multiplier can reach; use an unfused form of it. {DECLARE}"
         )
-    scaled = next((line for add in found.of("leaf") if (line := _scaled_stream(found, add))), None)
+    scaled = next((line for add in forward.of("leaf") if (line := _scaled_stream(forward, add))), None)
     if scaled is not None:
         raise InputError(
             f"the stream is multiplied by a constant at {scaled} between two residual adds, and the rule is derived "
             f"for x + f(x): its 1/N is not known to hold. {DECLARE}"
         )
-    gated = next((line for line in _gated_streams(found, rest)), None)
+    gated = next((line for line in _gated_streams(forward, rest)), None)
     if gated is not None:
         raise InputError(
             f"at {gated} the stream is multiplied by what learned matrices made of data (a gate on the skip, as in "
             "GRU, highway or squeeze-and-excitation over the sum), and the rule is derived for x + f(x): its 1/N is "
             f"not known to hold. {DECLARE}"
         )
-    joins = [join for join in _over_depth(found, rest.joins, again) if _matters(found, join)]
+    joins = [join for join in _over_depth(forward, rest.joins, again) if _matters(forward, join)]
     if joins:
-        raise _unrecognised(found, joins[0], "")
-    for add in {add.last: add for add in reversed(found.of("leaf"))}.values():
-        inside = [n for n in sorted(add.way) if nodes[n].data]
+        raise _unrecognised(forward, joins[0], "")
+    for add in {add.last: add for add in reversed(forward.of("leaf"))}.values():
+        inside = [n for n in sorted(add.path) if nodes[n].data]
         matrices = [name for n in inside for name in nodes[n].matrices]
         if len(matrices) == len(set(matrices)):
             continue
         roots = {add.root, *inside}
         joins = [join for n in inside if (join := rest.paths.join_at(n)) is not None and join.root in roots]
-        looped = [join for join in joins if any(_runs_on(found, rest.paths, join, other) for other in joins)]
-        looped = _over_depth(found, looped, again)
+        looped = [join for join in joins if any(_runs_on(forward, rest.paths, join, other) for other in joins)]
+        looped = _over_depth(forward, looped, again)
         if looped:
-            raise _unrecognised(found, looped[0], f" It runs in a loop inside the branch added at {add.site.source}.")
+            raise _unrecognised(forward, looped[0], f" It runs in a loop inside the branch added at {add.site.source}.")
 
 
-def _gated_streams(found: Trace, rest: Remainder) -> Iterator[str]:
+def _gated_streams(forward: Trace, rest: Remainder) -> Iterator[str]:
     """The lines where the skip of a loop is gated: a product of the stream, added to it or before its next add."""
-    for add in found.of("composite"):
+    for add in forward.of("composite"):
         if add.root == add.stream and rest.paths.is_gated(add.root, add.branch):
-            yield found.graph.line(add.total)
+            yield forward.graph.line(add.total)
     chains: defaultdict[frozenset[str], list[ResidualAdd]] = defaultdict(list)
-    for add in found.of("leaf"):
+    for add in forward.of("leaf"):
         chains[add.last].append(add)
     for adds in chains.values():
         for first, then in pairwise(adds):
             between = (n for n in rest.gates if rest.paths.skips(first.total, n) and rest.paths.skips(n, then.stream))
-            yield from (found.graph.line(n) for n in between)
+            yield from (forward.graph.line(n) for n in between)
 
 
-def _scaled_stream(found: Trace, add: ResidualAdd) -> str | None:
+def _scaled_stream(forward: Trace, add: ResidualAdd) -> str | None:
     """The line where the stream is scaled, as in (x + f(x))/2, since the add before."""
-    totals = {other.total for other in found.of("leaf")}
+    totals = {other.total for other in forward.of("leaf")}
     number, factor, line = add.stream, 1.0, None
     while number not in totals:
-        node = found.graph.nodes[number]
-        alternatives = found.graph.scaling(number)
+        node = forward.graph.nodes[number]
+        alternatives = forward.graph.scaling(number)
         if [len(sources) for sources in alternatives] != [1] or node.masked or node.parameters:
             return None
-        if node.op.name in {"mul", "div"} and sum(found.graph.nodes[s].data for s in node.sources) > 1:
+        if node.op.name in {"mul", "div"} and sum(forward.graph.nodes[s].data for s in node.sources) > 1:
             return None  # divided by its own norm
         if node.even and node.factor != 1:
-            factor, line = factor * node.factor, found.graph.line(number)
+            factor, line = factor * node.factor, forward.graph.line(number)
         number = alternatives[0][0]
     return line if abs(factor - 1) > 1e-6 else None
 
 
-def _matters(found: Trace, join: Join) -> bool:
+def _matters(forward: Trace, join: Join) -> bool:
     """Something learned comes after it, or the model hands it back: it is no loss."""
-    graph = found.graph
+    graph = forward.graph
     return any(graph.nodes[n].shape for n in graph.ends) or any(
         node.matrices and graph.precedes(join.node, n) for n, node in enumerate(graph.nodes)
     )
 
 
-def _runs_on(found: Trace, paths: Paths, join: Join, later: Join) -> bool:
+def _runs_on(forward: Trace, paths: Paths, join: Join, later: Join) -> bool:
     """One join is computed from another through the same matrices again."""
-    if not found.graph.precedes(join.node, later.node):
+    if not forward.graph.precedes(join.node, later.node):
         return False
-    first = found.graph.matrices_on(paths.between(join.root, join.through))
-    return bool(first & found.graph.matrices_on(found.graph.between(join.node, later.node)))
+    first = forward.graph.matrices_on(paths.between(join.root, join.through))
+    return bool(first & forward.graph.matrices_on(forward.graph.between(join.node, later.node)))
 
 
-def _over_depth(found: Trace, joins: list[Join], again: Rerun) -> list[Join]:
+def _over_depth(forward: Trace, joins: list[Join], again: Rerun) -> list[Join]:
     """Without the joins of a recurrence over time."""
     lines: defaultdict[tuple[str, int], list[Join]] = defaultdict(list)
     for join in joins:
-        lines[found.graph.nodes[join.node].place].append(join)
+        lines[forward.graph.nodes[join.node].place].append(join)
     kept = []
     for together in lines.values():
-        over_time = runs_over_time(found.graph, [join.node for join in together], again)
+        over_time = runs_over_time(forward.graph, [join.node for join in together], again)
         kept += [] if over_time else together
     return sorted(kept, key=lambda join: join.node)
 
 
-def _unrecognised(found: Trace, join: Join, more: str) -> InputError:
+def _unrecognised(forward: Trace, join: Join, more: str) -> InputError:
     if join.learned_skip:
         reason = (
             "and its skip goes through other learned matrices (hyper-connections, a projected or mixed stream), while "
@@ -223,7 +225,7 @@ def _unrecognised(found: Trace, join: Join, more: str) -> InputError:
             "DeepNorm, flip), or it is added by another operation"
         )
     return InputError(
-        f"at {found.graph.line(join.node)} data meets what learned matrices made of it: a residual branch, "
+        f"at {forward.graph.line(join.node)} data meets what learned matrices made of it: a residual branch, "
         f"{reason}.{more} To scale the branch all the same, mark what is added: "
         f"looptransfer.residual(…, 'name'). {DECLARE}"
     )

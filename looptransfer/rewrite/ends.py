@@ -20,9 +20,9 @@ class End:
     parameters: frozenset[str]  # none: the branch ends in something that is no learned map
 
 
-def find_ends(found: Trace, group: Group) -> list[End]:
+def find_ends(forward: Trace, group: Group) -> list[End]:
     """Follow a branch from its adds back to its last learned maps."""
-    walk = _Walk(found, frozenset[int]().union(*(add.way for add in group.adds)))
+    walk = _Walk(forward, frozenset[int]().union(*(add.path for add in group.adds)))
     ends = []
     for weight, route in group.routes:
         outside = weight * walk.share(route[0], route[-1])
@@ -33,14 +33,14 @@ def find_ends(found: Trace, group: Group) -> list[End]:
 class _Walk:
     """From a node back to the learned maps that it is a sum of, with the constant share of each."""
 
-    def __init__(self, found: Trace, inside: frozenset[int]) -> None:
-        self.graph, self.nodes, self.inside = found.graph, found.graph.nodes, inside
-        self.known: dict[int, dict[int, float]] = {}
+    def __init__(self, forward: Trace, inside: frozenset[int]) -> None:
+        self.graph, self.nodes, self.inside = forward.graph, forward.graph.nodes, inside
+        self.computed: dict[int, dict[int, float]] = {}
 
     def shares(self, number: int) -> dict[int, float]:
-        if number not in self.known:
-            self.known[number] = self._shares(number)
-        return self.known[number]
+        if number not in self.computed:
+            self.computed[number] = self._shares(number)
+        return self.computed[number]
 
     def share(self, number: int, part: int) -> float:
         """How much of one node there is in another that is proportional to it."""
@@ -51,10 +51,10 @@ class _Walk:
             return 0.0
         alternatives = self.graph.scaling(number)
         ways = [
-            sum(weight * self.share(source, part) for source, weight in zip(way, _weights(node, way), strict=True))
-            for way in alternatives
+            sum(weight * self.share(source, part) for source, weight in zip(path, _weights(node, path), strict=True))
+            for path in alternatives
         ]
-        return self._factor(node) * next((way for way in ways if way), 0.0)
+        return self._factor(node) * next((path for path in ways if path), 0.0)
 
     def _factor(self, node: Node) -> float:
         """Drop path divides by the share that it keeps, before its mask and in training only: no factor on average."""
@@ -69,17 +69,17 @@ class _Walk:
         node = self.nodes[number]
         factor = self._factor(node)
         if node.parameters:
-            mine = {number: factor}
+            shares = {number: factor}
             if node.op.name == "add":  # a bias that is added apart: it and the map before it end the branch together
-                mine |= self._sum([s for s in node.sources if self.nodes[s].data], factor)
-            return mine
+                shares |= self._sum([s for s in node.sources if self.nodes[s].data], factor)
+            return shares
         alternatives = self.graph.scaling(number) if number in self.inside else ()
         if not alternatives:
             return {number: factor}
-        ways = [way for one in alternatives if (way := self._way(node, one, factor))]
+        ways = [path for alternative in alternatives if (path := self._way(node, alternative, factor))]
         if len(alternatives) == 1 and ways:
             return ways[0]
-        whole = [way for way in ways if all(self.learned(end) for end in way)]
+        whole = [path for path in ways if all(self.learned(end) for end in path)]
         return whole[0] if whole else {number: factor}  # a product of two things that both depend on data
 
     def _way(self, node: Node, alternative: tuple[int, ...], factor: float) -> dict[int, float]:
@@ -101,49 +101,49 @@ def _weights(node: Node, sources: Sequence[int]) -> Sequence[float]:
     return node.signs if len(node.signs) == len(sources) else (1.0,) * len(sources)
 
 
-def factors(found: Trace, group: Group) -> tuple[float, ...]:
+def factors(forward: Trace, group: Group) -> tuple[float, ...]:
     """The constant factors that stand on a branch between its last learned maps and the stream, each once."""
-    return tuple(sorted({float(f"{abs(end.factor):.9g}") for end in find_ends(found, group)}))
+    return tuple(sorted({float(f"{abs(end.factor):.9g}") for end in find_ends(forward, group)}))
 
 
-def last_maps(model: nn.Module, found: Trace, group: Group) -> tuple[tuple[str, ...], str]:
+def last_maps(model: nn.Module, forward: Trace, group: Group) -> tuple[tuple[str, ...], str]:
     """The parameters that can take a branch's multiplier, or none and the reason why not."""
-    nodes, ends = found.graph.nodes, find_ends(found, group)
-    idle = sorted(name for name in group.parameters - found.graph.touched if model.get_parameter(name).ndim >= 2)
+    nodes, ends = forward.graph.nodes, find_ends(forward, group)
+    idle = sorted(name for name in group.parameters - forward.graph.touched if model.get_parameter(name).ndim >= 2)
     if idle:
         return (), f"{idle[0]} did not run in the trace (an expert that was not chosen?), and might end it another time"
     names = frozenset[str]().union(*(end.parameters for end in ends))
     if not ends or any(not end.parameters for end in ends):
         return (), "it does not end in a learned map that its multiplier could go into, such as a norm without gain"
     for end in ends:
-        direct = {name for s in nodes[end.node].sources for n in found.same(s) for name in nodes[n].parameters}
+        direct = {name for s in nodes[end.node].sources for n in forward.same(s) for name in nodes[n].parameters}
         computed = [
             n for n in nodes[end.node].sources if not nodes[n].data and nodes[n].sources and nodes[n].repeats is None
         ]
         if computed or not end.parameters <= direct:
             return (), "the weights of its last map are computed from its parameters"
-    own = {end.node for end in ends}
+    ended = {end.node for end in ends}
     for number, node in enumerate(nodes):
-        if node.data and node.parameters & names and number not in own and found.graph.live >> number & 1:
+        if node.data and node.parameters & names and number not in ended and forward.graph.live >> number & 1:
             return (), f"{', '.join(sorted(node.parameters & names))} of its last map is used elsewhere too"
     totals = {add.total for add in group.adds}
-    route = totals.union(*(add.way for add in group.adds))
-    last = sum(1 << n for n in own)
-    after = [n for n in route if n in own or nodes[n].ancestors & last]
-    if any(found.graph.users(n) - route for n in after if n not in totals):
+    route = totals.union(*(add.path for add in group.adds))
+    last = sum(1 << n for n in ended)
+    after = [n for n in route if n in ended or nodes[n].ancestors & last]
+    if any(forward.graph.users(n) - route for n in after if n not in totals):
         return (), "what its last map makes is used elsewhere too, and would change there"
     return tuple(sorted(names)), ""
 
 
-def gates(found: Trace, group: Group) -> frozenset[str]:
+def gates(forward: Trace, group: Group) -> frozenset[str]:
     """Learned factors on the branch, after its last matrix: LayerScale, ReZero."""
-    nodes = found.graph.nodes
-    inside = frozenset[int]().union(*(add.way for add in group.adds))
+    nodes = forward.graph.nodes
+    inside = frozenset[int]().union(*(add.path for add in group.adds))
     found_gates = frozenset[str]()
     for _, route in group.routes:
         for number in route[:-1]:
             found_gates |= nodes[number].parameters if nodes[number].op.name in {"mul", "div"} else frozenset()
-    for end in find_ends(found, group):
+    for end in find_ends(forward, group):
         node = nodes[end.node]
         below = node.proportional_to[0][0] if node.op.name == "mul" and node.proportional_to else None
         while below in inside and len(nodes[below].proportional_to) == 1 and not nodes[below].matrices:

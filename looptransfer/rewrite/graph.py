@@ -7,6 +7,17 @@ is a bitmask of their numbers:
     x = embed(ids)      0: ids, 1: embed.weight, 2 <- 0, 1
     y = f(norm(x))      3: f.weight, 4 <- 2, 5 <- 3, 4
     x = x + y           6 <- 2, 5          node 6 has the ancestors 1, 2, 3, 4, 5
+
+The words of this folder:
+
+    stream     what is carried on by identity and added to: x above
+    branch     what is added to it, and learned matrices made: y above
+    handle     where a branch can be multiplied: the module that returns it, or a mark in a forward (`residual`)
+    site       the line and column of an addition, and the modules that run it; its runs are numbered
+    end        the last learned map of a branch, into which ε could be folded
+    twin       a copy of the model, mostly with random weights, on which everything is tried
+    to steer   of random numbers or weights: their values go to Python, which may loop more or less often for it
+    stranger   a module of the original that runs in a forward of its copy
 """
 
 import functools
@@ -75,7 +86,11 @@ class Call:
 
 @dataclass
 class Node:
-    """One version of one memory."""
+    """One version of one memory.
+
+    `proportional_to` of z = (a * b) @ w, with data in a and b, is ((a,), (b,)): z doubles with either. Of z = a + b it
+    is ((a, b),): z doubles if both do. A branch can be multiplied wherever it is proportional to what stands there.
+    """
 
     op: Operator = GIVEN
     sources: tuple[int, ...] = ()
@@ -105,6 +120,7 @@ class Node:
     slot: int = 0  # which result of its call it is
     call: Call | None = None  # where what it does to its sources is not known from its name
     handles: list[Handle] = field(default_factory=list)
+    handed_over: dict[Handle, int] = field(default_factory=dict)  # the number of the next node then
     consumers: list[int] = field(default_factory=list)
 
 
@@ -138,14 +154,19 @@ class Graph:
 
     @functools.cached_property
     def ends(self) -> list[int]:
-        """The outputs that matter: numbers, and no losses where there is anything else."""
+        """The outputs that matter: numbers, and no losses where there is anything else.
+
+        Of a model that hands back nothing that can be opened, they are what nothing else was made of.
+        """
         amounts = [n for n in self.outputs if not self.nodes[n].choice]
+        if not amounts:
+            amounts = [n for n, node in enumerate(self.nodes) if node.data and not node.consumers and not node.choice]
         return [n for n in amounts if self.nodes[n].shape] or amounts
 
     @functools.cached_property
     def live(self) -> int:
         """Bitmask of the nodes that the model's output depends on."""
-        if not self.ends:
+        if all(self.nodes[n].choice for n in self.outputs):
             return -1  # it handed back nothing that we know how to open
         return functools.reduce(lambda seen, n: seen | self.nodes[n].ancestors | 1 << n, self.outputs, 0)
 

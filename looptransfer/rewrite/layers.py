@@ -32,14 +32,14 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
             return holder
         if holder == around:
             return group.handle.module if around in apart else around
-        siblings = {one for one, where in zip(units, places, strict=True) if where == around and one != around}
+        siblings = {part for part, where in zip(units, places, strict=True) if where == around and part != around}
         if _element(model, around, holder):
             return around if _in_list(model, around) and _differ(model, siblings) else unit
         stage = isinstance(model.get_submodule(around), (*LISTS, nn.Sequential)) and _alike(model, siblings)
-        one = around in holders or (_in_list(model, around) and not stage) or _differ(model, siblings)
-        return around if one else unit
+        is_block = around in holders or (_in_list(model, around) and not stage) or _differ(model, siblings)
+        return around if is_block else unit
 
-    return [block_of(*one) for one in zip(places, holders, units, groups, strict=True)]
+    return [block_of(*place) for place in zip(places, holders, units, groups, strict=True)]
 
 
 def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties: Ties) -> int:

@@ -13,7 +13,8 @@ import torch
 
 # same: the first argument, recast or with some of it dropped. moved: elements of the first argument. side by side:
 # elements of all arguments. sum, product: of two arguments. onto: the first argument plus something made of the others.
-# norm: does not change where the argument is doubled. blank: shaped like an argument, and holding nothing of it.
+# norm: a norm or a step of one, which scales with a power of the argument. blank: shaped like an argument, and holding
+# nothing of it.
 Relation = Literal["same", "moved", "side by side", "sum", "product", "onto", "norm", "blank", ""]
 
 ROWS: dict[Relation, str] = {

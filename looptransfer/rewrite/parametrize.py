@@ -6,21 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.analysis import Analysis, analyse
 from looptransfer.rewrite.caveats import renewed
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
-from looptransfer.rewrite.plan import Branch, Realisation, ScalingPlan
+from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
 from looptransfer.rewrite.planner import counts, make_plan
 from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import ExampleInputs
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
-PLAN = "_looptransfer_plan"  # on the model
 DRAWS = 7  # further forwards where random numbers steer the model
 
 
@@ -31,7 +30,6 @@ def parametrize(
     lam: float = 1.0,
     base_layers: int = 1,
     *,
-    realisation: Realisation = "multiplier",
     branches: Sequence[str] | None = None,
     layers: int | None = None,
     loops: float | None = None,
@@ -50,8 +48,6 @@ def parametrize(
         rule: "factored" λ/(N√(L/L_ref)), "sqrt" λ/√(N·L/L_ref) or "unscaled" 1 (arXiv 2606.18524, Table 1).
         lam: λ.
         base_layers: L_ref; 1 writes the rule absolutely.
-        realisation: "multiplier" multiplies the branch on its way to the stream; "folded" puts ε into the weights of
-            the branch's last map, for the same function and, with `param_groups`, the same training.
         branches: names or globs of the modules whose outputs are the branches, where the trace cannot tell.
         layers: L, where the blocks are not what should be counted.
         loops: the mean loop count, where it is drawn afresh in every forward: one trace cannot know it.
@@ -65,9 +61,12 @@ def parametrize(
         ScalingWarning: the model does something that the rule was not derived for; each is in `plan.caveats`.
     """
     _check_model(model)
-    _check_settings(rule, lam, base_layers, realisation, branches, layers)
+    _check_settings(rule, lam, base_layers, branches, layers)
     meta = any(parameter.is_meta for parameter in model.parameters())
-    _check_weights(meta, realisation, loops, preserve)
+    if meta and preserve:
+        raise InputError(
+            "weights on the meta device can take no factor; give the model its weights first, then preserve=True"
+        )
     declared = None if branches is None else list(branches)
     plan = make_plan(
         model,
@@ -78,14 +77,14 @@ def parametrize(
         loops=loops,
         preserve=preserve,
     )
-    if preserve or realisation == "folded":
-        _check_foldable(plan, "preserve=True" if preserve else "realisation='folded'")
+    if preserve:
+        _check_foldable(plan, "preserve=True")
     for caveat in plan.caveats:
         warnings.warn(caveat, ScalingWarning, stacklevel=2)
     if preserve:
         _scale_last_maps(model, plan, inverse=True)
     _attach(model, plan)
-    return fold(model) if realisation == "folded" else plan
+    return plan
 
 
 def _draws(model: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None, meta: bool) -> list[Analysis]:
@@ -114,8 +113,6 @@ def _seeds(analysis: Analysis) -> range:
 def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
     """Put a plan into a fresh model in place: the one it was made for, built again. Nothing is traced.
 
-    A folded plan multiplies the weights of `model` by their ε; load a folded checkpoint after it.
-
     Raises:
         InputError: the model is compiled or rewritten already, or has no module or parameter of a name in the plan.
     """
@@ -126,9 +123,7 @@ def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
         missing += [branch.module] if branch.module not in modules else []
         if missing:
             raise InputError(f"the plan names {missing[0]}, which this {type(model).__name__} does not have")
-    _attach(model, replace(plan, realisation="multiplier"))
-    if plan.realisation == "folded":
-        fold(model)
+    _attach(model, plan)
 
 
 def rescale(
@@ -148,14 +143,9 @@ def rescale(
         loops: the new mean, where the loop count is drawn afresh in every forward.
 
     Raises:
-        InputError: the model was not rewritten, its multipliers are folded, no example inputs are given, or at its
-            loop count it has other branches.
+        InputError: the model was not rewritten, no example inputs are given, or it has other branches at this N.
     """
     inner, plan = planned(model)
-    if plan.realisation == "folded":
-        raise InputError(
-            "the multipliers are folded into the weights; call unfold(model), rescale it and fold it again"
-        )
     if example_inputs is None or isinstance(example_inputs, (int, float)):
         raise InputError(
             "a loop count alone does not tell how often each branch is visited; set it on the model and give example "
@@ -166,88 +156,48 @@ def rescale(
     draws += [analyse(inner, example_inputs, declared, seed=seed) for seed in _seeds(draws[0])]
     mean = loops if loops is not None or not plan.random_loops else max(branch.visits for branch in plan.branches)
     visits, uses = counts(draws, mean, plan.declared)
-    known, live = {branch.handle for branch in plan.branches}, {handle for draw in draws for handle in draw.visits}
-    if known != live:
+    handles, live = {branch.handle for branch in plan.branches}, {handle for draw in draws for handle in draw.visits}
+    if handles != live:
         raise InputError(
             "at its loop count the model has other branches than before "
-            f"({', '.join(sorted(map(str, known ^ live))[:4])}); parametrize a fresh model at that count"
+            f"({', '.join(sorted(map(str, handles ^ live))[:4])}); parametrize a fresh model at that count"
         )
     inside = {name for branch in plan.branches for name in branch.parameters}
     new = plan.with_counts(visits, {name: times for name, times in uses.items() if name not in inside})
     new = replace(new, caveats=renewed(plan.caveats, new.branches))
-    _insert(inner, new)
-    return _note(inner, new)
+    _attach(inner, new)
+    return new
 
 
-def fold(model: nn.Module) -> ScalingPlan:
-    """Move the multipliers into the weights of the branches' last maps, in place; the function stays the same.
+def fold(model: nn.Module) -> None:
+    """Make a plain model of a rewritten one, in place, for export and serving; its function stays the same.
 
-    For serving and export, and for training with SGD, Adam and AdamW: make the optimizer afterwards, with
-    `param_groups`, since the groups of those weights change. Clipping by the global norm is not the same then.
+    The multipliers go into the weights of the branches' last maps, every module has its own class again, and the plan
+    is forgotten. A checkpoint of it belongs into a plain model: in a rewritten one ε would count twice.
 
     Raises:
-        InputError: not rewritten, folded already, a random loop count, or a branch whose last map cannot take a factor.
+        InputError: not rewritten, a random loop count, or a branch whose last map cannot take a factor.
     """
     inner, plan = planned(model)
-    if plan.realisation == "folded":
-        raise InputError(
-            "the multipliers are folded already; a second ε would multiply the first. unfold(model) undoes it"
-        )
     if plan.random_loops:
         raise InputError("the loop count is random, and weights cannot follow it; keep the multipliers")
     _check_foldable(plan, "fold")
     _last_maps(inner, plan)
-    clear_multipliers(inner)
+    remove(model)
     _scale_last_maps(inner, plan)
-    return _note(inner, replace(plan, realisation="folded"))
-
-
-def unfold(model: nn.Module) -> ScalingPlan:
-    """Undo `fold` in place: weights without ε, branches multiplied on their way to the stream.
-
-    Raises:
-        InputError: the model was not rewritten, or is not folded.
-    """
-    inner, plan = planned(model)
-    if plan.realisation != "folded":
-        raise InputError("the multipliers are not folded into the weights; fold(model) does that")
-    _scale_last_maps(inner, plan, inverse=True)
-    plan = replace(plan, realisation="multiplier")
-    _insert(inner, plan)
-    return _note(inner, plan)
 
 
 def remove(model: nn.Module) -> None:
     """Take the multipliers out again, in place: every branch is added with factor 1, every module has its own class.
 
-    Weights are as they were trained; of a folded model they are unfolded. With `preserve=True` the weights keep the
-    factor that made up for ε.
+    Weights are as they were trained. With `preserve=True` they keep the factor that made up for ε.
 
     Raises:
         InputError: the model was not rewritten.
     """
-    inner, plan = planned(model)
-    if plan.realisation == "folded":
-        _scale_last_maps(inner, plan, inverse=True)
+    inner, _ = planned(model)
     clear_multipliers(inner)
     delattr(inner, PLAN)
-    _forget_state_dict_hooks(inner)
-
-
-def planned(model: nn.Module) -> tuple[nn.Module, ScalingPlan]:
-    """The module that `parametrize` rewrote and its plan, also inside a wrapper such as DDP or a compiled model.
-
-    Raises:
-        InputError: the model was not rewritten, or its parts were.
-    """
-    found = [module for module in model.modules() if PLAN in module.__dict__]
-    if len(found) > 1:
-        raise InputError(
-            f"{len(found)} parts of the model were rewritten apart; call parametrize once on the whole model"
-        )
-    if found:
-        return found[0], found[0].__dict__[PLAN]
-    raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
 
 
 # -- checks
@@ -272,37 +222,22 @@ def _check_model(model: object) -> None:
             raise InputError(f"{name} is uninitialised (a lazy module); run the model once before parametrize")
 
 
-def _check_settings(
-    rule: Rule, lam: float, base_layers: int, realisation: str, branches: Any, layers: int | None
-) -> None:
+def _check_settings(rule: Rule, lam: float, base_layers: int, branches: Any, layers: int | None) -> None:
     check_rule(rule)
     residual_multiplier(rule, visits=1, layers=1, lam=lam, base_layers=base_layers)  # bad numbers before a slow trace
     if layers is not None:
         depth_multiplier(layers, base_layers)
-    if realisation not in {"multiplier", "folded"}:
-        raise InputError(f"realisation is {realisation!r}; choose multiplier or folded")
     named = isinstance(branches, Sequence) and not isinstance(branches, str)
     if branches is not None and not (named and branches and all(isinstance(name, str) for name in branches)):
         raise InputError(f"branches is {branches!r}; give a list of module names or globs, such as ['layers.*.mlp']")
 
 
-def _check_weights(meta: bool, realisation: str, loops: float | None, preserve: bool) -> None:
-    """Refuse what would have to change weights that are not there, or that cannot follow."""
-    if realisation == "folded" and loops is not None:
-        raise InputError("realisation='folded' with loops: weights cannot follow a random loop count; use 'multiplier'")
-    if meta and (preserve or realisation == "folded"):
-        raise InputError(
-            "weights on the meta device can take no factor; give the model its weights first, then "
-            f"{'preserve=True' if preserve else 'fold it'}"
-        )
-
-
-def _check_foldable(plan: ScalingPlan, what: str) -> None:
+def _check_foldable(plan: ScalingPlan, option: str) -> None:
     stuck = next((branch for branch in plan.branches if not branch.last_map), None)
     if stuck is not None:
         raise InputError(
-            f"{what}: the branch {stuck.handle} cannot take ε into its weights: {stuck.unfoldable}. "
-            "Keep realisation='multiplier', which needs no such weight"
+            f"{option}: the branch {stuck.handle} cannot take ε into its weights: {stuck.unfoldable}. "
+            "Keep the multipliers, which need no such weight"
         )
 
 
@@ -311,14 +246,7 @@ def _check_foldable(plan: ScalingPlan, what: str) -> None:
 
 def _attach(model: nn.Module, plan: ScalingPlan) -> None:
     _insert(model, plan)
-    _note(model, plan)
-    model._register_state_dict_hook(_stamp)
-    model.register_load_state_dict_pre_hook(_check_stamp)
-
-
-def _note(model: nn.Module, plan: ScalingPlan) -> ScalingPlan:
     setattr(model, PLAN, plan)
-    return plan
 
 
 def _insert(model: nn.Module, plan: ScalingPlan) -> None:
@@ -342,57 +270,3 @@ def _last_maps(model: nn.Module, plan: ScalingPlan) -> list[tuple[nn.Parameter, 
             "does?), so ε cannot go into it; fold before that, or merge it first"
         )
     return [(live[name], branch.multiplier) for branch in plan.branches for name in branch.last_map]
-
-
-# -- checkpoints: the keys stay a plain model's, so the realisation is noted in the metadata beside them
-
-STAMP = "looptransfer"
-
-
-def _stamp(model: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any]) -> None:
-    plan = model.__dict__.get(PLAN)
-    if plan is not None:
-        local_metadata[STAMP] = _stamp_of(plan)
-
-
-def _stamp_of(plan: ScalingPlan) -> list[Any]:
-    def sizes(branch: Branch) -> float:
-        return float(f"{branch.multiplier:.12g}")
-
-    return [plan.realisation, [sizes(branch) for branch in plan.branches] if plan.realisation == "folded" else []]
-
-
-def _check_stamp(
-    model: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *_: Any
-) -> None:
-    plan = model.__dict__.get(PLAN)
-    if plan is None:
-        return
-    ours, theirs = _stamp_of(plan), local_metadata.get(STAMP)
-    if theirs == ours or (theirs is None and plan.realisation == "multiplier"):
-        return
-    if theirs is None and not local_metadata:
-        warnings.warn(
-            "this checkpoint does not tell whether ε is folded into its weights, and the model expects folded ones; if "
-            "it holds plain weights, call unfold(model), load it, and fold(model)",
-            ScalingWarning,
-            stacklevel=2,
-        )
-        return
-    if plan.realisation == "multiplier":
-        raise InputError(
-            "this checkpoint has ε folded into its weights, and the model multiplies its branches too: ε would count "
-            "twice. Call fold(model), load it, and unfold(model)"
-        )
-    raise InputError(
-        "the model expects weights with its own ε folded into them, and this checkpoint holds "
-        f"{'plain weights' if theirs is None or theirs[0] == 'multiplier' else 'weights with other multipliers'}. "
-        "Call unfold(model), load weights without ε, and fold(model)"
-    )
-
-
-def _forget_state_dict_hooks(model: nn.Module) -> None:
-    for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in {_stamp, _check_stamp}:
-                del hooks[key]

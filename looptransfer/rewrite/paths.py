@@ -78,8 +78,8 @@ class Paths:
 
     @functools.cached_property
     def data(self) -> int:
-        """The nodes that depend on the inputs."""
-        return _union(1 << n for n, node in enumerate(self.graph.nodes) if node.data)
+        """The nodes that depend on the inputs; one that is cut is what remains of it."""
+        return _union(1 << n for n, node in enumerate(self.graph.nodes) if node.data and n not in self.cut)
 
     # -- one node
 
@@ -144,13 +144,16 @@ class Paths:
         past = [p for p in operands if self._past(p, operands)]
         return bool(past) and all(self.graph.scales_with(number, (p,)) for p in past)
 
-    def gates(self, number: int) -> bool:
-        """A product in which an operand went through learned matrices that another one did not."""
+    def gates(self, number: int, stream: int) -> bool:
+        """A product of the stream in which another operand went through learned matrices that it did not.
+
+        `stream`: bitmask of nodes of which the stream holds some; a mask from outside holds none.
+        """
         operands = self._data(self._sources(number))
         pairs = ((p, q) for p in operands for q in operands if p != q)
         op = self.graph.nodes[number].op
         return (op.relation == "product" and op.pointwise) and any(
-            self._only(q) & ~self.through[p] & self.data for p, q in pairs
+            self._free(p) & stream and self._only(q) & ~self.through[p] & self.data for p, q in pairs
         )
 
     def _past(self, operand: int, operands: list[int]) -> int:
@@ -182,17 +185,33 @@ class Paths:
             gated = [s for s in operands if s != operand and self.is_gated(operand, s)]
             if gated:
                 return Join(number, operand, operand, gated[0], learned_skip=False)
-        return self._learned_skip(number, operands)
+        return self._taken_apart(number, operands) or self._learned_skip(number, operands)
 
     def _mixed(self, number: int, source: int) -> Join | None:
         """An operation on one tensor that holds both side by side, and makes sums of its elements."""
         node, both = self.graph.nodes[number], self.beside[source]
-        if node.op.pointwise or node.op.relation in {"same", "moved", "norm"} or not both or node.matrices:
+        parts = sum(s == source for s, _ in node.slices)
+        summed = parts > 1 and node.op.relation != "product" if node.op.pointwise else True
+        if not both or not summed or node.op.relation in {"same", "moved", "norm"} or node.matrices:
             return None
-        parts = self.graph.nodes[source].sources if node.op.reduces else ()
-        if node.op.reduces and prod(node.shape) < max((prod(self.graph.nodes[s].shape) for s in parts), default=0):
+        root = both.bit_length() - 1
+        if node.op.reduces and prod(node.shape) < prod(self.graph.nodes[root].shape):
             return None  # a mean over positions
-        return Join(number, both.bit_length() - 1, source, source, learned_skip=False)
+        return Join(number, root, source, source, learned_skip=False)
+
+    def _taken_apart(self, number: int, operands: list[int]) -> Join | None:
+        """A sum of different parts of one tensor that holds both side by side."""
+        for p, q in ((p, q) for p in operands for q in operands if p < q and self.beside[p] & self.beside[q]):
+            for held in bits(self._free(p) & self._free(q)):
+                if self.beside[held] and self._parts(held, p, number) != self._parts(held, q, number):
+                    return Join(number, self.beside[held].bit_length() - 1, p, q, learned_skip=False)
+        return None
+
+    def _parts(self, held: int, end: int, number: int) -> set[object]:
+        """The parts of a tensor that are read on the path to a node."""
+        path = self.between(held, end) if held != end else [number]
+        slices = {part for n in path for s, part in self.graph.nodes[n].slices if s == held}
+        return slices | {n for n in path if self.graph.nodes[n].op.relation == "moved" and held in self._sources(n)}
 
     def _onto(self, number: int) -> Join | None:
         """A product that is added to the first argument at once."""

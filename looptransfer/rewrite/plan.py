@@ -5,15 +5,18 @@ import math
 import os
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier, residual_multiplier
 
+if TYPE_CHECKING:
+    from torch import nn
+
 SCHEMA_VERSION = 1
+PLAN = "_looptransfer_plan"  # the attribute of a rewritten model
 SHOWN = 6  # names in a printed list; all of them are in the plan
-Realisation = Literal["multiplier", "folded"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,6 @@ class ScalingPlan:
     caveats: tuple[str, ...] = ()
     declared: bool = False  # the user named the branches
     random_loops: bool = False  # the visits are a mean: the loop count is drawn afresh in every forward
-    realisation: Realisation = "multiplier"
     proved: bool = False  # the checks with ε = 0 have passed; they need weights
 
     @property
@@ -102,7 +104,7 @@ class ScalingPlan:
     def under(self, rule: Rule) -> "ScalingPlan":
         """The same branches and visits with the multipliers of another rule."""
         visits = {branch.handle: branch.visits for branch in self.branches}
-        return replace(self, rule=rule, realisation="multiplier").with_counts(visits, self.on_stream)
+        return replace(self, rule=rule).with_counts(visits, self.on_stream)
 
     def to_json(self) -> str:
         """The plan as text, to be kept beside a checkpoint; `from_json` reads it back and `apply_plan` uses it."""
@@ -149,11 +151,25 @@ class ScalingPlan:
             named = ", ".join(f"{name} ({times:g}×)" for name, times in list(self.on_stream.items())[:SHOWN])
             named += f" and {len(self.on_stream) - SHOWN} more" if len(self.on_stream) > SHOWN else ""
             notes.append(f"on stream   used again and again outside the branches, not controlled by ε: {named}")
-        if self.realisation == "folded":
-            notes.append("folded      the multipliers are in the weights of the branches' last maps")
         if not self.proved:
             notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")
         return [*notes, *(f"note        {caveat}" for caveat in self.caveats)]
+
+
+def planned(model: "nn.Module") -> "tuple[nn.Module, ScalingPlan]":
+    """The module that `parametrize` rewrote and its plan, also inside a wrapper such as DDP or a compiled model.
+
+    Raises:
+        InputError: the model was not rewritten, or its parts were.
+    """
+    parts = [module for module in model.modules() if PLAN in module.__dict__]
+    if len(parts) > 1:
+        raise InputError(
+            f"{len(parts)} parts of the model were rewritten apart; call parametrize once on the whole model"
+        )
+    if parts:
+        return parts[0], parts[0].__dict__[PLAN]
+    raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
 
 
 def check_one_parameterization(plans: Mapping[int, ScalingPlan], parameters: Mapping[int, Container[str]]) -> None:
@@ -249,8 +265,6 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
         )
         if not (math.isfinite(branch.multiplier) and branch.multiplier > 0):
             raise InputError(f"the multiplier of {branch.handle} is {branch.multiplier!r}; it must be above 0")
-    if plan.realisation not in {"multiplier", "folded"}:
-        raise InputError(f"realisation is {plan.realisation!r}; choose multiplier or folded")
     return plan
 
 
@@ -261,9 +275,9 @@ def _count(value: Any) -> float:
 
 
 def _strict(cls: Any, data: dict[str, Any]) -> Any:
-    known = {one.name for one in fields(cls)}
-    if set(data) != known:
-        wrong = sorted(set(data) ^ known)
+    names = {item.name for item in fields(cls)}
+    if set(data) != names:
+        wrong = sorted(set(data) ^ names)
         raise InputError(f"this is no plan: fields {', '.join(wrong)} of {cls.__name__} are missing or unknown")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 

@@ -53,10 +53,9 @@ def make_plan(
         InputError: no residual add was found, or `loops` does not fit what was traced.
     """
     analysis = _fullest(draws)
-    groups = analysis.groups
+    groups, graph, paths = analysis.groups, analysis.trace.graph, analysis.rest.paths
     if not groups:
-        graph, paths = analysis.trace.graph, analysis.rest.paths
-        met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n)]
+        met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n, -1)]
         lines = dict.fromkeys(graph.line(n) for n in [*(total.node for total in graph.sums), *met])
         seen = f" What meets at {', '.join(list(lines)[:4])} is not of that form." if lines else ""
         raise InputError(
@@ -77,6 +76,12 @@ def make_plan(
     caveats = list(find_caveats(model, analysis, plan.branches, preserve))
     if loops is None and any(draw.visits != draws[0].visits for draw in draws):
         caveats.append(VARIES)
+    if declared and analysis.rest.joins:
+        lines = dict.fromkeys(graph.line(join.node) for join in analysis.rest.joins)
+        caveats.append(
+            f"branches that are not named: at {', '.join(list(lines)[:4])} data meets what learned matrices made of "
+            "it, which keeps factor 1"
+        )
     if analysis.rest.matrices:
         caveats.append(_stream_caveat(analysis.rest.matrices))
     return replace(plan, caveats=tuple(caveats))
@@ -182,10 +187,10 @@ def _branch(model: nn.Module, analysis: Analysis, place: int) -> Branch:
 
 
 def _left_alone(analysis: Analysis) -> tuple[LeftAlone, ...]:
-    found = analysis.trace
-    taken = {id(add) for add in scaled(found, analysis.groups)}
-    others = Counter((add.site.source, REASONS[add.kind]) for add in found.adds if id(add) not in taken)
+    forward = analysis.trace
+    taken = {id(add) for add in scaled(forward, analysis.groups)}
+    others = Counter((add.site.source, REASONS[add.kind]) for add in forward.adds if id(add) not in taken)
     for join in analysis.rest.joins:
-        file, line = found.graph.nodes[join.node].place
+        file, line = forward.graph.nodes[join.node].place
         others[f"{file}:{line}", "data gets past learned matrices there, and what they make is not declared"] += 1
     return tuple(LeftAlone(source, reason) for source, reason in others)

@@ -91,9 +91,11 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, analysis: An
             f"the model fails where its branches are multiplied ({described(error)}{line_of(error)}), perhaps asking "
             "for a module's exact class, and a multiplied module is of a subclass; ask by isinstance"
         ) from error
-    wanted = dict(enumerate(run_scaled(twin_of(twin), example_inputs, scale, SEED)))
-    if len(rewritten) != len(wanted) or not all_agree(
-        [rewritten[n] for n in graph.results if n in rewritten], [wanted[n] for n in graph.results if n in wanted], twin
+    expected = dict(enumerate(run_scaled(twin_of(twin), example_inputs, scale, SEED)))
+    if len(rewritten) != len(expected) or not all_agree(
+        [rewritten[n] for n in graph.results if n in rewritten],
+        [expected[n] for n in graph.results if n in expected],
+        twin,
     ):
         names = ", ".join(str(group.handle) for group in groups[:4])
         lines = list(dict.fromkeys(add.site.source for group in groups for add in group.adds))
@@ -114,22 +116,22 @@ def _added_together(groups: list[Group]) -> list[list[Group]]:
     return parts
 
 
-def all_agree(ours: list[Tensor], theirs: list[Tensor], model: nn.Module) -> bool:
+def all_agree(rewritten: list[Tensor], expected: list[Tensor], model: nn.Module) -> bool:
     """Two runs gave the same but for rounding: within 1e-4 of the norm in float32, 6 % in bfloat16."""
-    if len(ours) != len(theirs):
+    if len(rewritten) != len(expected):
         return False
-    dtypes = {tensor.dtype for tensor in [*ours, *model.parameters()] if tensor.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in [*rewritten, *model.parameters()] if tensor.is_floating_point()}
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         dtypes.add(torch.bfloat16)
     coarsest = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
     room = 1e-8 if coarsest < 1e-12 else max(8 * coarsest, 1e-4)
-    return all(_agree(a, b, room) for a, b in zip(ours, theirs, strict=True))
+    return all(_agree(a, b, room) for a, b in zip(rewritten, expected, strict=True))
 
 
-def _agree(ours: Tensor, theirs: Tensor, room: float) -> bool:
-    if not ours.is_floating_point() or ours.is_meta:
+def _agree(rewritten: Tensor, expected: Tensor, room: float) -> bool:
+    if not rewritten.is_floating_point() or rewritten.is_meta:
         return True
-    a, b = ours.detach().double(), theirs.detach().double()
+    a, b = (tensor.detach().to_dense().double() for tensor in (rewritten, expected))
     finite = a.isfinite() & b.isfinite()
     if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
         return False

@@ -4,6 +4,9 @@
 - A tensor is known by its memory, so that a view is what it views. Who wrote an element last is kept per memory, and
   per element where only a part of it was written.
 - Nothing is copied and nothing stays on the model; memory is kept alive until the graph is dropped.
+- An operator's row in `ops` says what it does to its arguments; where there is none, the operation is run again on
+  changed arguments when somebody asks (`Graph.scales_with`), which costs nothing where nobody does.
+- Lines are those of the user's file: frames of torch and of this module are skipped.
 """
 
 import copy
@@ -17,7 +20,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +69,17 @@ class _Memory:
     storage: Any  # kept alive, so that its key stays its own
     node: int
     parts: Any = None  # the node per element, where a part was written after the whole; numpy, which is not observed
+    pieces: dict[Part, tuple[int, Part | None]] = field(default_factory=dict)  # of cat and stack: what each repeats
 
 
 class SiteCounter(TorchDispatchMode):
     """Knows which modules run, and which run of which line an addition is."""
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under `as_written`; the skip alone would import TorchDynamo, 1.5 s
 
     def __init__(self, model: nn.Module, hidden: str = __file__) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,8 +115,14 @@ class SiteCounter(TorchDispatchMode):
             raise InputError(
                 f"the trace cannot look into {func} at {place_of(self.caller())[0]}; replace it for the trace"
             )
-        with self:
-            return dense(*args, **kwargs)
+        names, check = dense.__globals__, "_get_current_dispatch_mode"
+        kept = names.get(check)
+        names.update({check: lambda: None} if kept else {})  # cond and scan refuse to run where somebody watches
+        try:
+            with self:
+                return dense(*args, **kwargs)
+        finally:
+            names.update({check: kept} if kept else {})
 
     def caller(self) -> types.FrameType:
         """The frame that spelled the operation that runs now."""
@@ -193,14 +207,15 @@ class Recorder(SiteCounter):
 
     def tell(self, *tensors: Tensor) -> None:
         """Values of these go to Python."""
-        known = [self.nodes[n] for tensor in tensors if (n := self._node_of(tensor)) is not None]
-        self.chance_steers |= any(node.random for node in known)
-        self.weights_steer |= any(node.learned for node in known)
+        seen = [self.nodes[n] for tensor in tensors if (n := self._node_of(tensor)) is not None]
+        self.chance_steers |= any(node.random for node in seen)
+        self.weights_steer |= any(node.learned for node in seen)
 
     def _handed_over(self, tensor: Tensor, handle: Handle) -> None:
         number = self._node_of(tensor)
         if number is not None:
             self.nodes[number].handles.append(handle)
+            self.nodes[number].handed_over[handle] = len(self.nodes)
 
     # -- operations
 
@@ -234,6 +249,8 @@ class Recorder(SiteCounter):
             self._look_into_kernel(call)
         out = func(*args, **kwargs)
         self._note_results(node, written, tensors_in(out))
+        if op.name in {"cat", "stack"} and not written:
+            self._note_pieces(call, out)
         if site is not None and isinstance(out, Tensor) and not node.backward:
             self._note_sum(call, out, site)
         return out
@@ -246,7 +263,7 @@ class Recorder(SiteCounter):
         frame = self.caller()
         node = Node(op, tuple(n for n, _ in reads), place=(frame.f_code.co_filename, frame.f_lineno))
         node.backward = frame.f_code.co_filename == torch.autograd.graph.__file__
-        node.slices = frozenset((n, _part_of(tensor)) for n, tensor in reads if not _whole(tensor))
+        node.slices = frozenset((n, part) for n, t in reads if (part := self._part_read(t)) is not None)
         node.gradients_to = frozenset(n for n, t in reads if t.requires_grad or not torch.is_grad_enabled())
         node.data = any(nodes[n].data for n in node.sources)
         node.random = op.draws or any(nodes[n].random for n in node.sources)
@@ -282,7 +299,7 @@ class Recorder(SiteCounter):
         sources = [self.nodes[n] for n in node.sources]
         ancestors, picked = node.ancestors, any(s.picked or (s.data and not s.choice) for s in sources)
         for count, (slot, tensor) in enumerate(places):
-            part = node if count == 0 else replace(node, handles=[], consumers=[])
+            part = node if count == 0 else replace(node, handles=[], handed_over={}, consumers=[])
             part.slot, part.shape, part.choice = slot, tuple(tensor.shape), _chooses(tensor)
             part.ancestors = 0 if part.choice else ancestors
             part.picked = part.choice and picked
@@ -290,6 +307,18 @@ class Recorder(SiteCounter):
             for source in node.sources:
                 self.nodes[source].consumers.append(number)
             self._see(tensor, number)
+
+    def _note_pieces(self, call: Call, out: Tensor) -> None:
+        """Data that is put side by side and taken apart again is what it was."""
+        pieces, start, dim = self.owner[_key(out)].pieces, 0, int(_argument(1, call.args, call.kwargs) or 0)
+        for number, tensor in zip(call.before, call.inputs, strict=True):
+            if tensor.ndim < out.ndim and call.op.name == "cat":  # an empty list to begin with
+                continue
+            size = tensor.shape[dim] if call.op.name == "cat" else 1
+            piece = out.narrow(dim, start, size) if call.op.name == "cat" else out.select(dim, start)
+            if number is not None and self.nodes[number].data:
+                pieces[_part_of(piece)] = number, self._part_read(tensor)
+            start += size
 
     def _see(self, tensor: Tensor, number: int) -> None:
         if number in self.change and not tensor.is_meta:
@@ -303,7 +332,8 @@ class Recorder(SiteCounter):
     def _node_of(self, tensor: Tensor) -> int | None:
         memory = self.owner.get(_key(tensor))
         if memory is None or memory.parts is None:
-            return None if memory is None else memory.node
+            piece = memory.pieces.get(_part_of(tensor)) if memory is not None and memory.pieces else None
+            return piece[0] if piece is not None else None if memory is None else memory.node
         writers = tuple(np.unique(_region(memory.parts, tensor)).tolist())
         if len(writers) == 1:
             return int(writers[0])
@@ -320,6 +350,13 @@ class Recorder(SiteCounter):
             self.nodes.append(part)
         return self.gathered[writers]
 
+    def _part_read(self, tensor: Tensor) -> Part | None:
+        """The part of its node that a tensor is; None where it is all of it."""
+        if _whole(tensor):
+            return None
+        piece = self.owner[_key(tensor)].pieces.get(part := _part_of(tensor))
+        return piece[1] if piece is not None else part
+
     def _own(self, tensor: Tensor, node: Node) -> int:
         number, key = len(self.nodes), _key(tensor)
         self.nodes.append(node)
@@ -329,7 +366,7 @@ class Recorder(SiteCounter):
         else:
             if memory.parts is None:
                 size = tensor.untyped_storage().nbytes() // tensor.element_size()
-                memory.parts = np.full(size, memory.node, dtype=np.int32)
+                memory.parts, memory.pieces = np.full(size, memory.node, dtype=np.int32), {}
             _region(memory.parts, tensor)[...] = number
         return number
 
@@ -416,16 +453,17 @@ class Recorder(SiteCounter):
     def _note_product(self, node: Node, call: Call, held: list[int]) -> None:
         op, args, sources = call.op, call.args, node.sources
         second = args[1] if len(args) > 1 else None
+        still = [t for n, t in zip(call.before, call.inputs, strict=True) if n is None or not self.nodes[n].data]
         if op.name == "div" and len(sources) == 2 and self.nodes[sources[1]].data:
             held = held[:1] if sources[0] != sources[1] and self.nodes[sources[0]].data else []
         if isinstance(second, (int, float)):
             node.factor = float(second)
-        elif isinstance(second, Tensor):
-            still = [t for n, t in zip(call.before, call.inputs, strict=True) if n is None or not self.nodes[n].data]
-            if still and not node.parameters:
-                node.factor, node.even = _size(still[0])
+        elif isinstance(second, Tensor) and still and not node.parameters:
+            node.factor, node.even = _size(still[0])
         if op.name == "div" and node.factor:
             node.factor = 1 / node.factor
+        constant = isinstance(second, (int, float)) or (not node.parameters and any(t.numel() == 1 for t in still))
+        node.repeats = held[0] if constant and held and node.factor == 1 else None
         node.proportional_to = tuple((number,) for number in held) if len(set(held)) == len(held) else ()
 
     # -- sums
@@ -445,9 +483,9 @@ class Recorder(SiteCounter):
 
     def _look_into_kernel(self, call: Call) -> None:
         """With its parameters at zero, a kernel that hands an input back adds a residual branch of its own."""
-        known = [(n, tensor) for n, tensor in zip(call.before, call.inputs, strict=True) if n is not None]
-        learned = {n for n, _ in known if self.nodes[n].parameters and not self.nodes[n].data}
-        data = [tensor for n, tensor in known if self.nodes[n].data]
+        seen = [(n, tensor) for n, tensor in zip(call.before, call.inputs, strict=True) if n is not None]
+        learned = {n for n, _ in seen if self.nodes[n].parameters and not self.nodes[n].data}
+        data = [tensor for n, tensor in seen if self.nodes[n].data]
         if not learned or call.op.writes or any(tensor.is_meta for tensor in data):
             return
         silent = call.again(lambda n, tensor: torch.zeros_like(tensor) if n in learned else tensor) or []
@@ -622,16 +660,24 @@ def as_written() -> Iterator[None]:
     if uncompiled is not None:
         flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # type: ignore[union-attr]
     compiler = sys.modules.get("torch._dynamo")  # importing it for the question would cost two seconds
+    compile_function = torch.compile
     try:
         if compiler:
             with torch.compiler.set_stance("force_eager"):
                 yield
         else:
+            torch.compile = _as_it_is  # cond and scan compile themselves
             yield
     finally:
+        torch.compile = compile_function
         torch.backends.mha.set_fastpath_enabled(fast)
         if uncompiled is not None:
             flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = uncompiled  # type: ignore[union-attr]
+
+
+def _as_it_is(model: Any = None, **settings: Any) -> Any:
+    """In the place of torch.compile."""
+    return model if model is not None else lambda function: function
 
 
 @contextmanager

@@ -30,21 +30,33 @@ def runs_over_time(graph: Graph, chain: list[int], again: Rerun) -> bool:
     plain = again({}, watch)
     if len(plain) < 2 or plain[links[0]].is_meta:
         return len(plain) == 2  # without numbers, what was proposed stands
-    regions: defaultdict[int, list[Part | None]] = defaultdict(list)
-    for source, part in parts:
-        regions[source].append(part)
-    values = again({source: functools.partial(_change, regions[source]) for source in regions}, watch)
+    earlier = bits(graph.nodes[links[0]].ancestors | 1 << links[0])
+    changed, kept = (
+        _by_node(read) for read in (parts, _parts_read(graph, [n for n in earlier if graph.nodes[n].data]))
+    )
+    values = again({n: functools.partial(_change, changed[n], kept.get(n, [])) for n in changed}, watch)
     first, last = (bool(n in values and not torch.equal(values[n], plain[n])) for n in (links[0], links[-1]))
     return last and not first
 
 
+def _by_node(parts: set[Read]) -> dict[int, list[Part | None]]:
+    regions: defaultdict[int, list[Part | None]] = defaultdict(list)
+    for number, part in parts:
+        regions[number].append(part)
+    return dict(regions)
+
+
 def _links(graph: Graph, chain: list[int]) -> tuple[list[int], set[Read]]:
-    """The first link, and those that read something that none before them read; and what that is."""
+    """The first link, and those that read something that none before them read; and what that is.
+
+    What is new to the second link, and read again by all that follow, is injected after every visit.
+    """
     links, new, read, passed = chain[:1], set[Read](), set[Read](), 0
+    used: list[set[Read]] = []
     for count, link in enumerate(chain):
         earlier = next((n for n in chain[count - 1 :: -1] if count and graph.precedes(n, link)), None)
-        known = 0 if earlier is None else graph.nodes[earlier].ancestors | 1 << earlier
-        fresh = [n for n in [*bits(graph.nodes[link].ancestors & ~known), link] if graph.nodes[n].data]
+        before = 0 if earlier is None else graph.nodes[earlier].ancestors | 1 << earlier
+        fresh = [n for n in [*bits(graph.nodes[link].ancestors & ~before), link] if graph.nodes[n].data]
         parts = _parts_read(graph, fresh)
         if earlier is not None:
             beside = {(n, p) for n, p in parts - read if not (graph.nodes[n].ancestors | 1 << n) & passed}
@@ -52,7 +64,9 @@ def _links(graph: Graph, chain: list[int]) -> tuple[list[int], set[Read]]:
             new |= beside
         read |= parts
         passed |= 1 << link
-    return links, new
+        used.append(parts | {(source, None) for n in fresh for source in graph.nodes[n].sources})
+    injected = links == chain[:2] and len(chain) > 2 and all(reads & new for reads in used[2:])
+    return (chain[:1], set()) if injected else (links, new)
 
 
 def _parts_read(graph: Graph, fresh: list[int]) -> set[Read]:
@@ -66,11 +80,14 @@ def _parts_read(graph: Graph, fresh: list[int]) -> set[Read]:
 def _knows_more(graph: Graph, link: int, sequences: set[int]) -> bool:
     """A link depends on data other than the sequences, such as the tokens beside a condition."""
     shapes = {graph.nodes[number].shape for number in sequences if not graph.nodes[number].sources}
+    indexed = {graph.nodes[n].sources[0] for n in sequences if graph.nodes[n].op.relation == "moved"}
     queue, seen = [link], set[int]()
     while queue:
         number = queue.pop()
         node = graph.nodes[number]
         if number in seen or number in sequences or not node.data:
+            continue
+        if node.op.relation == "moved" and node.sources[0] in indexed:  # the first link takes its own part
             continue
         seen.add(number)
         if not node.sources and node.shape not in shapes:  # frames that come as a list are inputs of one shape
@@ -79,9 +96,17 @@ def _knows_more(graph: Graph, link: int, sequences: set[int]) -> bool:
     return False
 
 
-def _change(regions: list[Part | None], tensor: Tensor) -> None:
-    """Put other values of the same range into some parts of a tensor, in place."""
-    views = [tensor if part is None else tensor.as_strided(part[1], part[2], part[0]) for part in regions]
-    for view in views:
+def _change(regions: list[Part | None], kept: list[Part | None], tensor: Tensor) -> None:
+    """Put other values of the same range into some parts of a tensor, in place, and into no element to be kept."""
+    plain = tensor.clone()
+    for part in regions:
+        view = _view(tensor, part)
         other = ~view if view.dtype == torch.bool else view.max() + view.min() - view
         view.copy_(other + 0.5 if view.is_floating_point() else other)
+    for part in kept:
+        if part is not None:
+            _view(tensor, part).copy_(_view(plain, part))
+
+
+def _view(tensor: Tensor, part: Part | None) -> Tensor:
+    return tensor if part is None else tensor.as_strided(part[1], part[2], part[0])

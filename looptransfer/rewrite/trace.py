@@ -4,6 +4,14 @@ A residual add is `a + b` where some x reaches a by identity operations only, an
 act: a is the stream, b the branch. Without the matrices an activation that is written out, a manual norm or RoPE would
 qualify. The way must not lead through another residual branch: values that are made once and added in every attention
 come round to themselves only by way of the stream.
+
+    x = embed(ids)
+    for _ in range(2):
+        x = x + f(norm(x))          two leaves: root and stream x, path norm → f, matrices {f.weight}
+        x = x + e                   no residual add: e comes from no x on the stream
+    y = x + g(norm(x) + norm(x))    a leaf; the addition inside g's argument has no matrix on either side
+
+Candidates are judged together, again and again until none changes: whether one is a branch depends on which others are.
 """
 
 import functools
@@ -39,7 +47,7 @@ class ResidualAdd:
     branch: int
     position: int  # which operand of the addition is the branch
     root: int  # what the stream and the branch both come from
-    way: frozenset[int]  # the nodes from there to the branch
+    path: frozenset[int]  # the nodes from there to the branch
     recorded: bool = True  # autograd was on
     followed: bool = True  # a gradient gets there
     within: int | None = None  # the sum of the leaf in whose branch it makes a stream of its own
@@ -66,14 +74,14 @@ class Trace:
 
     def inside(self, add: ResidualAdd) -> list[ResidualAdd]:
         """The adds whose sums lie in the branch of one, in the order they ran."""
-        return [self.by_total[n] for n in sorted(add.way & self.by_total.keys()) if n != add.total]
+        return [self.by_total[n] for n in sorted(add.path & self.by_total.keys()) if n != add.total]
 
     def proportional(self, add: ResidualAdd) -> list[int]:
         """The nodes that a branch is proportional to, inside it, from the add backwards."""
         queue, seen = [add.branch], dict[int, None]()
         while queue:
             number = queue.pop(0)
-            if number in add.way and number not in seen:
+            if number in add.path and number not in seen:
                 seen[number] = None
                 queue += [n for alternative in self.graph.scaling(number) for n in alternative]
         return list(seen)
@@ -102,16 +110,16 @@ class Trace:
 
 def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Trace:
     """Run `model` once on `example_inputs` and report its residual adds; options and errors as for `record`."""
-    found = _find_adds(record(model, example_inputs, **options))
-    for add in found.adds:
-        add.last = found.graph.matrices_on(_last(found, add))
-    _mark_time(found, lambda change, watch: record(model, example_inputs, change=change, watch=watch, seed=0).watched)
-    _mark_frozen(found)
-    _mark_composites(found)
-    _mark_nested(found)
-    _note_matrices(found)
-    found.adds += _fixed_adds(found)
-    return found
+    forward = _find_adds(record(model, example_inputs, **options))
+    for add in forward.adds:
+        add.last = forward.graph.matrices_on(_last(forward, add))
+    _mark_time(forward, lambda change, watch: record(model, example_inputs, change=change, watch=watch, seed=0).watched)
+    _mark_frozen(forward)
+    _mark_composites(forward)
+    _mark_nested(forward)
+    _note_matrices(forward)
+    forward.adds += _fixed_adds(forward)
+    return forward
 
 
 # -- adds
@@ -121,68 +129,78 @@ def _find_adds(graph: Graph) -> Trace:
     """Candidates first; each is then judged with the branches of all others cut, anew until nothing changes."""
     refused, composite = set[int](), set[int]()
     while True:
-        found = _candidates(graph, refused, composite)
-        cut = {add.total: add.stream for add in found.of("leaf")}
-        paths = Paths(graph, cut, frozenset(add.total for add in found.adds), zeros_carry=True)
+        forward = _candidates(graph, refused, composite)
+        cut = {add.total: add.stream for add in forward.of("leaf")}
+        paths = Paths(graph, cut, frozenset(add.total for add in forward.adds), zeros_carry=True)
         carried = {
             add.total
-            for add in found.of("leaf")
+            for add in forward.of("leaf")
             if paths.skips(add.root, add.branch) and not paths.acts(add.root, add.branch)
         }
-        roundabout = set() if carried else _roundabout(found, paths)
+        roundabout = set() if carried else _roundabout(forward, paths)
         if not carried and not roundabout:
-            return found
+            return forward
         composite |= carried  # what comes round is identical to the stream: an input injection, a long skip
         refused |= roundabout
 
 
 def _candidates(graph: Graph, refused: set[int], composite: set[int]) -> Trace:
-    found = Trace(graph)
+    forward = Trace(graph)
     added: defaultdict[Site, set[int]] = defaultdict(set)  # operands so far
     for total in graph.sums:
-        add = _candidate(found, total, added[total.site]) if total.node not in refused else None
+        add = _candidate(forward, total, added[total.site]) if total.node not in refused else None
         if add is not None:
             add.kind = "composite" if add.total in composite else add.kind
-            found.adds.append(add)
-            found.streams[add.total] = add.branch if add.kind == "composite" else add.stream
+            forward.adds.append(add)
+            forward.streams[add.total] = add.branch if add.kind == "composite" else add.stream
         for operand in total.operands:
-            found.origin(operand, added[total.site])
-    return found
+            forward.origin(operand, added[total.site])
+    return forward
 
 
-def _candidate(found: Trace, total: Sum, added: set[int]) -> ResidualAdd | None:
-    graph = found.graph
-    if not graph.is_live(total.node):
-        return None
+def _candidate(forward: Trace, total: Sum, added: set[int]) -> ResidualAdd | None:
+    graph = forward.graph
+    if not graph.is_live(total.node) or len(graph.nodes[total.node].slices) > len(set(total.operands)):
+        return None  # it is read by nothing, or adds parts of one tensor
     for s, b in ((0, 1), (1, 0)):
         stream, branch = total.operands[s], total.operands[b]
-        root = next((n for n in found.same(stream) if graph.precedes(n, branch)), None)
+        root = next((n for n in forward.same(stream) if graph.precedes(n, branch)), None)
         if root is None or total.signs[s] != 1:
             continue
-        held = _holds_stream(found, branch, root)
-        way = frozenset() if held else frozenset(graph.between(root, branch))
-        if not held and (not graph.matrices_on(way) or _share(graph, branch, root) == -total.signs[b]):
+        held = _holds_stream(forward, branch, root)
+        path = frozenset() if held else frozenset(graph.between(root, branch))
+        if not held and (not graph.matrices_on(path) or _share(graph, branch, root) == -total.signs[b]):
             continue  # in x + (q - x) nothing is left of x
         if graph.nodes[root].data:
             if not total.whole[s]:
                 continue  # a statistic that is spread over what it was taken from
-        elif root in added or (found.streams.keys() & way and graph.nodes[root].op.name not in ZEROS):
+        elif root in added or (forward.streams.keys() & path and graph.nodes[root].op.name not in ZEROS):
             continue  # a table or a bias has become an ancestor of everything by the second visit
-        elif graph.nodes[root].weights_of & graph.matrices_on(way):
+        elif graph.nodes[root].weights_of & graph.matrices_on(path):
             continue  # a weight that is stepped, as in training at test time
         kind: Kind = "composite" if held else "leaf"
         return ResidualAdd(
-            kind, total.site, total.occurrence, total.node, stream, branch, b, root, way, total.recorded, total.followed
+            kind,
+            total.site,
+            total.occurrence,
+            total.node,
+            stream,
+            branch,
+            b,
+            root,
+            path,
+            total.recorded,
+            total.followed,
         )
     return None
 
 
-def _holds_stream(found: Trace, branch: int, root: int) -> bool:
+def _holds_stream(forward: Trace, branch: int, root: int) -> bool:
     """A branch is a stream itself, and one that did not begin inside it."""
-    chain = list(found.same(branch))
-    begun = chain[-1] != root and found.graph.precedes(root, chain[-1])
-    return any(n in found.streams for n in chain) and not (
-        begun and found.graph.matrices_on(found.graph.between(root, chain[-1]))
+    chain = list(forward.same(branch))
+    begun = chain[-1] != root and forward.graph.precedes(root, chain[-1])
+    return any(n in forward.streams for n in chain) and not (
+        begun and forward.graph.matrices_on(forward.graph.between(root, chain[-1]))
     )
 
 
@@ -197,13 +215,13 @@ def _share(graph: Graph, number: int, part: int) -> float:
     return sum(weight * _share(graph, s, part) for s, weight in zip(node.sources, weights, strict=False))
 
 
-def _roundabout(found: Trace, paths: Paths) -> set[int]:
+def _roundabout(forward: Trace, paths: Paths) -> set[int]:
     """The sums of leaves whose branch comes from their stream only by way of other branches.
 
     They stay where the stream is one, by another add or since the model reads it: two streams may be each other's only
     source. An accumulator of single numbers (a halting probability, a clock) is no stream of the model.
     """
-    leaves = found.of("leaf")
+    leaves = forward.of("leaf")
     direct = [add for add in leaves if paths.acts(add.root, add.branch)]
     indirect = [add for add in leaves if not paths.acts(add.root, add.branch)]
 
@@ -211,62 +229,62 @@ def _roundabout(found: Trace, paths: Paths) -> set[int]:
         return any(paths.skips(d.total, add.stream) or paths.skips(add.total, d.stream) for d in direct)
 
     def is_read(add: ResidualAdd) -> bool:
-        numbers = [found.graph.nodes[n].shape for n in _last(found, add)]
+        numbers = [forward.graph.nodes[n].shape for n in _last(forward, add)]
         wide = any(shape and shape[-1] > 1 for shape in numbers)
         return wide and bool(paths.live >> add.total & 1)
 
     return {add.total for add in indirect if not on_a_stream(add) and not is_read(add)}
 
 
-def _last(found: Trace, add: ResidualAdd) -> frozenset[int]:
+def _last(forward: Trace, add: ResidualAdd) -> frozenset[int]:
     """The nodes on a branch's way where matrices of its own act and no other comes after."""
-    graph = found.graph
+    graph = forward.graph
     last, queue, seen = set[int](), [add.branch], set[int]()
     while queue:
         number = queue.pop()
-        if number in seen or number not in add.way:
+        if number in seen or number not in add.path:
             continue
         seen.add(number)
         if graph.nodes[number].matrices:
             last.add(number)
         else:
-            queue += [found.streams[number]] if number in found.streams else graph.nodes[number].sources
+            queue += [forward.streams[number]] if number in forward.streams else graph.nodes[number].sources
     return frozenset(last)
 
 
 # -- kinds
 
 
-def _mark_frozen(found: Trace) -> None:
+def _mark_frozen(forward: Trace) -> None:
     """A teacher, or a backbone before anything that is trained: no gradient comes to the matrices, nor through them."""
 
     def names(add: ResidualAdd) -> frozenset[str]:
-        return frozenset[str]().union(*(found.graph.nodes[n].parameters for n in add.way))
+        return frozenset[str]().union(*(forward.graph.nodes[n].parameters for n in add.path))
 
-    followed = [add for add in found.of("leaf") if add.followed]
+    followed = [add for add in forward.of("leaf") if add.followed]
     trained = frozenset[str]().union(*map(names, followed))
-    for add in found.of("leaf") if followed else []:
+    for add in forward.of("leaf") if followed else []:
         if not add.followed and not names(add) & trained:  # a visit under no_grad has its twin under autograd
             add.kind = "frozen"
 
 
-def _mark_composites(found: Trace) -> None:
+def _mark_composites(forward: Trace) -> None:
     """A branch that runs through itself again, as in h = e + A(h), holds the stream: the add injects something."""
     again: set[int] = set()
-    for add in found.of("leaf"):
+    for add in forward.of("leaf"):
         inside = [
             other.total
-            for other in found.inside(add)
+            for other in forward.inside(add)
             if other.kind == "leaf" and other.site == add.site and other.last & add.last
         ]
         again |= {add.total, *inside} if inside else set()
-    for add in found.adds:
+    for add in forward.adds:
         if add.total in again:
             add.kind = "composite"
-            found.streams[add.total] = add.branch
+            forward.streams[add.total] = add.branch
 
 
-def _mark_nested(found: Trace) -> None:
+def _mark_nested(forward: Trace) -> None:
     """What becomes of residual adds inside the branch of another one.
 
     A stream that only passes through is not nested. An add that stands alone there and feeds nothing else is part of
@@ -274,22 +292,22 @@ def _mark_nested(found: Trace) -> None:
     if a matrix of its own comes after them, and else only hands that stream on: composite.
     """
     followers: defaultdict[int | None, list[ResidualAdd]] = defaultdict(list)
-    for add in found.adds:
-        before = next((n for n in found.same(add.stream) if n in found.by_total), None)
+    for add in forward.adds:
+        before = next((n for n in forward.same(add.stream) if n in forward.by_total), None)
         followers[before].append(add)
-    for outer in found.of("leaf"):
-        inside = [add for add in found.inside(outer) if _feeds_only(found, add.total, outer)]
+    for outer in forward.of("leaf"):
+        inside = [add for add in forward.inside(outer) if _feeds_only(forward, add.total, outer)]
         closed = set[int]()  # those on whose stream nothing is added but in this branch
         for add in reversed(inside):
             if all(later.total in closed for later in followers[add.total]):
                 closed.add(add.total)
-        stream = [add for add in _streams_begun(found, outer, inside) if add.total in closed]
-        if any(_follows(found, a, b) for a, b in pairwise(stream)):
-            within = frozenset[int]().union(*(add.way for add in inside))
-            after = [n for n in outer.way - within if any(found.graph.precedes(add.total, n) for add in stream)]
-            if not found.graph.matrices_on(after):
+        stream = [add for add in _streams_begun(forward, outer, inside) if add.total in closed]
+        if any(_follows(forward, a, b) for a, b in pairwise(stream)):
+            within = frozenset[int]().union(*(add.path for add in inside))
+            after = [n for n in outer.path - within if any(forward.graph.precedes(add.total, n) for add in stream)]
+            if not forward.graph.matrices_on(after):
                 outer.kind = "composite"
-                found.streams[outer.total] = outer.branch
+                forward.streams[outer.total] = outer.branch
             else:
                 for add in stream:
                     add.within = outer.total
@@ -301,62 +319,64 @@ def _mark_nested(found: Trace) -> None:
                 add.kind = "inner"
 
 
-def _feeds_only(found: Trace, number: int, outer: ResidualAdd) -> bool:
+def _feeds_only(forward: Trace, number: int, outer: ResidualAdd) -> bool:
     """All that is made of a node goes into one branch."""
     queue, seen = [number], set[int]()
     while queue:
-        users = found.graph.users(queue.pop()) - seen - {outer.total}
-        if not users <= outer.way:
+        users = forward.graph.users(queue.pop()) - seen - {outer.total}
+        if not users <= outer.path:
             return False
         seen |= users
         queue += users
     return True
 
 
-def _streams_begun(found: Trace, outer: ResidualAdd, inside: list[ResidualAdd]) -> list[ResidualAdd]:
+def _streams_begun(forward: Trace, outer: ResidualAdd, inside: list[ResidualAdd]) -> list[ResidualAdd]:
     """The leaves among adds in a branch whose stream begins there, or is the outer one's own."""
-    own = {add.total for add in inside if add.kind != "leaf"} | {outer.root}
+    begun_at = {add.total for add in inside if add.kind != "leaf"} | {outer.root}
     begun = []
     for add in inside:
-        met = next((n for n in found.same(add.stream) if n in own or n in found.by_total or n not in outer.way), None)
-        if add.kind == "leaf" and (met is None or met in own):
+        met = next(
+            (n for n in forward.same(add.stream) if n in begun_at or n in forward.by_total or n not in outer.path), None
+        )
+        if add.kind == "leaf" and (met is None or met in begun_at):
             begun.append(add)
-            own.add(add.total)
+            begun_at.add(add.total)
     return begun
 
 
-def _follows(found: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:
+def _follows(forward: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:
     """The second adds to the stream that the first added to, possibly normalised between."""
-    if first.total in itertools.takewhile(lambda n: n >= first.total, found.same(then.stream)):
+    if first.total in itertools.takewhile(lambda n: n >= first.total, forward.same(then.stream)):
         return True
-    if not found.graph.precedes(first.total, then.stream):
+    if not forward.graph.precedes(first.total, then.stream):
         return False
-    return not found.graph.matrices_on(found.graph.between(first.total, then.stream))
+    return not forward.graph.matrices_on(forward.graph.between(first.total, then.stream))
 
 
-def _note_matrices(found: Trace) -> None:
+def _note_matrices(forward: Trace) -> None:
     """What acts in a branch is not what acts in the branches inside it."""
-    for add in found.adds:
-        within = frozenset[int]().union(*(one.way for one in found.inside(add) if one.kind == "leaf"))
-        add.matrices = found.graph.matrices_on(add.way - within)
+    for add in forward.adds:
+        within = frozenset[int]().union(*(one.path for one in forward.inside(add) if one.kind == "leaf"))
+        add.matrices = forward.graph.matrices_on(add.path - within)
 
 
-def _fixed_adds(found: Trace) -> list[ResidualAdd]:
+def _fixed_adds(forward: Trace) -> list[ResidualAdd]:
     """What is added to the stream without a learned matrix, as a Fourier transform or a pooling is."""
-    nodes = found.graph.nodes
-    sums = {total.node: total for total in found.graph.sums if total.node not in found.by_total}
+    nodes = forward.graph.nodes
+    sums = {total.node: total for total in forward.graph.sums if total.node not in forward.by_total}
     fixed: dict[int, ResidualAdd] = {}
     seen = set[int]()
-    for leaf in found.of("leaf"):
+    for leaf in forward.of("leaf"):
         start: int | None = leaf.stream
-        while start is not None and (start := found.origin(start, seen)) is not None:
+        while start is not None and (start := forward.origin(start, seen)) is not None:
             if nodes[start].op.relation == "norm":
                 start = next((n for n in nodes[start].sources if nodes[n].data), None)
             elif start in sums.keys() - fixed.keys():
-                add = _fixed(found, sums[start])
+                add = _fixed(forward, sums[start])
                 if add is not None:
                     fixed[start] = add
-                    found.streams[start] = add.stream
+                    forward.streams[start] = add.stream
                 start = add.stream if add is not None else None
             else:
                 start = None
@@ -370,25 +390,25 @@ def _is_scaled(graph: Graph, number: int, part: int) -> bool:
     return number == part
 
 
-def _fixed(found: Trace, total: Sum) -> ResidualAdd | None:
+def _fixed(forward: Trace, total: Sum) -> ResidualAdd | None:
     """A sum of a stream and something as large that is made of it, whatever acts on the way."""
     for s, b in ((0, 1), (1, 0)):
         stream, branch = total.operands[s], total.operands[b]
-        root = next((n for n in found.same(stream) if found.graph.precedes(n, branch)), None)
-        if root is None or _share(found.graph, branch, root) or _is_scaled(found.graph, branch, root):
+        root = next((n for n in forward.same(stream) if forward.graph.precedes(n, branch)), None)
+        if root is None or _share(forward.graph, branch, root) or _is_scaled(forward.graph, branch, root):
             continue  # an injection, or x + (q - x)
-        if found.graph.nodes[root].data and all(total.whole) and total.signs[s] == 1:
-            way = frozenset(found.graph.between(root, branch))
-            return ResidualAdd("fixed", total.site, total.occurrence, total.node, stream, branch, b, root, way)
+        if forward.graph.nodes[root].data and all(total.whole) and total.signs[s] == 1:
+            path = frozenset(forward.graph.between(root, branch))
+            return ResidualAdd("fixed", total.site, total.occurrence, total.node, stream, branch, b, root, path)
     return None
 
 
-def _mark_time(found: Trace, again: Rerun) -> None:
+def _mark_time(forward: Trace, again: Rerun) -> None:
     """A recurrence over time. All adds of a chain are of one kind, also where the chain begins anew in every loop."""
     chains: defaultdict[frozenset[str], list[ResidualAdd]] = defaultdict(list)
-    for add in found.of("leaf"):
+    for add in forward.of("leaf"):
         chains[add.last].append(add)
     for adds in chains.values():
-        if runs_over_time(found.graph, [add.total for add in adds], again):
+        if runs_over_time(forward.graph, [add.total for add in adds], again):
             for add in adds:
                 add.kind = "time"

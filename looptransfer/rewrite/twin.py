@@ -28,8 +28,8 @@ def twin_of(model: nn.Module, randomised: bool = False) -> nn.Module:
         twin = copy.deepcopy(model, _activations(model))
     except Exception as error:
         raise InputError(f"the model cannot be copied for the trace: {type(error).__name__}: {error}") from error
-    for ours, copied in zip(model.parameters(), twin.parameters(), strict=True):
-        vars(copied).update(vars(ours))  # mup keeps its width shapes there, and deepcopy drops them
+    for original, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        vars(copied).update(vars(original))  # mup keeps its width shapes there, and deepcopy drops them
     if randomised:
         randomise(twin)
     return twin

@@ -13,8 +13,7 @@ from looptransfer.rewrite.branches import Group
 from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.insert import clear_multipliers
 from looptransfer.rewrite.names import compiled_modules
-from looptransfer.rewrite.parametrize import PLAN, planned
-from looptransfer.rewrite.plan import Branch, ScalingPlan
+from looptransfer.rewrite.plan import PLAN, Branch, ScalingPlan, planned
 from looptransfer.rewrite.proof import SEED, all_agree, prove
 from looptransfer.rewrite.record import ExampleInputs, RejectedInputsError, call_arguments, held
 from looptransfer.rewrite.trace import Trace
@@ -63,7 +62,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
     return plan
 
 
-def _disagreements(plan: ScalingPlan, found: Trace, groups: list[Group], training: bool) -> list[str]:
+def _disagreements(plan: ScalingPlan, forward: Trace, groups: list[Group], training: bool) -> list[str]:
     live = {group.handle: group for group in groups}
     problems = []
     for branch in plan.branches:
@@ -71,33 +70,32 @@ def _disagreements(plan: ScalingPlan, found: Trace, groups: list[Group], trainin
         if group is None:
             problems.append(f"{branch.handle}: no longer a residual branch of its own (was it replaced?)")
             continue
-        wanted = branch.multiplier if plan.realisation == "multiplier" else 1.0
-        measured = _measured(branch, wanted, found, group)
+        measured = _measured(branch, forward, group)
         if measured is not None:
-            problems.append(f"{branch.handle}: multiplier {wanted:.6g} planned, {measured} measured")
+            problems.append(f"{branch.handle}: multiplier {branch.multiplier:.6g} planned, {measured} measured")
         if group.visits != branch.visits and training and not plan.random_loops:
             problems.append(
                 f"{branch.handle}: {branch.visits:g} visits planned, {group.visits} measured; "
-                "rescale(model, loops=…) follows a loop count that changed in training"
+                "rescale(model, example_inputs) follows a loop count that changed in training"
             )
     return problems + [f"{handle}: a residual branch that the plan does not know" for handle in live]
 
 
-def _measured(branch: Branch, wanted: float, found: Trace, group: Group) -> str | None:
-    """What stands on a branch instead of the multiplier that is wanted; None where it is that one."""
-    ours = factors(found, group)
-    first = ours[0] / branch.factors[0] if ours and branch.factors and branch.factors[0] else 0.0
-    for own in branch.factors:  # there may be more by now, of adapters put on the last map
-        if not any(_near(factor, own * wanted) for factor in ours):
+def _measured(branch: Branch, forward: Trace, group: Group) -> str | None:
+    """The factor that stands on a branch instead of its multiplier; None where it is that."""
+    measured = factors(forward, group)
+    first = measured[0] / branch.factors[0] if measured and branch.factors and branch.factors[0] else 0.0
+    for constant in branch.factors:  # there may be more by now, of adapters put on the last map
+        if not any(_near(factor, constant * branch.multiplier) for factor in measured):
             return f"{first:.6g}"
-    last = [abs(found.graph.nodes[route[-1]].factor) for _, route in group.routes]
-    if wanted != 1 and branch.mark is None and not all(_near(factor, wanted) for factor in last):
-        return f"{wanted:.6g} on a part of it"
+    last = [abs(forward.graph.nodes[route[-1]].factor) for _, route in group.routes]
+    if branch.multiplier != 1 and branch.mark is None and not all(_near(f, branch.multiplier) for f in last):
+        return f"{branch.multiplier:.6g} on a part of it"
     return None
 
 
-def _near(value: float, wanted: float) -> bool:
-    return abs(value - wanted) <= TOLERANCE * abs(wanted)
+def _near(value: float, expected: float) -> bool:
+    return abs(value - expected) <= TOLERANCE * abs(expected)
 
 
 def _compiled_agrees(model: nn.Module, inner: nn.Module, example_inputs: ExampleInputs) -> bool:

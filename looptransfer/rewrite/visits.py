@@ -7,7 +7,6 @@ they have most of their learned numbers in common, on their whole way and where 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from itertools import combinations
 
 from torch import nn
@@ -24,8 +23,8 @@ Branch = tuple[Weights, frozenset[int]]  # and the nodes where they act
 class Ties:
     """Which branches are tied."""
 
-    def __init__(self, model: nn.Module, found: Trace, groups: list[Group]) -> None:
-        self.found = found
+    def __init__(self, model: nn.Module, forward: Trace, groups: list[Group]) -> None:
+        self.forward = forward
         names = {name for group in groups for add in group.adds for name in add.matrices | add.last}
         parts = Counter(name.split("+")[0] for name in names)
         sizes = {name: parameter.numel() for name, parameter in named_parameters(model).items()}
@@ -33,9 +32,11 @@ class Ties:
         self.weights = {id(add): _weights(model, group, add) for group in groups for add in group.adds}
 
     def tied(self, these: Weights, those: Weights) -> bool:
-        """Most of the learned numbers are the same: of those at the end, and of the branch that has fewer."""
-        whole, end = ((a, b) for a, b in zip(these, those, strict=True))
-        return self._share(*whole, min) >= 0.5 and self._share(*end, max) >= 0.5
+        """Most of the learned numbers of the branch that has fewer are the same, on its whole way and where it ends.
+
+        Where a condition is made of the first visit's stream, its map acts in that visit's branch besides.
+        """
+        return all(self._share(a, b) >= 0.5 for a, b in zip(these, those, strict=True))
 
     def alike(self, these: list[Branch], those: list[Branch]) -> bool:
         """Each of the first branches is tied to one of the others, or made by the same run of a matrix."""
@@ -45,7 +46,7 @@ class Ties:
         """A group's branch; several where its runs are not tied."""
         kinds: list[Branch] = []
         for add in group.adds:
-            weights, runs = self.weights[id(add)], _applied(self.found, add, self.weights[id(add)])
+            weights, runs = self.weights[id(add)], _applied(self.forward, add, self.weights[id(add)])
             if not any(self.tied(weights, other) for other, _ in kinds):
                 kinds.append((weights, runs))
         return kinds
@@ -56,8 +57,8 @@ class Ties:
         loose = [(a, b) for (a, ran), (b, runs) in combinations(branches, 2) if not (ran & runs or self.tied(a, b))]
         return tuple(sorted({name for a, b in loose for name in a[0] & b[0]}))
 
-    def _share(self, these: frozenset[str], those: frozenset[str], of: Callable[[float, float], float]) -> float:
-        size = of(self._size(these), self._size(those))
+    def _share(self, these: frozenset[str], those: frozenset[str]) -> float:
+        size = min(self._size(these), self._size(those))
         return self._size(these & those) / size if size else float(these == those)
 
     def _size(self, names: frozenset[str]) -> float:
@@ -66,16 +67,16 @@ class Ties:
 
 def _weights(model: nn.Module, group: Group, add: ResidualAdd) -> Weights:
     """What acts now and then among a module's own matrices comes beside what always acts, as experts do."""
-    always = frozenset[str].intersection(*(one.matrices for one in group.adds))
+    always = frozenset[str].intersection(*(add.matrices for add in group.adds))
     if not always or group.handle.mark is not None:
         return add.matrices, add.last
     canonical = parameter_names(model)
-    own = {canonical[id(p)] for p in module_of(model, group.handle.module).parameters()}
-    rest = frozenset(name for name in add.matrices | add.last if name.split("+")[0] in own) - always
+    owned = {canonical[id(p)] for p in module_of(model, group.handle.module).parameters()}
+    rest = frozenset(name for name in add.matrices | add.last if name.split("+")[0] in owned) - always
     return add.matrices - rest, (add.last - rest) or always
 
 
-def count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> Ties:
+def count_visits(model: nn.Module, forward: Trace, groups: list[Group]) -> Ties:
     """Set N of every group: the longest chain of residual adds that are tied to its own.
 
     Tied weights count together, whatever modules hold them; chunks of one stream are no chain. A stream inside a branch
@@ -84,31 +85,31 @@ def count_visits(model: nn.Module, found: Trace, groups: list[Group]) -> Ties:
     Raises:
         InputError: one handle hands over branches that are visited differently often.
     """
-    ties = Ties(model, found, groups)
+    ties = Ties(model, forward, groups)
     longest: Counter[Weights] = Counter()
     most = 0
     runs: defaultdict[int | None, list[tuple[Weights, int, int, frozenset[int]]]] = defaultdict(list)
     for add in sorted({id(a): a for g in groups for a in g.adds}.values(), key=lambda add: add.total):
         weights, depth = ties.weights[id(add)], 1
-        applied = _applied(found, add, weights)
+        applied = _applied(forward, add, weights)
         for other, total, length, before in reversed(runs[add.within]):
-            if length >= depth and ties.tied(weights, other) and found.graph.precedes(total, add.total):
+            if length >= depth and ties.tied(weights, other) and forward.graph.precedes(total, add.total):
                 depth = max(depth, length + (not applied <= before))  # one application may serve several branches
                 if length == most:
                     break
         longest[weights], most = max(longest[weights], depth), max(most, depth)
         runs[add.within].append((weights, add.total, depth, applied))
     for group in groups:
-        own = {ties.weights[id(add)] for add in group.adds}
-        counts = {w: max(n for other, n in longest.items() if ties.tied(w, other)) for w in own}
+        owned = {ties.weights[id(add)] for add in group.adds}
+        counts = {w: max(n for other, n in longest.items() if ties.tied(w, other)) for w in owned}
         group.visits = max(counts.values(), default=1)
         if len(set(counts.values())) > 1:
             raise _mixed(group, {id(add): counts[ties.weights[id(add)]] for add in group.adds})
     return ties
 
 
-def _applied(found: Trace, add: ResidualAdd, weights: Weights) -> frozenset[int]:
-    return frozenset(n for n in add.way if found.graph.nodes[n].matrices & weights[0]) or frozenset([add.total])
+def _applied(forward: Trace, add: ResidualAdd, weights: Weights) -> frozenset[int]:
+    return frozenset(n for n in add.path if forward.graph.nodes[n].matrices & weights[0]) or frozenset([add.total])
 
 
 def _mixed(group: Group, counts: dict[int, int]) -> InputError:

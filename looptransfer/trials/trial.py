@@ -11,8 +11,8 @@ from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.optim import param_groups
-from looptransfer.rewrite.parametrize import apply_plan, parametrize, planned, remove
-from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rewrite.parametrize import apply_plan, parametrize, remove
+from looptransfer.rewrite.plan import ScalingPlan, planned
 from looptransfer.rewrite.planner import VARIES
 from looptransfer.rules import Rule
 from looptransfer.trials.experiment import Experiment

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import looptransfer as lt
 from tests import models
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
+from tests.rewrite.answers import Residual, planned
 
 X = inputs(2, 4, WIDTH).float()
 
@@ -547,3 +548,78 @@ def test_warnings_can_be_made_errors_and_leave_the_model_as_it_was(rule: Any) ->
         with pytest.raises(lt.ScalingWarning, match="visits differ"):
             lt.parametrize(model, tokens(), rule)
     lt.parametrize(model, tokens(), rule)
+
+
+# -- what is not trained
+
+
+class Backbone(nn.Module):
+    """Two frozen layers, a trained one in a loop, and what comes between and after as a test says."""
+
+    def __init__(self, before: Callable[[Any, Tensor], Tensor], after: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.frozen = nn.Sequential(Residual(), Residual()).requires_grad_(False)
+        self.core, self.enter, self.before, self.after = Residual(), nn.Linear(WIDTH, WIDTH), before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(self, x)
+        for _ in range(3):
+            x = self.core(x)
+        return self.after(self, x)
+
+
+def without_gradient(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return m.frozen(x)  # type: ignore[no-any-return]
+
+
+def as_it_is(m: Any, x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    "before",
+    [without_gradient, lambda m, x: m.frozen(x), lambda m, x: m.frozen(x).detach()],
+    ids=["no_grad", "", "cut"],
+)
+def test_a_frozen_backbone_keeps_its_features_and_is_no_layer(before: Any) -> None:
+    model = Backbone(before, as_it_is).double()
+    features = model.frozen(X.double())
+    plan = planned(model, X.double())
+    assert [(str(b.handle), b.visits) for b in plan.branches] == [("core.f", 3)]
+    assert plan.layers == 1
+    assert [left.reason for left in plan.left_alone] == [
+        "no gradient reaches the branch or goes through it: a frozen backbone or a teacher"
+    ]
+    assert torch.equal(model.frozen(X.double()), features)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(lambda m, x: m.frozen(m.enter(x)), as_it_is), (as_it_is, lambda m, x: m.frozen(x))],
+    ids=["after a trained map", "after the loop"],
+)
+def test_frozen_layers_that_gradients_go_through_are_scaled_and_warned_of(before: Any, after: Any) -> None:
+    caveats = caveats_of(Backbone(before, after).double(), X.double())
+    (frozen,) = (caveat for caveat in caveats if caveat.startswith("frozen weights"))
+    assert "frozen.0.f, frozen.1.f hold nothing that is trained" in frozen
+    assert "branches=[…]" in frozen
+
+
+class Distilled(nn.Module):
+    """A student in a loop, and a teacher that is a moving average of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = Residual(), Residual().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            wanted = self.teacher(self.teacher(x))
+        return self.student(self.student(x)), wanted
+
+
+def test_a_teacher_is_not_scaled() -> None:
+    plan = planned(Distilled(), X.double())
+    assert [(str(b.handle), b.visits) for b in plan.branches] == [("student.f", 2)]
+    assert plan.layers == 1

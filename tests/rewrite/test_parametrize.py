@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 import random
 from collections.abc import Callable
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import looptransfer as lt
 from looptransfer.rules import Rule
 from tests import models
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
+from tests.rewrite.answers import Residual, Stepped, X, planned, visits
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -498,3 +503,224 @@ def test_the_fused_path_of_a_transformer_layer_in_eval_mode_keeps_the_multiplier
 def test_a_model_is_rewritten_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert lt.parametrize(models.ResidualMLP(), inputs(2, 4, WIDTH).float()).loops == 3
+
+
+# -- ordinary branches that were once refused
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def one_after_another(x: Tensor, *branches: Tensor) -> Tensor:
+    for branch in branches:
+        x = x + branch
+    return x
+
+
+def normalised(m: Any, x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1) * WIDTH**0.5 * m.gain
+
+
+def quantised(m: Any, x: Tensor) -> Tensor:
+    x = x + m.f(x)
+    code = m.codes[torch.cdist(x, m.codes).argmin(-1)]
+    return x + (code - x).detach()
+
+
+def rounded(m: Any, x: Tensor) -> Tensor:
+    x = x + m.f(x)
+    return x + (x.round() - x).detach()
+
+
+def upsampled(m: Any, x: Tensor) -> Tensor:
+    y = m.f(x[:, ::2]).transpose(1, 2)
+    return x + F.interpolate(y, size=4, mode="linear").transpose(1, 2)
+
+
+def chosen(m: Any, x: Tensor) -> Tensor:
+    return x + torch.cond(x.shape[1] > 2, torch.clone, torch.neg, (m.f(x),))  # type: ignore[no-any-return]
+
+
+def averaged(carry: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    carry = 0.9 * carry + token
+    return carry, carry.clone()
+
+
+def scanned(m: Any, x: Tensor) -> Tensor:
+    tokens = m.enter(x).transpose(0, 1)
+    return x + m.f(scan(averaged, torch.zeros_like(tokens[0]), tokens)[1].transpose(0, 1))  # type: ignore[no-any-return]
+
+
+PADDING = torch.tensor([[False, False, True, True], [False, False, False, True]])[..., None]
+ORDINARY: dict[str, tuple[Callable[[Any, Tensor], Tensor], set[str]]] = {
+    "adds in one helper": (lambda m, x: add(add(x, m.f(x)), m.g(x)), {"f", "g"}),
+    "adds in the loop of a helper": (lambda m, x: one_after_another(x, m.f(x), m.g(x)), {"f", "g"}),
+    "adds on one line": (lambda m, x: (x := x + m.f(x)) + m.g(x), {"f", "g"}),
+    "a pre-norm written out": (lambda m, x: x + m.f(normalised(m, x)), {"f"}),
+    "a post-norm written out": (lambda m, x: normalised(m, x + m.f(x)), {"f"}),
+    "masked_fill": (lambda m, x: x + m.f(x).masked_fill(PADDING, 0.0), {"f"}),
+    "where": (lambda m, x: x + torch.where(PADDING, 0.0, m.f(x)), {"f"}),
+    "interpolate": (upsampled, {"f"}),
+    "repeat_interleave": (lambda m, x: x + m.f(x[:, ::2]).repeat_interleave(2, 1), {"f"}),
+    "through frequencies": (lambda m, x: x + torch.fft.ifft(torch.fft.fft(m.f(x), dim=1), dim=1).real, {"f"}),
+    "a quantised stream": (quantised, {"f"}),
+    "a rounded stream": (rounded, {"f"}),
+    "cond": (chosen, {"f"}),
+    "scan": (scanned, {"f"}),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_an_ordinary_branch_is_scaled(name: str) -> None:
+    step, branches = ORDINARY[name]
+    codes = nn.Parameter(torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0)))
+    parts = {"gain": nn.Parameter(torch.ones(WIDTH)), "codes": codes, "enter": nn.Linear(WIDTH, WIDTH)}
+    assert visits(Stepped(step, 3, **parts)) == dict.fromkeys(branches, 3)
+
+
+@dataclasses.dataclass
+class Answer:
+    hidden: Tensor
+    losses: dict[str, Any]
+
+
+class Answers(nn.Module):
+    """A layer in a loop; `form` makes the output of all states."""
+
+    def __init__(self, form: Callable[[list[Tensor]], Any]) -> None:
+        super().__init__()
+        self.layer, self.form = Residual(), form
+
+    def forward(self, x: Tensor) -> Any:
+        states = [x]
+        for _ in range(3):
+            states.append(self.layer(states[-1]))
+        return self.form(states)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda states: Answer(states[-1], {}),
+        lambda states: [Answer(states[-1], {"size": states[-1].pow(2).mean()})],
+        lambda states: Answer(torch.stack(states), {"last": states[-1]}),
+    ],
+)
+def test_outputs_may_come_in_dataclasses(form: Any) -> None:
+    assert visits(Answers(form)) == {"layer.f": 3}
+
+
+class DeferredBlock(nn.Module):
+    """Hands over its branch and the stream before it, as Mamba's blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, branch: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        stream = branch if stream is None else branch + stream
+        return self.mixer(self.norm(stream)), stream
+
+
+class Deferred(nn.Module):
+    def __init__(self, layers: int, loops: int) -> None:
+        super().__init__()
+        self.layers, self.loops = nn.ModuleList(DeferredBlock() for _ in range(layers)), loops
+
+    def forward(self, branch: Tensor) -> Tensor:
+        stream = None
+        for _ in range(self.loops):
+            for layer in self.layers:
+                branch, stream = layer(branch, stream)
+        return branch + stream
+
+
+@pytest.mark.parametrize(("layers", "loops"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_a_branch_that_the_next_block_adds_is_scaled(layers: int, loops: int) -> None:
+    plan = planned(Deferred(layers, loops))
+    assert [b.visits for b in plan.branches] == [loops] * layers
+
+
+class Graph(nn.Module):
+    def __init__(self, mix: Callable[[Any, Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.enter, self.f, self.mix = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8), mix
+
+    def forward(self, x: Tensor, edges: Any) -> Tensor:
+        for _ in range(3):
+            x = x + self.f(self.mix(self, self.norm(x), edges))
+        return x
+
+
+def flex(m: Any, x: Tensor, bias: float) -> Tensor:
+    q, k, v = (part[:, None] for part in m.enter(x).chunk(3, -1))
+    return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + bias * (i - j))[:, 0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_inputs_and_flex_attention_stand_inside_a_branch(layout: torch.layout) -> None:
+    edges = torch.eye(4, dtype=torch.float64).to_sparse(layout=layout)
+    assert visits(Graph(lambda m, x, e: e @ x), (inputs(4, 8), edges)) == {"f": 3}
+    with torch.no_grad():
+        assert visits(Graph(flex), (inputs(2, 4, 8), 0.1)) == {"f": 3}
+
+
+class Parts(nn.Module):
+    """Attention that hands its output over among other things."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Any], at: Any, skip: float, loops: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn, self.at, self.skip, self.loops = Attending(form), at, skip, loops
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.loops):
+            x = self.skip * x + self.attn(x)[self.at]
+        return x
+
+
+class Attending(nn.Module):
+    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.q, self.v, self.form = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), form
+
+    def forward(self, x: Tensor) -> Any:
+        weights = (self.q(x) @ x.transpose(1, 2)).softmax(-1)
+        return self.form(weights @ self.v(x), weights)
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("skip", [1.0, 0.9])  # with 0.9 the add is not recognised, and the declaration decides alone
+@pytest.mark.parametrize(
+    ("form", "at"),
+    [
+        (lambda out, weights: (out, weights), 0),
+        (lambda out, weights: (weights, out), 1),
+        (lambda out, weights: (None, out), 1),
+        (lambda out, weights: (weights.detach().mean(), out), 1),
+        (lambda out, weights: {"weights": weights, "out": out}, "out"),
+    ],
+)
+def test_a_declared_branch_is_the_part_that_is_added(form: Any, at: Any, skip: float, loops: int) -> None:
+    plan = planned(Parts(form, at, skip, loops), branches=["attn"])
+    assert [(b.output, b.visits) for b in plan.branches] == [(at, loops)]
+
+
+def test_weight_norm_may_be_taken_off_and_a_kept_activation_does_no_harm() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        m.kept = x + m.f(x)
+        return m.kept  # type: ignore[no-any-return]
+
+    model = Stepped(step, 3, f=nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))).double()
+    model(X)
+    planned(model)
+    before = model(X)
+    nn.utils.parametrize.remove_parametrizations(model.f, "weight")
+    torch.testing.assert_close(model(X), before, rtol=1e-12, atol=1e-12)
+
+
+def test_generated_code_is_followed() -> None:
+    model = torch.fx.symbolic_trace(nn.Sequential(Residual(), Residual()).double())
+    assert visits(model) == {"0.f.3": 1, "1.f.3": 1}

@@ -1,12 +1,17 @@
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import looptransfer as lt
+from looptransfer.rewrite.plan import Branch, check_one_parameterization
+from looptransfer.trials.pairing import check_start
 from tests import models
+from tests.experiments import LoopedMLP, TinyTask, squared_error, tiny_experiment
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
 
 
@@ -237,3 +242,102 @@ def test_a_branch_that_is_scaled_after_its_module_is_refused() -> None:
 
     with pytest.raises(lt.InputError, match="is not the output of a module of its own"):
         lt.parametrize(Gated().double(), inputs(4, WIDTH))
+
+
+# -- one parameterization for proxy and target
+
+COUNTS = (1, 2, 4)
+Counts = Mapping[int, Mapping[str, float]]  # visits of every branch, by N
+
+
+def plan_with(visits: Mapping[str, float], layers: int = 1, members: tuple[str, ...] = ("weight",)) -> lt.ScalingPlan:
+    branches = tuple(
+        Branch(name, name, None, None, "model.py:1", n, 1 / n, tuple(f"{name}.{member}" for member in members))
+        for name, n in visits.items()
+    )
+    return lt.ScalingPlan("factored", 1.0, 1, layers, branches)
+
+
+def check_plans(plans: Mapping[int, lt.ScalingPlan], owned: Any = None) -> None:
+    names = {n: {name for b in plan.branches for name in b.parameters} for n, plan in plans.items()}
+    check_one_parameterization(plans, names | (owned or {}))
+
+
+@pytest.mark.parametrize(
+    "visits",
+    [
+        {1: {"f": 1}},
+        {4: {"f": 4}},
+        {n: {"f": n} for n in COUNTS},
+        {n: {"f": n / 2} for n in (3, 4, 8)},  # a mean over draws
+        {n: {"f": 2 * n} for n in COUNTS},
+        {n: {"f": n, "prelude": 1} for n in COUNTS},
+        {n: {"f": n, "prelude": 2} for n in COUNTS},
+        {n: {"f": n + 1} for n in COUNTS},  # once outside the loop
+        {n: {"f": 2 * n - 1, "g": 3 * n + 2} for n in COUNTS},
+    ],
+)
+def test_visits_that_follow_n_are_one_parameterization(visits: Counts) -> None:
+    check_plans({n: plan_with(of_branch) for n, of_branch in visits.items()})
+
+
+@pytest.mark.parametrize(
+    ("visits", "said"),
+    [
+        ({2: {"f": 1}}, "N = 2 applies no layer more than once"),
+        ({1: {"f": 1}, 2: {"f": 1}}, "N = 2 applies no layer more than once"),
+        ({2: {"f": 3}, 4: {"f": 3}}, "N = 2 and N = 4 loop equally often"),
+        ({1: {"f": 1, "g": 4}, 2: {"f": 2, "g": 3}}, "the branch g is visited 4 at N = 1, 3 at N = 2"),
+        ({1: {"f": 1}, 2: {"f": 2}, 4: {"f": 3}}, "the branch f is visited 1 at N = 1, 2 at N = 2, 3 at N = 4"),
+        ({1: {"f": 1}, 2: {"f": 4}, 4: {"f": 16}}, "does not follow N"),
+        ({2: {"f": 3}, 4: {"f": 4}}, "does not follow N"),  # half a visit more for each loop
+    ],
+)
+def test_visits_that_do_not_follow_n_are_refused_with_the_counts(visits: Counts, said: str) -> None:
+    with pytest.raises(lt.InputError, match=f"{said}.*N is the loop count"):
+        check_plans({n: plan_with(of_branch) for n, of_branch in visits.items()})
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (plan_with({"f": 2}, layers=2), "L 1 there, 2 here"),
+        (plan_with({"f": 2, "late": 1}), "residual branches nothing there, late here"),
+        (plan_with({"g": 2}), "residual branches f there, g here"),
+        (plan_with({"f": 2}, members=("weight", "gain")), "parameters in the branches nothing there, f.gain here"),
+        (plan_with({"f": 2}, members=()), "parameters in the branches f.weight there, nothing here"),
+    ],
+)
+def test_plans_that_differ_in_more_than_visits_are_refused_with_the_difference(
+    other: lt.ScalingPlan, said: str
+) -> None:
+    names = {"f.weight", "f.gain", "g.weight", "late.weight"}
+    with pytest.raises(lt.InputError, match=f"N = 1 and N = 2 are not one parameterization: {said}"):
+        check_plans({1: plan_with({"f": 1}), 2: other}, {1: names, 2: names})
+
+
+def test_a_parameter_that_only_one_of_the_models_has_is_no_difference() -> None:
+    target = plan_with({"f": 2}, members=("weight", "gain_of_visit_2"))
+    check_plans({1: plan_with({"f": 1}), 2: target}, {1: {"f.weight"}, 2: {"f.weight", "f.gain_of_visit_2"}})
+
+
+class LateBranch(LoopedMLP):
+    """From two loops on a layer of its own comes after them."""
+
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        self.late = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.embed(inputs)
+        for _ in range(self.loops):
+            stream = stream + self.block(self.norm(stream))
+        return self.head(stream + self.late(stream) if self.loops > 1 else stream)
+
+
+def test_sweeps_and_coordinate_checks_refuse_models_that_are_not_one() -> None:
+    said = "N = 1 and N = 2 are not one parameterization: L 1 there, 2 here"
+    with pytest.raises(lt.InputError, match=said):
+        check_start(tiny_experiment(make_model=LateBranch), (1, 2), (0,))
+    with pytest.raises(lt.InputError, match=said):
+        lt.coord_check(LateBranch, TinyTask().batches, loss=squared_error, loops=[1, 2], steps=1)

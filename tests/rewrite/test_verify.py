@@ -5,6 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import looptransfer as lt
+from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rules import Rule
 from tests import models
 from tests.models import WIDTH, Looped, inputs, noisy, small_decoder, tokens
+from tests.rewrite.answers import Stepped, planned
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +77,6 @@ FRESH: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "declared in part": (small_decoder, tokens(), {"branches": ["layers.*.mlp"]}),
     "declared behind a gate": (ScaledSkip, X, {"branches": ["f"]}),
     "marks": (Marked, X, {}),
-    "folded": (small_decoder, tokens(), {"realisation": "folded"}),
     "preserved": (small_decoder, tokens(), {"preserve": True}),
     "statistics": (models.NormedMLP, inputs(4, WIDTH), {}),
 }
@@ -392,13 +394,6 @@ def test_a_second_factor_is_caught_however_it_is_put_on(hook: Callable[..., Tens
         lt.verify(model, tokens())
 
 
-def test_a_factor_on_a_folded_branch_is_caught() -> None:
-    model = decoder(realisation="folded")
-    spoil_with_a_hook(model)
-    with pytest.raises(lt.VerificationError, match=r"layers\.1\.mlp: multiplier 1 planned, 0\.25 measured"):
-        lt.verify(model, tokens())
-
-
 def test_a_mark_that_lost_its_multiplier_is_caught() -> None:
     model = Marked().double()
     lt.parametrize(model, X)
@@ -482,7 +477,9 @@ def test_another_loop_count_is_an_error_in_training_and_accepted_in_eval(
     model = decoder()
     live = way(model)
     model.loops = loops
-    with pytest.raises(lt.VerificationError, match=rf"2 visits planned, {loops} measured; rescale\(model, loops=…\)"):
+    with pytest.raises(
+        lt.VerificationError, match=rf"2 visits planned, {loops} measured; rescale\(model, example_inputs\)"
+    ):
         lt.verify(live, tokens())
     assert lt.verify(live.eval(), tokens()).loops == 2
 
@@ -638,19 +635,6 @@ def test_a_mean_of_what_is_not_drawn_must_be_near_the_traced_count() -> None:
         lt.parametrize(models.ResidualMLP(5).double(), inputs(2, WIDTH), loops=3)
 
 
-def test_rescale_of_folded_multipliers_is_refused_and_the_way_out_works() -> None:
-    model = decoder(realisation="folded")
-    before = model(tokens())
-    with pytest.raises(lt.InputError, match=r"folded into the weights; call unfold\(model\), rescale it and fold it"):
-        lt.rescale(model, tokens())
-    assert torch.equal(model(tokens()), before)
-    lt.unfold(model)
-    model.loops = 6
-    lt.rescale(model, tokens())
-    lt.fold(model)
-    lt.verify(model, tokens())
-
-
 @pytest.mark.parametrize("loops", [0, -1, 0.5, float("nan"), float("inf"), "3", True])
 def test_a_loop_count_out_of_range_is_refused(loops: Any) -> None:
     model = decoder()
@@ -740,16 +724,6 @@ def test_a_plan_of_another_process_keeps_its_integers_whole() -> None:
     assert hash(again.branches) == hash(plan.branches)
 
 
-def test_a_folded_plan_folds_the_weights_of_a_fresh_model() -> None:
-    source = noisy(small_decoder(), std=0.1)
-    fresh_model = copy.deepcopy(source)
-    plan = lt.parametrize(source, tokens(), realisation="folded")
-    lt.apply_plan(fresh_model, plan)
-    assert torch.equal(fresh_model(tokens()), source(tokens()))
-    lt.unfold(fresh_model)
-    lt.remove(fresh_model)
-
-
 def test_applying_a_plan_runs_no_forward_and_warns_of_nothing() -> None:
     plan = lt.verify(decoder(), tokens())
 
@@ -833,7 +807,6 @@ def test_a_branch_out_of_range_is_refused(field: str, value: Any) -> None:
         ("base_layers", 1.5),
         ("layers", 0),
         ("layers", "2"),
-        ("realisation", "both"),
         ("branches", None),
         ("branches", 3),
         ("branches", [3]),
@@ -848,16 +821,15 @@ def test_a_setting_out_of_range_is_refused(field: str, value: Any) -> None:
         lt.ScalingPlan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("realisation", ["multiplier", "folded"])
 @pytest.mark.parametrize(
     "other",
     [lambda: small_decoder(layers=1), models.ResidualMLP, lambda: Looped([models.MLPBlock()])],
     ids=["fewer layers", "another kind", "other names"],
 )
 def test_a_plan_is_refused_for_another_architecture_which_stays_as_it_is(
-    other: Callable[[], nn.Module], realisation: Any
+    other: Callable[[], nn.Module],
 ) -> None:
-    plan = lt.parametrize(small_decoder(layers=2), tokens(), realisation=realisation)
+    plan = lt.parametrize(small_decoder(layers=2), tokens())
     model = other()
     before = copy.deepcopy(model)
     with pytest.raises(lt.InputError, match=r"the plan names layers\.\S+, which this \w+ does not have"):
@@ -867,9 +839,8 @@ def test_a_plan_is_refused_for_another_architecture_which_stays_as_it_is(
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("realisation", ["multiplier", "folded"])
-def test_a_plan_is_applied_once(realisation: Any) -> None:
-    plan = lt.parametrize(small_decoder(), tokens(), realisation=realisation)
+def test_a_plan_is_applied_once() -> None:
+    plan = lt.parametrize(small_decoder(), tokens())
     model = noisy(small_decoder(), std=0.1)
     lt.apply_plan(model, plan)
     out = model(tokens())
@@ -885,3 +856,44 @@ def test_a_plan_is_refused_for_a_compiled_model_and_for_what_is_no_module() -> N
         lt.apply_plan(torch.compile(small_decoder(), backend="eager"), plan)
     with pytest.raises(lt.InputError, match="model is a str"):
         lt.apply_plan("model", plan)  # type: ignore[arg-type]
+
+
+# -- marks where nothing is recognised
+
+ROWS = torch.arange(2)
+MARKED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "stacked": lambda m, x: torch.stack([x, lt.residual(m.f(x))]).mean(0) * 2,
+    "einsum": lambda m, x: torch.einsum("k...,k->...", torch.stack([x, lt.residual(m.f(x))]), torch.ones(2).double()),
+    "lerp": lambda m, x: torch.lerp(x, lt.residual(m.f(x)), 0.5),
+    "flipped": lambda m, x: x.flip(1) + lt.residual(m.f(x)),
+    "scattered": lambda m, x: x.index_put((ROWS,), lt.residual(m.f(x)), accumulate=True),
+    "_foreach_add": lambda m, x: torch._foreach_add([x], [lt.residual(m.f(x))])[0],
+    "gated": lambda m, x: x * torch.sigmoid(m.g(x)) + lt.residual(m.f(x)),
+    "rsub": lambda m, x: torch.rsub(-lt.residual(m.f(x)), x),
+    "clamped": lambda m, x: x + lt.residual(m.f(x).clamp(-1, 1)),
+    "packed": lambda m, x: sum((torch.cat([x, lt.residual(m.f(x))], -1) * 1.5).chunk(2, -1)),  # type: ignore[arg-type, return-value]
+}
+
+
+@pytest.mark.parametrize("how", MARKED)
+def test_a_branch_that_is_marked_as_the_refusal_says_is_scaled_and_verified(how: str) -> None:
+    with (
+        mock.patch.object(lt, "residual", lambda branch, name="branch": branch),
+        pytest.raises(lt.InputError) as caught,
+    ):
+        lt.parametrize(Stepped(MARKED[how], 3).double(), X)
+    assert "looptransfer.residual(…" in str(caught.value)
+    model = Stepped(MARKED[how], 3).double()
+    assert [(str(b.handle), b.visits) for b in planned(model).branches] == [(":branch", 3)]
+    ours = model(X)
+    with mock.patch.object(lt, "residual", lambda branch, name="branch": branch / 3):
+        torch.testing.assert_close(ours, Stepped(MARKED[how], 3).double()(X), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("how", ["stacked", "scattered", "clamped"])
+def test_a_mark_that_was_rewritten_and_lost_its_multiplier_is_caught(how: str) -> None:
+    model = Stepped(MARKED[how], 3).double()
+    plan = planned(model)
+    set_multiplier(model, plan.branches[0].handle, 1.0)
+    with pytest.raises(lt.VerificationError, match=r":branch: multiplier 0\.333333 planned, 1 measured"):
+        lt.verify(model, X)
