@@ -41,8 +41,11 @@ if TYPE_CHECKING:
     from looptransfer.transfer.comparison import compare as compare
     from looptransfer.transfer.sources import read_results as read_results
     from looptransfer.transfer.verdict import Verdict as Verdict
+    from looptransfer.trials.command import Command as Command
     from looptransfer.trials.experiment import Experiment as Experiment
+    from looptransfer.trials.function import Function as Function
     from looptransfer.trials.gate import gate as gate
+    from looptransfer.trials.run import Trial as Trial
     from looptransfer.trials.sweep import TunedLR as TunedLR
     from looptransfer.trials.sweep import sweep as sweep
     from looptransfer.trials.sweep import tune as tune
@@ -50,8 +53,10 @@ if TYPE_CHECKING:
 # Each name is imported when it is first used: `import looptransfer` and judging a table load no torch (PEP 562).
 _HOMES = {
     "Branch": "rewrite.plan",
+    "Command": "trials.command",
     "CoordCheck": "coordcheck.verdict",
     "Experiment": "trials.experiment",
+    "Function": "trials.function",
     "InputError": "errors",
     "LoopedDecoder": "reference.model",
     "PairingWarning": "errors",
@@ -59,6 +64,7 @@ _HOMES = {
     "ReferenceSize": "reference.experiment",
     "ScalingPlan": "rewrite.plan",
     "ScalingWarning": "errors",
+    "Trial": "trials.run",
     "TunedLR": "trials.sweep",
     "Verdict": "transfer.verdict",
     "VerificationError": "errors",

@@ -6,10 +6,13 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from looptransfer.errors import InputError
 from looptransfer.text import plain_lines
+
+if TYPE_CHECKING:
+    from looptransfer.trials.run import Trainable
 
 MOST_SEEDS = 1000
 T = TypeVar("T")
@@ -48,6 +51,55 @@ def seeds_of(text: str) -> int | list[int]:
             f"--seeds is {text!r}; write how many, up to {MOST_SEEDS}, or which ones: 4, 0-3, 0,2,5 or 7-7"
         )
     return count if how_many else [seed for low, high in ends for seed in range(low, high + 1)]
+
+
+def trainable_of(arguments: argparse.Namespace) -> "Trainable":
+    """What EXPERIMENT names, or --cmd with its options.
+
+    Raises:
+        InputError: neither or both are given, or one is wrong.
+    """
+    if (arguments.experiment is None) == (arguments.cmd is None):
+        raise InputError("give either EXPERIMENT, such as experiment.py, or --cmd with --metric")
+    if arguments.cmd is None:
+        given = {"--metric": arguments.metric, "--cmd-version": arguments.cmd_version, "--env": arguments.env}
+        given |= {"--time-limit": arguments.time_limit, "--retries": arguments.retries}
+        for option in [option for option, value in given.items() if value]:
+            raise InputError(f"{option} is for --cmd; an EXPERIMENT has no use for it")
+        from looptransfer.targets import load_trainable  # noqa: PLC0415
+
+        return load_trainable(arguments.experiment)
+    if arguments.metric is None:
+        raise InputError("--cmd needs --metric, where the loss is, such as '{dir}/log.jsonl:val_loss'")
+    from looptransfer.trials.command import Command  # noqa: PLC0415
+
+    return Command(
+        arguments.cmd,
+        arguments.metric,
+        arguments.cmd_version,
+        arguments.time_limit,
+        arguments.retries,
+        _variables(arguments.env),
+    )
+
+
+def training_words(arguments: argparse.Namespace) -> list[str]:
+    """The words by which another command trains the same."""
+    if arguments.cmd is None:
+        return [arguments.experiment]
+    words = ["--cmd", arguments.cmd, "--metric", arguments.metric]
+    options = {"--cmd-version": arguments.cmd_version, "--time-limit": arguments.time_limit}
+    options |= {"--retries": arguments.retries}
+    words += [word for option, value in options.items() if value for word in (option, f"{value}")]
+    return words + [word for variable in arguments.env for word in ("--env", variable)]
+
+
+def _variables(texts: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    wrong = [text for text, (name, sign, _) in zip(texts, pairs, strict=True) if not name or not sign]
+    if wrong:
+        raise InputError(f"--env {wrong[0]!r}; write NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 def learning_rates(arguments: argparse.Namespace) -> dict[str, Any]:

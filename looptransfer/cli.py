@@ -19,7 +19,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from looptransfer.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
+from looptransfer.arguments import (
+    centre_of,
+    columns_of,
+    learning_rates,
+    listed,
+    seeds_of,
+    trainable_of,
+    training_words,
+)
 from looptransfer.errors import InputError
 from looptransfer.files import check_new, check_writable, locked, same_file, write_file
 from looptransfer.text import plain_lines, without_password
@@ -80,6 +88,25 @@ EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` 
 looptransfer.Experiment, or a function of no arguments that returns one. Before any training its start
 is made twice and compared: seeds must pair the runs, and loops follow N. What its code prints goes to
 standard error; what fails in it ends with 2, and is told with its file and line."""
+TRAINING = f"""\
+{EXPERIMENT} NAME may also be a
+training function of yours: train(run) returns the loss, or yields (step, loss) as it goes, where run
+has loops, lr, seed, rule, device, and a directory of its own that outlives a kill.
+
+--cmd trains by your own script in place of EXPERIMENT. Three lines in it rewrite its model:
+
+  import looptransfer as lt
+  lt.parametrize(model, example_batch, args.rule)         # once it is built; before compile and DDP
+  optimizer = AdamW(lt.param_groups(model, AdamW, lr=args.lr))    # for model.parameters()
+
+Its words hold {{loops}}, {{lr}} (absolute), {{seed}}, {{rule}}, {{dir}}, the run's own directory, and {{device}}; a
+brace is written twice. {{dir}}/output.log keeps what it prints, and a script that finds its checkpoint in
+{{dir}} goes on from there. A run whose loss is nan or inf has diverged. One that fails leaves the others
+alone. --metric says where the loss is:
+
+  '{{dir}}/log.jsonl:val_loss'     a key of JSON lines; the last line that has it counts
+  '{{dir}}/log.csv:val_loss'       a column of a CSV
+  'stdout:val loss (\\S+)'        a regular expression on its output, with a group round the loss"""
 KEPT = """\
 Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was. A
 run that fails leaves the others alone, and is tried again by the same command."""
@@ -88,8 +115,10 @@ Finds the best LR of a proxy, your experiment with few loops: a coarse look with
 half-octave steps with every seed, and the optimum with its interval over seeds.
 
   looptransfer tune experiment.py --loops 2 -o best.json
+  looptransfer tune --cmd 'torchrun train.py --lr {{lr}} --n {{loops}} --seed {{seed}} --rule {{rule}} --out {{dir}}' \\
+      --metric '{{dir}}/log.jsonl:val_loss' --loops 2 -o best.json
 
-{EXPERIMENT}
+{TRAINING}
 {KEPT}"""
 SWEEP = f"""\
 Trains at every loop count, LR and seed around the LR that was tuned, and writes the table that
@@ -98,7 +127,7 @@ Trains at every loop count, LR and seed around the LR that was tuned, and writes
   looptransfer sweep experiment.py --loops 1,2,4,8,16 --around best.json -o results.csv
   looptransfer sweep experiment.py --loops 1,4,16 --lrs 0.001,0.002,0.004 --seeds 4-7 --append results.csv
 
-{EXPERIMENT}
+{TRAINING}
 {KEPT}"""
 GATE = f"""\
 Trains at half, once and twice the stored LR optimum, at the smallest and the largest stored N with a
@@ -107,7 +136,7 @@ few seeds, and says whether the optimum still lies between: a check for every co
   looptransfer check results.csv --baseline {OPTIMA} --update-baseline
   looptransfer gate experiment.py --baseline {OPTIMA}
 
-{EXPERIMENT}
+{TRAINING}
 No run is kept: those of another state of the code would say nothing of this one."""
 
 COORDCHECK = f"""\
@@ -267,7 +296,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
-    _add_experiment(parser)
+    _add_training(parser)
+    _add_kept(parser)
     parser.add_argument("--loops", type=int, required=True, metavar="N", help="loop count of the proxy")
     parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write what was found as JSON, for sweep")
@@ -275,7 +305,8 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    _add_experiment(parser)
+    _add_training(parser)
+    _add_kept(parser)
     parser.add_argument("--loops", required=True, metavar="N,N,…", help="loop counts, such as 1,2,4,8,16")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--around", metavar="LR", help="centre of the LRs: a number, or the file that tune wrote")
@@ -290,11 +321,28 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_sweep, user_code=True)
 
 
-def _add_experiment(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
+def _add_kept(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
     parser.add_argument("--ledger", default=LEDGER, metavar="FILE", help=f"finished runs, SQLite (default: {LEDGER})")
-    parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    trained = "what is trained: file.py, file.py:NAME, module:NAME"
+    parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help=trained)
+    parser.add_argument("--cmd", metavar="COMMAND", help="train by this command in place of EXPERIMENT")
+    parser.add_argument("--metric", metavar="WHERE", help="where the command leaves its loss, in nats")
+    version_help = "of what the command runs; another one is another experiment"
+    parser.add_argument("--cmd-version", default="", metavar="TEXT", help=version_help)
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="of an attempt of the command")
+    parser.add_argument("--retries", type=int, default=0, metavar="K", help="further attempts where the command fails")
+    variables = "a variable of the command's environment; VALUE may hold placeholders"
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=variables)
+    at_once = "runs at once, each in a process (default: one per GPU, or per core)"
+    parser.add_argument("--workers", type=int, metavar="K", help=at_once)
+    gpus = (
+        "GPUs, one worker each: 0,1,3; 0+1,2+3: two each; all: one worker has all; cpu (default: every GPU, else cpu)"
+    )
+    parser.add_argument("--devices", metavar="GPU,…", help=gpus)
 
 
 def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
@@ -347,14 +395,13 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
+    _add_training(parser)
     parser.add_argument("--baseline", type=Path, default=Path(OPTIMA), metavar="FILE", help=f"(default: {OPTIMA})")
     parser.add_argument(
         "--loops", metavar="N,N,…", help="which of the stored N (default: the smallest and the largest)"
     )
     parser.add_argument("--seeds", type=int, default=6, help="how many (default: 6)")
     parser.add_argument("--rule", default="factored", help="factored, sqrt or unscaled (default: factored)")
-    parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
     form.add_argument("--markdown", action="store_true", help="the answer as Markdown on standard output")
@@ -438,16 +485,15 @@ def _tune(arguments: argparse.Namespace) -> Answer:
     if arguments.output:
         check_new(arguments.output)
         check_writable(arguments.output, arguments.ledger)
-    from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.trials.sweep import tune  # noqa: PLC0415
 
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
-    experiment = load_experiment(arguments.experiment)
-    best = tune(experiment, arguments.loops, seeds, ledger, arguments.workers, arguments.rule)
+    train = trainable_of(arguments)
+    best = tune(train, arguments.loops, seeds, ledger, arguments.workers, arguments.rule, arguments.devices)
     if arguments.output:
         write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
-    follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
+    follow = ["sweep", *training_words(arguments), "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
     follow += ["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []
     return f"{best}\n{_next(*follow)}", 0
 
@@ -462,21 +508,21 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
     runs_there = read_table(path)[1] if arguments.append else []
     check_writable(path, arguments.ledger)
     where = learning_rates(arguments)
-    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.trials.run import Run  # noqa: PLC0415
     from looptransfer.trials.sweep import sweep  # noqa: PLC0415
-    from looptransfer.trials.trial import Run  # noqa: PLC0415
 
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
-    experiment = load_experiment(arguments.experiment)
+    train = trainable_of(arguments)
     if "around" in where:
-        where["around"] = centre_of(where["around"], experiment.identity(), home)
+        where["around"] = centre_of(where["around"], train.identity(), home)
     results = sweep(
-        experiment,
+        train,
         loops,
         rules=[rule.strip() for rule in arguments.rules.split(",")],
         seeds=seeds,
         ledger=ledger,
         workers=arguments.workers,
+        devices=arguments.devices,
         known=[Run(*run) for run in runs_there],
         **where,
     )
@@ -561,13 +607,12 @@ def _against_baseline(arguments: argparse.Namespace, verdict: "Verdict") -> "Com
 
 def _gate(arguments: argparse.Namespace) -> Answer:
     loops = None if arguments.loops is None else listed("--loops", arguments.loops, int, "2,16")
-    from looptransfer.targets import load_experiment  # noqa: PLC0415
     from looptransfer.transfer.baseline import read_baseline  # noqa: PLC0415
     from looptransfer.trials.gate import gate  # noqa: PLC0415
 
     stored = read_baseline(arguments.baseline)
-    experiment = load_experiment(arguments.experiment)
-    told = gate(experiment, stored, loops, arguments.seeds, arguments.rule, workers=arguments.workers)
+    train, places = trainable_of(arguments), {"workers": arguments.workers, "devices": arguments.devices}
+    told = gate(train, stored, loops, arguments.seeds, arguments.rule, **places)
     if arguments.json:
         return json.dumps(told.to_dict(), indent=2, allow_nan=False), told.exit_status
     return told.to_markdown() if arguments.markdown else str(told), told.exit_status

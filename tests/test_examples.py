@@ -42,10 +42,10 @@ def test_the_tests_of_every_night_pass_as_they_are(copied: Path) -> None:
 
 LOST = """
 
-from looptransfer.trials import trial
+from looptransfer.trials import training
 
-kept = trial.parametrize
-trial.parametrize = lambda model, inputs, rule, *others, **named: kept(model, inputs, "unscaled", *others, **named)
+kept = training.parametrize
+training.parametrize = lambda model, inputs, rule, *others, **named: kept(model, inputs, "unscaled", *others, **named)
 """
 
 

@@ -2,6 +2,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 
 import looptransfer as lt
 from looptransfer.errors import InputError
+from looptransfer.trials.experiment import Experiment
 from looptransfer.trials.hooks import held_out_loss, seeded
-from looptransfer.trials.trial import HOPELESS, Run, Training, lr_share, train
+from looptransfer.trials.run import Outcome, Run, Trial
+from looptransfer.trials.training import HOPELESS, Training
 from tests.experiments import BATCH, FEATURES, LoopedMLP, TinyTask, squared_error, tiny_experiment
 
 LR = 2.0**-5
+NOWHERE = Path("/there/is/none")  # a run of less than a minute writes nothing
 Rules = Literal["factored", "sqrt", "unscaled"]
 
 
@@ -25,6 +29,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def on_cpu(run: Run, directory: Path = NOWHERE) -> Trial:
+    return Trial(**asdict(run), device="cpu", directory=directory)
+
+
+def train(experiment: Experiment, run: Run) -> Outcome:
+    return experiment.train(on_cpu(run))
 
 
 def outcome(run: Run, **changes: Any) -> dict[str, Any]:
@@ -129,7 +141,7 @@ def test_batches_that_run_out_are_an_error_and_not_repeated() -> None:
         endless = TinyTask().batches(seed)
         return iter([next(endless), next(endless)])
 
-    with pytest.raises(InputError, match=r"batches\(0\) ended after 2 of the 30 batches .*test_trial.py, line \d+\)"):
+    with pytest.raises(InputError, match=r"batches\(0\) ended after 2 of the 30 .*test_training.py, line \d+\)"):
         train(tiny_experiment(batches=two), Run("factored", 1, LR, 0))
     assert train(tiny_experiment(batches=two, steps=2), Run("factored", 1, LR, 0)).steps == 2
 
@@ -178,16 +190,13 @@ class DrawnDepth(LoopedMLP):
 
 def training(make_model: Any, count: int = 4, **options: Any) -> Training:
     with seeded(0):
-        return Training(tiny_experiment(make_model=make_model, **options), Run("factored", count, LR, 0))
+        return Training(tiny_experiment(make_model=make_model, **options), on_cpu(Run("factored", count, LR, 0)))
 
 
 def test_branches_and_layers_reach_the_rewriting_and_on_stream_the_optimizer() -> None:
     plan = training(LoopedMLP, branches=["block"], layers=4).plan
     assert (plan.declared, plan.layers) == (True, 4)
-    scaled, left = (
-        [group["lr"] for group in training(Normed, on_stream=choice).optimizer.param_groups]
-        for choice in ("scale", "leave")
-    )
+    scaled, left = ([lr for _, lr in training(Normed, on_stream=choice).base_lrs] for choice in ("scale", "leave"))
     assert min(scaled) / max(scaled) == pytest.approx(1 / 4)
     assert min(left) == max(left)
 
@@ -254,4 +263,4 @@ def test_the_samples_of_the_tiny_task_depend_on_nothing_but_the_seed() -> None:
 @pytest.mark.parametrize(("steps", "warmup"), [(2, 0.9), (10, 0.96)])
 def test_a_warm_up_of_nearly_all_steps_leaves_one_to_come_down(steps: int, warmup: float) -> None:
     experiment = tiny_experiment(steps=steps, warmup=warmup)
-    assert [lr_share(step, experiment) for step in (steps - 2, steps - 1)] == [1.0, 1.0]
+    assert [experiment.lr_share(step) for step in (steps - 2, steps - 1)] == [1.0, 1.0]
