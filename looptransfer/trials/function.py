@@ -26,6 +26,7 @@ from looptransfer.trials.run import Outcome, Trainable, Trial
 from looptransfer.user_code import place, refuse_unguarded, user_code
 
 FEW = 3  # losses by which the starts of two trainings are compared
+PAIRED = 10  # times by which two seeds differ more than two equal runs, where the seed says what a run is
 CHECKED = "pairing.json"  # which trainings were looked at, in the folder of the runs
 Report = tuple[int | None, float]  # a step, where it is known, and a loss in nats
 
@@ -112,7 +113,7 @@ def _compared(
     if same == 0:
         return f"two equal runs ({moment}) report equal losses: seeds pair the runs"
     told = f"two equal runs ({moment}) report losses that differ by up to {same:.2g} nats"
-    if same < apart / 4:
+    if same < apart / PAIRED:
         return f"{told}, runs of two seeds by {apart:.2g}: seeds pair the runs but for noise"
     told += (
         f", and runs of two seeds by {apart:.2g}: seeds do not pair the runs, so that intervals will be wide; draw "

@@ -204,7 +204,7 @@ def check_first(
     """
     loops, seeds, rules = ([*dict.fromkeys(getattr(run, name) for run in runs)] for name in ("loops", "seed", "rule"))
     lrs = sorted({run.lr for run in runs})
-    first = Run(rules[0], min(loops), lrs[len(lrs) // 2], seeds[0])
+    first = Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0])
     place = here(slots(devices, workers)[0])
     return experiment.check(place.trial(first, runs_directory(ledger)), loops, seeds, rules)
 
