@@ -47,7 +47,7 @@ def load_trainable(target: str) -> Trainable:
 
 
 def _takes_a_run(named: Any) -> bool:
-    if not callable(named):
+    if not callable(named) or inspect.isclass(named):
         return False
     try:
         signature = inspect.signature(named)
