@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from looptransfer.trials.function import Function as Function
     from looptransfer.trials.gate import gate as gate
     from looptransfer.trials.run import Trial as Trial
+    from looptransfer.trials.sampler import LRSampler as LRSampler
     from looptransfer.trials.sweep import TunedLR as TunedLR
     from looptransfer.trials.sweep import sweep as sweep
     from looptransfer.trials.sweep import tune as tune
@@ -58,6 +59,7 @@ _HOMES = {
     "Experiment": "trials.experiment",
     "Function": "trials.function",
     "InputError": "errors",
+    "LRSampler": "trials.sampler",
     "LoopedDecoder": "reference.model",
     "PairingWarning": "errors",
     "Recommendation": "coordcheck.recommend",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from looptransfer.transfer.baseline import Baseline
     from looptransfer.transfer.comparison import Comparison
     from looptransfer.transfer.verdict import Verdict
-    from looptransfer.trials.experiment import Experiment
+    from looptransfer.trials.run import Trainable
 
 UPDATE = "--looptransfer-update"
 
@@ -84,12 +84,14 @@ class LRTransfer:
         there = self.root / source
         return read_results(there if there.exists() else source, axis=axis)
 
-    def sweep(self, experiment: "Experiment", loops: Sequence[int], **options: Any) -> "pd.DataFrame":
+    def sweep(self, train: Any, loops: Sequence[int], **options: Any) -> "pd.DataFrame":
         """Train, as `looptransfer.sweep` does; runs that another test made are not made again."""
+        from looptransfer.trials.function import as_trainable  # noqa: PLC0415
         from looptransfer.trials.sweep import sweep  # noqa: PLC0415
 
-        results = sweep(experiment, loops, ledger=self._ledger(experiment), **options)
-        results.attrs["experiment"] = experiment.identity()
+        trainable = as_trainable(train)
+        results = sweep(trainable, loops, ledger=self._ledger(trainable), **options)
+        results.attrs["experiment"] = trainable.identity()
         return results
 
     def assert_flat(self, results: "pd.DataFrame", **terms: Any) -> "Verdict":
@@ -129,15 +131,14 @@ class LRTransfer:
             pytest.fail(f"{told}\n\nthe runs now:\n{verdict}\n{FIX}", pytrace=False)
         return told
 
-    def assert_bracketed(
-        self, experiment: "Experiment", baseline: str | Path = "lr-optima.json", **options: Any
-    ) -> "Comparison":
+    def assert_bracketed(self, train: Any, baseline: str | Path = "lr-optima.json", **options: Any) -> "Comparison":
         """Fail unless `looptransfer.gate`, which takes the options, still brackets the stored optima."""
         __tracebackhide__ = True
+        from looptransfer.trials.function import as_trainable  # noqa: PLC0415
         from looptransfer.trials.gate import gate  # noqa: PLC0415
 
-        stored = _stored(self.root / baseline)
-        told = gate(experiment, stored, ledger=self._ledger(experiment), **options)
+        stored, trainable = _stored(self.root / baseline), as_trainable(train)
+        told = gate(trainable, stored, ledger=self._ledger(trainable), **options)
         if told.exit_status:
             pytest.fail(f"{told}\n{FIX}", pytrace=False)
         return told
@@ -152,11 +153,11 @@ class LRTransfer:
             pytest.fail(str(told), pytrace=False)
         return told
 
-    def _ledger(self, experiment: "Experiment") -> Path:
+    def _ledger(self, trainable: "Trainable") -> Path:
         """One for each experiment: a ledger refuses runs of another."""
         from looptransfer.transfer.results import fingerprint  # noqa: PLC0415
 
-        return self.ledgers / f"{fingerprint(experiment.identity())}.db"
+        return self.ledgers / f"{fingerprint(trainable.identity())}.db"
 
 
 FIX = f"where this is meant, run a full sweep against the baseline with pytest {UPDATE}"

@@ -206,8 +206,8 @@ class Function(Reporting):
     def identity(self) -> dict[str, Any]:
         """The function's name and version, and the versions of what runs it."""
         given = {"version": self.version} if self.version else {}
-        module = getattr(self.function, "__module__", type(self.function).__module__)
-        return {"name": f"{module}.{_named(self.function)}", **given, "looptransfer": version("looptransfer")}
+        name = f"{_module(self.function)}.{_named(self.function)}"
+        return {"name": name, **given, "looptransfer": version("looptransfer")}
 
     def reports(self, trial: Trial) -> Iterator[Report]:
         """What the function yields, or returns."""
@@ -245,6 +245,13 @@ class Function(Reporting):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise UserCodeError(f"{what} {value!r:.100}{place(self.function)}; it must be a number, the loss in nats")
         return float(value)
+
+
+def _module(function: object) -> str:
+    """Its module, by its file's stem where that is run as a script, as a worker process imports it."""
+    name = getattr(function, "__module__", type(function).__module__)
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return Path(file).stem if name == "__main__" and file else str(name)
 
 
 def _named(function: object) -> str:
