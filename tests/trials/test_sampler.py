@@ -66,7 +66,7 @@ def test_trials_may_be_asked_for_by_hand() -> None:
     assert len({trial.params["lr"] for trial in trials}) == 3
     for trial, loss in zip(trials, losses, strict=True):
         study.tell(trial, loss)
-    assert study.ask().suggest_float("lr", 1e-8, 100) not in {trial.params["lr"] for trial in trials}
+    assert study.ask().suggest_float("lr", 1e-8, 100, log=True) not in {trial.params["lr"] for trial in trials}
 
 
 def test_what_the_search_does_not_know_is_refused() -> None:
