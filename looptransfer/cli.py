@@ -106,7 +106,8 @@ alone. --metric says where the loss is:
 
   '{{dir}}/log.jsonl:val_loss'     a key of JSON lines; the last line that has it counts
   '{{dir}}/log.csv:val_loss'       a column of a CSV
-  'stdout:val loss (\\S+)'        a regular expression on its output, with a group round the loss"""
+  'stdout:val loss (\\S+)'        a regular expression on its output, with a group round the loss
+"""
 KEPT = """\
 Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was. A
 run that fails leaves the others alone, and is tried again by the same command."""

@@ -98,6 +98,8 @@ def _compared(
     """How well seeds pair the runs, in a sentence."""
     starts = _Starts(training)
     moment = f"N = {first.loops}, LR {first.lr:.4g}, seed {first.seed}"
+    if not all(map(math.isfinite, starts.of(first))):
+        return f"a run diverges at once ({moment}): whether seeds pair the runs was not seen"
     several = min((n for n in loops if n > 1), default=1)
     others = {
         "seed": [replace(first, seed=seed) for seed in seeds if seed != first.seed][:1],

@@ -1,6 +1,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +168,17 @@ def test_seeds_that_do_not_pair_are_warned_of(tmp_path: Path) -> None:
 def test_coordinates_that_change_nothing_are_refused(tmp_path: Path, function: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         checked(function, tmp_path, ("factored", "unscaled"))
+
+
+def test_a_start_that_diverges_shows_nothing(tmp_path: Path) -> None:
+    assert "whether seeds pair the runs was not seen" in checked(lambda run: math.nan, tmp_path)
+
+
+def test_a_function_of_a_script_is_named_as_a_worker_imports_it(tmp_path: Path) -> None:
+    script = tmp_path / "my_training.py"
+    script.write_text("import looptransfer as lt\ndef train(run): pass\nprint(lt.Function(train).identity()['name'])\n")
+    done = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True)
+    assert done.stdout == "my_training.train\n"
 
 
 def test_starts_that_are_alike_are_told_apart_by_what_follows(tmp_path: Path) -> None:
