@@ -86,20 +86,23 @@ class Reporting(ABC):
         checked = _read(kept)
         if key not in checked:
             with _scratch(first.directory) as folder:
-                checked[key] = _compared(self, replace(first, directory=folder), loops, seeds, rules)
+                paired, checked[key] = _compared(self, replace(first, directory=folder), loops, seeds, rules)
             write_file(kept, json.dumps(checked, indent=2))
-            print(f"looptransfer: {checked[key]}", file=sys.stderr)
+            if paired:
+                print(f"looptransfer: {checked[key]}", file=sys.stderr)
+            else:
+                warnings.warn(checked[key], PairingWarning, stacklevel=4)
         return {}
 
 
 def _compared(
     training: Reporting, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]
-) -> str:
-    """How well seeds pair the runs, in a sentence."""
+) -> tuple[bool, str]:
+    """Whether seeds pair the runs, as far as was seen, and how well, in a sentence."""
     starts = _Starts(training)
     moment = f"N = {first.loops}, LR {first.lr:.4g}, seed {first.seed}"
     if not all(map(math.isfinite, starts.of(first))):
-        return f"a run diverges at once ({moment}): whether seeds pair the runs was not seen"
+        return True, f"a run diverges at once ({moment}): whether seeds pair the runs was not seen"
     several = min((n for n in loops if n > 1), default=1)
     others = {
         "seed": [replace(first, seed=seed) for seed in seeds if seed != first.seed][:1],
@@ -113,16 +116,14 @@ def _compared(
     same = starts.distance(first, replace(first, directory=first.directory / "again"))
     apart = max((starts.distance(first, other) for other in others["seed"]), default=0.0)
     if same == 0:
-        return f"two equal runs ({moment}) report equal losses: seeds pair the runs"
+        return True, f"two equal runs ({moment}) report equal losses: seeds pair the runs"
     told = f"two equal runs ({moment}) report losses that differ by up to {same:.2g} nats"
     if same < apart / PAIRED:
-        return f"{told}, runs of two seeds by {apart:.2g}: seeds pair the runs but for noise"
-    told += (
-        f", and runs of two seeds by {apart:.2g}: seeds do not pair the runs, so that intervals will be wide; draw "
-        "initialisation and data by the seed"
+        return True, f"{told}, runs of two seeds by {apart:.2g}: seeds pair the runs but for noise"
+    return False, (
+        f"{told}, and runs of two seeds by {apart:.2g}: seeds do not pair the runs, so that intervals will be wide; "
+        "draw initialisation and data by the seed"
     )
-    warnings.warn(told, PairingWarning, stacklevel=5)
-    return told
 
 
 class _Starts:
