@@ -34,7 +34,7 @@ from looptransfer.optim import param_groups
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.reference.model import Block, LoopedDecoder
 from looptransfer.rewrite.insert import set_multiplier
-from looptransfer.trials import trial
+from looptransfer.trials import training
 from looptransfer.trials.gate import gate
 
 DEMO = Path("reports/demo/results.csv")
@@ -80,7 +80,7 @@ def in_trial(name: str, change: Callable[..., Any]) -> Callable[[lt.Experiment, 
     """A fault in the training function: `change` instead of what it calls `name`."""
 
     def plant(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
-        stack.enter_context(mock.patch.object(trial, name, change))
+        stack.enter_context(mock.patch.object(training, name, change))
         return experiment
 
     return plant
@@ -206,7 +206,7 @@ def rewritten(case: Case, loops: int) -> tuple[torch.nn.Module, lt.ScalingPlan]:
     experiment = case.experiment
     model = experiment.make_model(loops)
     inputs, _ = next(experiment.batches(0))
-    return model, trial.parametrize(model, inputs, "factored", experiment.lam, experiment.base_layers)
+    return model, training.parametrize(model, inputs, "factored", experiment.lam, experiment.base_layers)
 
 
 def by_verify(case: Case) -> tuple[str, str]:
@@ -222,7 +222,7 @@ def by_coordinates(case: Case) -> tuple[str, str]:
     experiment, lr = case.experiment, case.fault.project.lrs[3]
 
     def make_optimizer(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
-        groups = trial.param_groups(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
+        groups = training.param_groups(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
         optimizer = torch.optim.AdamW(groups, betas=experiment.betas)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 

@@ -41,9 +41,7 @@ from looptransfer.report import plot_curves, plot_optima
 from looptransfer.report.figures import ORDERED, RULE_STYLES
 from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import Interval, t_interval
-from looptransfer.trials.experiment import Batch, token_loss
-from looptransfer.trials.hooks import held_out_loss
-from looptransfer.trials.trial import lr_share
+from looptransfer.trials.hooks import Batch, held_out_loss, token_loss
 
 ROOT = Path(__file__).parent.parent
 DEMO, REPORT = ROOT / "reports" / "demo", ROOT / "reports" / "paper"
@@ -242,7 +240,7 @@ def train_and_observe(scale: Scale, rule: Rule, loops: int, seed: int) -> tuple[
     plan = lt.parametrize(model, next(run.batches(seed))[0], rule, run.lam, run.base_layers)
     groups = lt.param_groups(model, torch.optim.AdamW, lr=scale.long_lr, weight_decay=run.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=run.betas)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, run))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, run.lr_share)
     probe, _ = next(iter(run.held_out()))
     before = along_the_loop(model, probe, plan)
     for inputs, targets in itertools.islice(run.batches(seed), run.steps):

@@ -28,21 +28,29 @@ if TYPE_CHECKING:
     from looptransfer.transfer.check import check as check
     from looptransfer.transfer.sources import read_results as read_results
     from looptransfer.transfer.verdict import Verdict as Verdict
+    from looptransfer.trials.command import Command as Command
     from looptransfer.trials.experiment import Experiment as Experiment
+    from looptransfer.trials.function import Function as Function
     from looptransfer.trials.gate import gate as gate
+    from looptransfer.trials.run import Trial as Trial
+    from looptransfer.trials.sampler import LRSampler as LRSampler
     from looptransfer.trials.sweep import sweep as sweep
     from looptransfer.trials.sweep import tune as tune
 
 # Each name is imported when it is first used: `import looptransfer` and judging a table load no torch (PEP 562).
 _HOMES = {
     "Baseline": "transfer.baseline",
+    "Command": "trials.command",
     "CoordCheck": "coordcheck.result",
     "Experiment": "trials.experiment",
+    "Function": "trials.function",
     "InputError": "errors",
+    "LRSampler": "trials.sampler",
     "LoopedDecoder": "reference.model",
     "PairingWarning": "errors",
     "ScalingPlan": "rewrite.plan",
     "ScalingWarning": "errors",
+    "Trial": "trials.run",
     "Verdict": "transfer.verdict",
     "VerificationError": "errors",
     "apply_plan": "rewrite.parametrize",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from looptransfer.transfer.comparison import Comparison
+    from looptransfer.trials.run import Trainable
 
 UPDATE = "--looptransfer-update"
 
@@ -79,10 +80,13 @@ class LRTransfer:
         path = self.root / source
         return lt.read_results(path if path.exists() else source, axis=axis)
 
-    def sweep(self, experiment: "lt.Experiment", loops: Sequence[int], **options: Any) -> "pd.DataFrame":
+    def sweep(self, train: Any, loops: Sequence[int], **options: Any) -> "pd.DataFrame":
         """Train, as `looptransfer.sweep` does; runs that another test made are not made again."""
-        results = lt.sweep(experiment, loops, ledger=self._ledger(experiment), **options)
-        results.attrs["experiment"] = experiment.identity()
+        from looptransfer.trials.function import as_trainable
+
+        trainable = as_trainable(train)
+        results = lt.sweep(trainable, loops, ledger=self._ledger(trainable), **options)
+        results.attrs["experiment"] = trainable.identity()
         return results
 
     def assert_flat(self, results: "pd.DataFrame", **terms: Any) -> "lt.Verdict":
@@ -115,13 +119,13 @@ class LRTransfer:
             pytest.fail(f"{comparison}\n\nthe runs now:\n{verdict}\n{FIX}", pytrace=False)
         return comparison
 
-    def assert_bracketed(
-        self, experiment: "lt.Experiment", baseline: str | Path = "lr-optima.json", **options: Any
-    ) -> "Comparison":
+    def assert_bracketed(self, train: Any, baseline: str | Path = "lr-optima.json", **options: Any) -> "Comparison":
         """Fail unless `looptransfer.gate`, which takes the options, still brackets the stored optima."""
         __tracebackhide__ = True
-        stored = _stored(self.root / baseline)
-        comparison = lt.gate(experiment, stored, ledger=self._ledger(experiment), **options)
+        from looptransfer.trials.function import as_trainable
+
+        stored, trainable = _stored(self.root / baseline), as_trainable(train)
+        comparison = lt.gate(trainable, stored, ledger=self._ledger(trainable), **options)
         if comparison.exit_status:
             pytest.fail(f"{comparison}\n{FIX}", pytrace=False)
         return comparison
@@ -134,11 +138,11 @@ class LRTransfer:
             pytest.fail(str(result), pytrace=False)
         return result
 
-    def _ledger(self, experiment: "lt.Experiment") -> Path:
-        """The ledger of an experiment: it refuses runs of another."""
+    def _ledger(self, trainable: "Trainable") -> Path:
+        """The ledger of a training: it refuses runs of another."""
         from looptransfer.transfer.provenance import fingerprint
 
-        return self.ledgers / f"{fingerprint(experiment.identity())}.db"
+        return self.ledgers / f"{fingerprint(trainable.identity())}.db"
 
 
 FIX = f"where this is meant, run a full sweep against the baseline with pytest {UPDATE}"

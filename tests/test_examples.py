@@ -1,4 +1,10 @@
+import json
+import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +12,11 @@ import pytest
 from tests.test_pytest_plugin import ROOT, run_pytest
 
 CI = ROOT / "examples" / "ci"
+SCRIPT = ROOT / "examples" / "script" / "train.py"
+SLURM = ROOT / "examples" / "slurm"
+MARK = "# looptransfer"
+TOY = "--steps 12 --layers 1 --width 16 --sequence 16 --batch 8"
+RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture
@@ -42,10 +53,10 @@ def test_the_tests_of_every_night_pass_as_they_are(copied: Path) -> None:
 
 LOST = """
 
-from looptransfer.trials import trial
+from looptransfer.trials import training
 
-kept = trial.parametrize
-trial.parametrize = lambda model, inputs, rule, *others, **named: kept(model, inputs, "unscaled", *others, **named)
+kept = training.parametrize
+training.parametrize = lambda model, inputs, rule, *others, **named: kept(model, inputs, "unscaled", *others, **named)
 """
 
 
@@ -54,3 +65,68 @@ def test_the_workflow_runs_what_is_there() -> None:
     assert "pytest test_lr_transfer.py -k bracketed" in workflow
     assert "looptransfer check results.csv --tolerance 0.4 --baseline lr-optima.json --markdown" in workflow
     assert "def test_the_stored_optima_are_still_bracketed" in (CI / "test_lr_transfer.py").read_text(encoding="utf-8")
+
+
+def run(*words: str | Path, status: tuple[int, ...] = (0,), cwd: Path | None = None) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(
+        [str(word) for word in words], check=False, cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert told.returncode in status, told.stdout + told.stderr
+    return told.stdout
+
+
+def train_once(script: Path, out: Path, *words: str, launcher: list[str] = RANKS) -> list[float]:
+    """The losses in the log of a run at N = 2."""
+    out.mkdir(exist_ok=True)
+    run(*launcher, script, "--lr", "0.02", "--loops", "2", "--seed", "0", "--out", out, *TOY.split(), *words)
+    return [json.loads(line)["val_loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_script_trains_on_two_ranks_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    losses = train_once(SCRIPT, tmp_path / "run")
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    (tmp_path / "run" / "log.jsonl").unlink()
+    kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert train_once(SCRIPT, tmp_path / "again") == losses
+    text = SCRIPT.read_text().replace("% max(1, args.steps // 4) == 0:", "% 3 == 0:\n            assert step < 7")
+    (tmp_path / "stopped.py").write_text(text)
+    with pytest.raises(AssertionError):
+        train_once(tmp_path / "stopped.py", tmp_path / "stopped")
+    assert train_once(SCRIPT, tmp_path / "stopped") == losses
+    assert kept
+
+
+@pytest.mark.slow
+def test_three_lines_rewrite_the_script_and_without_them_it_trains_as_before(tmp_path: Path) -> None:
+    lines = SCRIPT.read_text().splitlines()
+    assert sum(line.endswith(MARK) for line in lines) == 3
+    plain = tmp_path / "plain.py"
+    plain.write_text("\n".join(line for line in lines if not line.endswith(MARK)))
+    before = train_once(plain, tmp_path / "plain", launcher=[sys.executable])
+    unscaled = train_once(SCRIPT, tmp_path / "unscaled", "--rule", "unscaled", launcher=[sys.executable])
+    assert unscaled == before
+    assert train_once(SCRIPT, tmp_path / "factored", launcher=[sys.executable]) != before
+
+
+@pytest.mark.slow
+def test_the_script_goes_from_tune_to_a_verdict(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "looptransfer"]
+    words = "--lr {lr} --loops {loops} --seed {seed} --rule {rule} --out {dir}"
+    command = f"{shlex.join(RANKS)} {shlex.quote(str(SCRIPT))} {words} {TOY}"
+    train = ["--cmd", command, "--metric", "{dir}/log.jsonl:val_loss", "--workers", "1", "--seeds", "2"]
+    told = run(*program, "tune", *train, "--loops", "2", "-o", "best.json", cwd=tmp_path)
+    assert re.search(r"best LR.* at N = 2: [\d.]+", told)
+    assert 1e-4 < json.loads((tmp_path / "best.json").read_text())["lr"] < 1
+    swept = ["--loops", "1,4", "--around", "best.json", "--octaves=-2,-1,0,1", "-o", "results.csv"]
+    run(*program, "sweep", *train, *swept, cwd=tmp_path)
+    told = run(*program, "check", "results.csv", status=(0, 1, 3), cwd=tmp_path)
+    assert re.search("FLAT|DRIFTS|INCONCLUSIVE", told)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 2 * 4 * 2
+
+
+def test_the_slurm_job_is_a_script_that_bash_can_read() -> None:
+    run("bash", "-n", SLURM / "sweep.sbatch")
+    assert "#SBATCH --array=" in (SLURM / "sweep.sbatch").read_text()

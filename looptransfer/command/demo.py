@@ -61,8 +61,8 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     experiment = reference_experiment(scale.size, text)
     seeds, ledger = range(seed, seed + scale.seeds), out / "ledger.db"
     tuning, control = seeds[:TUNING_SEEDS], seeds[: scale.control_seeds]
-    best = tune(experiment, PROXY, tuning, ledger)
-    swept = partial(sweep, experiment, around=best, octaves=scale.octaves, ledger=ledger)
+    best = tune(experiment, PROXY, tuning, ledger, devices="cpu")
+    swept = partial(sweep, experiment, around=best, octaves=scale.octaves, ledger=ledger, devices="cpu")
     judged = swept(scale.loops, seeds=seeds)
     controls = swept(scale.control_loops, rules=CONTROLS, seeds=control)
     results = pd.concat([judged, controls], ignore_index=True)

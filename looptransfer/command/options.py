@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from looptransfer.errors import InputError
 from looptransfer.text import plain_lines
+
+if TYPE_CHECKING:
+    from looptransfer.trials.run import Trainable
 
 LEDGER, OPTIMA = "looptransfer.db", "lr-optima.json"
 MOST_SEEDS = 1000
@@ -63,6 +66,26 @@ EXPERIMENT is path/to/file.py:NAME or package.module:NAME (NAME is `experiment` 
 looptransfer.Experiment, or a function of no arguments that returns one. Before any training its start
 is made twice and compared: seeds must pair the runs, and loops follow N. What its code prints goes to
 standard error; what fails in it ends with 2, and is told with its file and line."""
+TRAINING = f"""\
+{EXPERIMENT} NAME may also be a
+training function of yours: train(run) returns the loss, or yields (step, loss) as it goes, where run
+has loops, lr, seed, rule, device, and a directory of its own that outlives a kill.
+
+--cmd trains by your own script in place of EXPERIMENT. Three lines in it rewrite its model:
+
+  import looptransfer as lt
+  lt.parametrize(model, example_batch, args.rule)         # once it is built; before compile and DDP
+  optimizer = AdamW(lt.param_groups(model, AdamW, lr=args.lr))    # for model.parameters()
+
+Its words hold {{loops}}, {{lr}} (absolute), {{seed}}, {{rule}}, {{dir}}, the run's own directory, and {{device}}; a
+brace is written twice. {{dir}}/output.log keeps what it prints, and a script that finds its checkpoint in
+{{dir}} goes on from there. A run whose loss is nan or inf has diverged. One that fails leaves the others
+alone. --metric says where the loss is:
+
+  '{{dir}}/log.jsonl:val_loss'     a key of JSON lines; the last line that has it counts
+  '{{dir}}/log.csv:val_loss'       a column of a CSV
+  'stdout:val loss (\\S+)'        a regular expression on its output, with a group round the loss
+"""
 KEPT = """\
 Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was. A
 run that fails leaves the others alone, and is tried again by the same command."""
@@ -71,8 +94,10 @@ Finds the best LR of a proxy, your experiment with few loops: a coarse look with
 half-octave steps with every seed, and the optimum with its interval over seeds.
 
   looptransfer tune experiment.py --loops 2 -o best.json
+  looptransfer tune --cmd 'torchrun train.py --lr {{lr}} --n {{loops}} --seed {{seed}} --rule {{rule}} --out {{dir}}' \\
+      --metric '{{dir}}/log.jsonl:val_loss' --loops 2 -o best.json
 
-{EXPERIMENT}
+{TRAINING}
 {KEPT}"""
 SWEEP = f"""\
 Trains at every loop count, LR and seed around the LR that was tuned, and writes the table that
@@ -81,7 +106,7 @@ Trains at every loop count, LR and seed around the LR that was tuned, and writes
   looptransfer sweep experiment.py --loops 1,2,4,8,16 --around best.json -o results.csv
   looptransfer sweep experiment.py --loops 1,4,16 --lrs 0.001,0.002,0.004 --seeds 4-7 --append results.csv
 
-{EXPERIMENT}
+{TRAINING}
 {KEPT}"""
 GATE = f"""\
 Trains at half, once and twice the stored LR optimum, at the smallest and the largest stored N with a
@@ -90,7 +115,7 @@ few seeds, and says whether the optimum still lies between: a check for every co
   looptransfer check results.csv --baseline {OPTIMA} --update-baseline
   looptransfer gate experiment.py --baseline {OPTIMA}
 
-{EXPERIMENT}
+{TRAINING}
 No run is kept: those of another state of the code would say nothing of this one."""
 
 COORDCHECK = f"""\
@@ -126,14 +151,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _shared() -> dict[str, argparse.ArgumentParser]:
     """Options that several commands have."""
-    names = ("experiment", "rule", "workers", "kept", "form")
+    names = ("experiment", "training", "rule", "kept", "form")
     parents = {name: argparse.ArgumentParser(add_help=False) for name in names}
     target = "what is trained: file.py, file.py:NAME, module:NAME"
     parents["experiment"].add_argument("experiment", metavar="EXPERIMENT", help=target)
+    parents["training"].add_argument("experiment", nargs="?", metavar="EXPERIMENT", help=target)
+    _training(parents["training"])
     rules = "factored, sqrt or unscaled (default: factored)"
     parents["rule"].add_argument("--rule", default="factored", help=rules)
-    processes = "processes of one thread (default: one per core)"
-    parents["workers"].add_argument("--workers", type=int, metavar="K", help=processes)
     parents["kept"].add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
     ledger = f"finished runs, SQLite (default: {LEDGER})"
     parents["kept"].add_argument("--ledger", default=LEDGER, metavar="FILE", help=ledger)
@@ -141,6 +166,24 @@ def _shared() -> dict[str, argparse.ArgumentParser]:
     form.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
     form.add_argument("--markdown", action="store_true", help="the answer as Markdown on standard output")
     return parents
+
+
+def _training(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that train by an EXPERIMENT or by a command line."""
+    parser.add_argument("--cmd", metavar="COMMAND", help="train by this command in place of EXPERIMENT")
+    parser.add_argument("--metric", metavar="WHERE", help="where the command leaves its loss, in nats")
+    version_help = "of what the command runs; another one is another experiment"
+    parser.add_argument("--cmd-version", default="", metavar="TEXT", help=version_help)
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="of an attempt of the command")
+    parser.add_argument("--retries", type=int, default=0, metavar="K", help="further attempts where the command fails")
+    variables = "a variable of the command's environment; VALUE may hold placeholders"
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=variables)
+    processes = "runs at once, each in a process (default: one per GPU, or per core)"
+    parser.add_argument("--workers", type=int, metavar="K", help=processes)
+    gpus = (
+        "GPUs, one worker each: 0,1,3; 0+1,2+3: two each; all: one worker has all; cpu (default: every GPU, else cpu)"
+    )
+    parser.add_argument("--devices", metavar="GPU,…", help=gpus)
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -238,9 +281,9 @@ def _gate(parser: argparse.ArgumentParser) -> None:
 COMMANDS: Mapping[str, tuple[Callable[[argparse.ArgumentParser], None], str, str, str, str]] = {
     "demo": (_demo, "", "the whole story on the embedded model and text", DEMO, ""),
     "inspect": (_inspect, "rule", "show what would be rewritten in a model", INSPECT, ""),
-    "tune": (_tune, "experiment kept workers rule", "find the best LR of a proxy", TUNE, TRAINED),
+    "tune": (_tune, "training kept rule", "find the best LR of a proxy", TUNE, TRAINED),
     "sweep": (
-        _sweep, "experiment kept workers", "train over loop counts and LRs, for a table of results", SWEEP, TRAINED
+        _sweep, "training kept", "train over loop counts and LRs, for a table of results", SWEEP, TRAINED
     ),
     "coordcheck": (
         _coordcheck, "experiment", "watch the residual stream over N in a few short trainings", COORDCHECK,
@@ -250,7 +293,7 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.ArgumentParser], None], str, str
         _check, "form", "judge a table of results; trains nothing", CHECK, STATUS.format("flat, 1 drifts or moved")
     ),
     "gate": (
-        _gate, "experiment workers rule form", "train a little, and see whether stored optima still hold", GATE,
+        _gate, "training rule form", "train a little, and see whether stored optima still hold", GATE,
         STATUS.format("holds, 1 moved or worse"),
     ),
 }  # fmt: skip
@@ -291,6 +334,55 @@ def seeds_of(text: str) -> int | list[int]:
         fix = f"write how many, up to {MOST_SEEDS}, or which ones: 4, 0-3, 0,2,5 or 7-7"
         raise InputError(f"--seeds is {text!r}; {fix}")
     return count if alone else [seed for low, high in ends for seed in range(low, high + 1)]
+
+
+def trainable_of(arguments: argparse.Namespace) -> "Trainable":
+    """The training that EXPERIMENT names, or --cmd with its options.
+
+    Raises:
+        InputError: neither or both are given, or one is wrong.
+    """
+    if (arguments.experiment is None) == (arguments.cmd is None):
+        raise InputError("give either EXPERIMENT, such as experiment.py, or --cmd with --metric")
+    if arguments.cmd is None:
+        options = {"--metric": arguments.metric, "--cmd-version": arguments.cmd_version, "--env": arguments.env}
+        options |= {"--time-limit": arguments.time_limit, "--retries": arguments.retries}
+        for option in [option for option, value in options.items() if value]:
+            raise InputError(f"{option} is for --cmd; an EXPERIMENT has no use for it")
+        from looptransfer.command.targets import load_trainable  # noqa: PLC0415
+
+        return load_trainable(arguments.experiment)
+    if arguments.metric is None:
+        raise InputError("--cmd needs --metric, where the loss is, such as '{dir}/log.jsonl:val_loss'")
+    from looptransfer.trials.command import Command  # noqa: PLC0415
+
+    return Command(
+        arguments.cmd,
+        arguments.metric,
+        arguments.cmd_version,
+        arguments.time_limit,
+        arguments.retries,
+        _variables(arguments.env),
+    )
+
+
+def training_words(arguments: argparse.Namespace) -> list[str]:
+    """The words by which another command trains the same."""
+    if arguments.cmd is None:
+        return [arguments.experiment]
+    words = ["--cmd", arguments.cmd, "--metric", arguments.metric]
+    options = {"--cmd-version": arguments.cmd_version, "--time-limit": arguments.time_limit}
+    options |= {"--retries": arguments.retries}
+    words += [word for option, value in options.items() if value for word in (option, f"{value}")]
+    return words + [word for variable in arguments.env for word in ("--env", variable)]
+
+
+def _variables(texts: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    wrong = [text for text, (name, sign, _) in zip(texts, pairs, strict=True) if not name or not sign]
+    if wrong:
+        raise InputError(f"--env {wrong[0]!r}; write NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 def learning_rates(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import looptransfer as lt
-from looptransfer.command.options import LEDGER, OPTIMA, centre_of, columns_of, learning_rates, numbers_of, seeds_of
+from looptransfer.command.options import (
+    LEDGER,
+    OPTIMA,
+    centre_of,
+    columns_of,
+    learning_rates,
+    numbers_of,
+    seeds_of,
+    trainable_of,
+    training_words,
+)
 from looptransfer.errors import InputError
 from looptransfer.files import check_new, check_writable, locked, same_file, write_file
 from looptransfer.text import plain_lines, without_password
@@ -90,15 +100,13 @@ def _tune(arguments: argparse.Namespace) -> Answer:
     if arguments.output:
         check_new(arguments.output)
         check_writable(arguments.output, arguments.ledger)
-    from looptransfer.command.targets import load_experiment
-
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
-    experiment = load_experiment(arguments.experiment)
-    best = lt.tune(experiment, arguments.loops, seeds, ledger, arguments.workers, arguments.rule)
+    train = trainable_of(arguments)
+    best = lt.tune(train, arguments.loops, seeds, ledger, arguments.workers, arguments.rule, arguments.devices)
     if arguments.output:
         write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
-    follow = ["sweep", arguments.experiment, "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
+    follow = ["sweep", *training_words(arguments), "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
     follow += ["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []
     return f"{best}\n{_next(*follow)}", 0
 
@@ -113,20 +121,20 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
     present = read_table(path)[1] if arguments.append else []
     check_writable(path, arguments.ledger)
     lrs = learning_rates(arguments)
-    from looptransfer.command.targets import load_experiment
-    from looptransfer.trials.trial import Run
+    from looptransfer.trials.run import Run
 
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
-    experiment = load_experiment(arguments.experiment)
+    train = trainable_of(arguments)
     if "around" in lrs:
-        lrs["around"] = centre_of(lrs["around"], experiment.identity(), home)
+        lrs["around"] = centre_of(lrs["around"], train.identity(), home)
     results = lt.sweep(
-        experiment,
+        train,
         loops,
         rules=[rule.strip() for rule in arguments.rules.split(",")],
         seeds=seeds,
         ledger=ledger,
         workers=arguments.workers,
+        devices=arguments.devices,
         known=[Run(*run) for run in present],
         **lrs,
     )
@@ -207,10 +215,9 @@ def _against_baseline(arguments: argparse.Namespace, verdict: "lt.Verdict") -> "
 
 def _gate(arguments: argparse.Namespace) -> Answer:
     loops = None if arguments.loops is None else numbers_of("--loops", arguments.loops, int, "2,16")
-    from looptransfer.command.targets import load_experiment
-
-    stored, experiment = lt.Baseline.read(arguments.baseline), load_experiment(arguments.experiment)
-    result = lt.gate(experiment, stored, loops, arguments.seeds, arguments.rule, workers=arguments.workers)
+    stored, train = lt.Baseline.read(arguments.baseline), trainable_of(arguments)
+    places = {"workers": arguments.workers, "devices": arguments.devices}
+    result = lt.gate(train, stored, loops, arguments.seeds, arguments.rule, **places)
     if arguments.json:
         return _json(result.to_dict()), result.exit_status
     return result.to_markdown() if arguments.markdown else str(result), result.exit_status

@@ -1,7 +1,9 @@
 """Targets on the command line: path/to/file.py:NAME or package.module:NAME."""
 
+import contextlib
 import functools
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 from looptransfer.errors import InputError
 from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.function import Function
+from looptransfer.trials.run import Trainable
 from looptransfer.user_code import user_code
 
 
@@ -28,6 +32,33 @@ def load_experiment(target: str) -> Experiment:
     return experiment
 
 
+def load_trainable(target: str) -> Trainable:
+    """The experiment that `target` names, or the training function; NAME is `experiment` where it is left out.
+
+    A function that cannot be called without an argument is a training function, train(run).
+
+    Raises:
+        InputError: as `load_experiment`.
+    """
+    named = _named(target, "experiment", default="experiment")
+    if isinstance(named, Trainable):
+        return named
+    return Function(named) if _takes_a_run(named) else load_experiment(target)
+
+
+def _takes_a_run(named: Any) -> bool:
+    if not callable(named) or inspect.isclass(named):
+        return False
+    try:
+        signature = inspect.signature(named)
+    except (TypeError, ValueError):
+        return False
+    with contextlib.suppress(TypeError):
+        signature.bind()
+        return False
+    return True
+
+
 def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
     """The object that `target` names: a `kind` as it stands, anything else is called and its result returned.
 
@@ -43,6 +74,17 @@ def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
     Raises:
         InputError: there is no such file, module or name, its stem cannot be imported, or it raises.
     """
+    value = _named(target, noun, default)
+    if isinstance(value, kind):
+        return value
+    if not callable(value):
+        raise InputError(f"{target} is of type {type(value).__name__}; name a factory that takes no arguments")
+    with user_code(f"{target}() fails", value, fix="; name a factory that takes no arguments"):
+        return value()
+
+
+def _named(target: str, noun: str, default: str) -> Any:
+    """The object that a target names, as it stands."""
     home, name = _split(target, default)
     if not home or not name:
         option = noun.upper()
@@ -52,13 +94,7 @@ def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
         )
     module = _from_file(home) if home.endswith(".py") else _from_package(target, home)
     with user_code(f"cannot import {target}", fix=f"; give a name that is in it: {home}:NAME"):
-        value: Any = functools.reduce(getattr, name.split("."), module)
-    if isinstance(value, kind):
-        return value
-    if not callable(value):
-        raise InputError(f"{target} is of type {type(value).__name__}; name a factory that takes no arguments")
-    with user_code(f"{target}() fails", value, fix="; name a factory that takes no arguments"):
-        return value()
+        return functools.reduce(getattr, name.split("."), module)
 
 
 def _split(target: str, default: str) -> tuple[str, str]:

@@ -22,10 +22,10 @@ from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.parametrize import apply_plan, parametrize
 from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
 from looptransfer.rules import Rule, check_rule
-from looptransfer.trials.experiment import Batch, Experiment, token_loss
-from looptransfer.trials.hooks import batch_stream, fresh_model, loss_of, seeded
+from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.hooks import Batch, batch_stream, fresh_model, loss_of, seeded, token_loss
 from looptransfer.trials.pairing import Start, check_finite, check_pairs, weights_of
-from looptransfer.trials.trial import exchanged, own_plan, varies
+from looptransfer.trials.training import exchanged, own_plan, varies
 from looptransfer.user_code import calls_back, place, user_code
 
 LOOPS = (1, 2, 4, 8, 16, 32, 64)

@@ -1,37 +1,33 @@
 """What a user hands in to be tuned: a model factory, batches, a loss."""
 
 import json
-import pickle
 import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from looptransfer.errors import InputError
-from looptransfer.user_code import user_code
-
-Batch = tuple[Any, Any]  # inputs of the model, targets of the loss
-Batches = Callable[[int], Iterable[Batch]]
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits (…, vocab) against token ids (…)."""
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+from looptransfer.rewrite.plan import ScalingPlan
+from looptransfer.rules import Rule
+from looptransfer.trials.hooks import Batches, token_loss
+from looptransfer.trials.pairing import check_start
+from looptransfer.trials.run import Outcome, Trial
+from looptransfer.trials.training import train
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A training run as a function of rule, loop count, LR and seed.
+    """A training run as a function of rule, loop count, LR and seed, for those who have no training loop of their own.
 
-    Training is AdamW with linear warm-up and linear decay to zero, gradients clipped, and ends with the loss on a fixed
-    held-out set. Runs of one seed share initialisation and data order whatever their LR, loop count and rule (paired
-    seeds). Worker processes receive the experiment by pickle, so its callables live at module level.
+    Training is AdamW with linear warm-up and linear decay to zero, gradients clipped, unless `optimizer` and `schedule`
+    say otherwise, and ends with the loss on a fixed held-out set. Runs of one seed share initialisation and data order
+    whatever their LR, loop count and rule (paired seeds). Worker processes receive the experiment by pickle, so its
+    callables live at module level. Model and batches are moved to the worker's device; on a CPU a run has one thread.
+    A run that is killed goes on from its last checkpoint, one a minute, on a CPU to the very same result.
 
     A model that `make_model` rewrote itself keeps its plan; under another rule its multipliers are exchanged.
 
@@ -39,12 +35,20 @@ class Experiment:
         name: what it is called; with `settings`, the numbers below and the versions it identifies a ledger.
         make_model: loop count -> fresh model. Torch's, numpy's and Python's random states are seeded before the call.
         batches: seed -> training batches (inputs, targets), at least `steps` of them. Inputs are what the model's
-            forward takes: one value, a tuple of positional or a mapping of keyword arguments.
+            forward takes: one value, a tuple of positional or a mapping of keyword arguments. A batch that is a mapping
+            is both: the keyword arguments, and what `loss` is given beside the output.
         held_out: -> the held-out batches, the same at every call.
         loss: (model output, targets) -> mean loss in nats.
         steps: optimizer steps of one run.
         warmup: share of the steps over which the LR rises.
-        clip: largest norm of the whole gradient.
+        weight_decay, betas: of AdamW.
+        clip: largest norm of the whole gradient; None leaves it as it is.
+        optimizer: (rewritten model, base LR) -> an optimizer, or several, whose LRs are those at the schedule's top;
+            make its groups with `param_groups`. Default AdamW.
+        schedule: (step, steps) -> share of the LR at that step, from 0. Default a linear rise and fall.
+        autocast: torch.bfloat16 runs forward and loss under torch.autocast.
+        log: called as log(run, step, loss) with the training loss in nats before every step.
+        lam, base_layers: λ and L_ref, as `parametrize` takes them.
         settings: JSON values that tell this experiment from others, such as sizes and the hash of the data.
         width: written into the results, where given.
         branches, layers: as `parametrize` takes them, where the trace cannot tell.
@@ -59,13 +63,17 @@ class Experiment:
     name: str
     make_model: Callable[[int], nn.Module]
     batches: Batches
-    held_out: Callable[[], Iterable[Batch]]
+    held_out: Callable[[], Iterable[Any]]
     loss: Callable[[Any, Any], Tensor] = token_loss
     steps: int = 300
     warmup: float = 0.3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
+    clip: float | None = 1.0
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]] | None = None
+    schedule: Callable[[int, int], float] | None = None
+    autocast: torch.dtype | None = None
+    log: Callable[[Trial, int, float], object] | None = None
     lam: float = 1.0
     base_layers: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +95,11 @@ class Experiment:
             ("warmup", _between(self.warmup, 1e-9, 1 - 1e-9), "it is a share of the steps, between 0 and 1"),
             ("weight_decay", _between(self.weight_decay, 0, 1e9), "it must be a number from 0 up"),
             ("betas", _betas(self.betas), "give AdamW's two, each from 0 to below 1"),
-            ("clip", _between(self.clip, 1e-30, 1e30), "it must be a finite number above 0"),
+            ("clip", self.clip is None or _between(self.clip, 1e-30, 1e30), "it must be a finite number above 0"),
+            ("optimizer", self.optimizer is None or callable(self.optimizer), "give (model, lr) -> optimizer"),
+            ("schedule", self.schedule is None or callable(self.schedule), "give (step, steps) -> share of the LR"),
+            ("autocast", self.autocast in (None, torch.bfloat16), "choose torch.bfloat16, which needs no loss scaling"),
+            ("log", self.log is None or callable(self.log), "it must be a function, called as log(run, step, loss)"),
             ("lam", _between(self.lam, 1e-30, 1e30), "it must be a number above 0"),
             ("base_layers", _whole(self.base_layers, 1), "it must be a whole number from 1 up"),
             ("width", self.width is None or _whole(self.width, 1), "it must be a whole number from 1 up"),
@@ -107,7 +119,15 @@ class Experiment:
         """What makes results comparable: the settings and the versions of what ran."""
         leave = None if self.on_stream == "scale" else self.on_stream
         random_loops = None if self.loops is None else True
-        given = {"branches": self.branches, "layers": self.layers, "on_stream": leave, "random_loops": random_loops}
+        given = {
+            "branches": self.branches,
+            "layers": self.layers,
+            "on_stream": leave,
+            "random_loops": random_loops,
+            "optimizer": _name(self.optimizer),
+            "schedule": _name(self.schedule),
+            "autocast": None if self.autocast is None else str(self.autocast),
+        }
         return {
             "name": self.name,
             **{key: getattr(self, key) for key in ("steps", "warmup", "weight_decay", "clip", "lam", "base_layers")},
@@ -119,24 +139,26 @@ class Experiment:
             "machine": platform.machine(),
         }
 
-    def pickled(self) -> bytes:
-        """The experiment as worker processes are sent it.
+    def check(
+        self, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]
+    ) -> dict[int, ScalingPlan]:
+        """Start a training at every N and return the plans, as `check_start`."""
+        return check_start(self, first, loops, seeds)
 
-        Raises:
-            InputError: it cannot be pickled, or stands in a notebook or `python -c`, which no other process can import.
-        """
-        fix = "; define its functions at the top level of a module, or pass workers=1"
-        with user_code("the experiment cannot be sent to worker processes", fix=fix):
-            data = pickle.dumps(self)
-        main = sys.modules["__main__"]
-        file = getattr(main, "__file__", None)
-        importable = getattr(main, "__spec__", None) is not None or (file is not None and Path(file).is_file())
-        if b"__main__" in data and not importable:
-            raise InputError(
-                "the experiment cannot be sent to worker processes: it is defined in a notebook, in python -c or on "
-                f"standard input, which they cannot import{fix}"
-            )
-        return data
+    def train(self, trial: Trial) -> Outcome:
+        """Train once, as `training.train`."""
+        return train(self, trial)
+
+    def lr_share(self, step: int) -> float:
+        """The share of the LR at a step; by default linear up over the warm-up, then linear down to zero at the end."""
+        if self.schedule is not None:
+            return float(self.schedule(step, self.steps))
+        rise = min(self.steps - 1, max(1, round(self.warmup * self.steps)))
+        return min((step + 1) / rise, (self.steps - step) / (self.steps - rise))
+
+
+def _name(function: object) -> str | None:
+    return None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _betas(value: object) -> bool:

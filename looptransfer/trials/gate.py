@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
@@ -10,15 +11,15 @@ from looptransfer.transfer.baseline import PATH, Baseline
 from looptransfer.transfer.bracket import stored_lrs
 from looptransfer.transfer.comparison import Comparison
 from looptransfer.transfer.results import tidy
-from looptransfer.trials.experiment import Experiment
-from looptransfer.trials.pairing import check_start
+from looptransfer.trials.function import as_trainable
+from looptransfer.trials.run import Run
 from looptransfer.trials.search import Grid, runs_of
 from looptransfer.trials.study import run_search
-from looptransfer.trials.trial import Run
+from looptransfer.trials.sweep import check_first
 
 
 def gate(
-    experiment: Experiment,
+    train: Any,
     baseline: str | Path | Baseline = PATH,
     loops: Sequence[int] | None = None,
     seeds: int = 6,
@@ -27,25 +28,27 @@ def gate(
     workers: int | None = None,
     loss_tolerance: float | None = None,
     confidence: float = 0.90,
+    devices: str | None = None,
 ) -> Comparison:
     """Train at half, once and twice the stored LR optimum of some N, and say whether the optimum is still bracketed.
 
     Args:
-        experiment: what is trained.
+        train: what is trained, as `tune` takes it.
         baseline: stored optima, or their file.
         loops: which of the stored N; default the smallest and the largest.
         seeds: how many, two at least; the first ones of the baseline, so that they are paired with it.
         rule: the scaling rule.
         ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
-        workers: processes of one thread; default one per core, 1 trains in this process.
+        workers, devices: as `tune` takes them.
         loss_tolerance: by how much the loss at the stored LR may become worse; default as the baseline has it.
         confidence: of the two-sided intervals.
 
     Raises:
-        InputError: as `Baseline.read`, `check_start` and `run_search`; an N that is not stored, or one seed.
+        InputError: as `Baseline.read`, `Trainable.check` and `run_search`; an N that is not stored, or one seed.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     check_rule(rule)
+    experiment = as_trainable(train)
     stored_in = baseline if isinstance(baseline, Baseline) else Baseline.read(baseline)
     if stored_in.axis != "loops":
         raise InputError(f"{stored_in.path} has optima over {stored_in.axis}; training needs those over loops")
@@ -55,9 +58,10 @@ def gate(
     wanted = _wanted(list(stored), loops, stored_in.path)
     chosen = _seeds({seed for at in wanted for seed in stored[at].loss_by_seed or ()}, seeds)
     runs = [Run(rule, at, lr, seed) for at in wanted for lr in stored_lrs(stored[at]) for seed in chosen]
-    check_start(experiment, wanted, chosen, rule)
     with TemporaryDirectory(prefix="looptransfer-") as folder:
-        done = run_search(experiment, Grid(tuple(runs)), ledger or Path(folder, "gate.db"), "gate", workers)
+        place = ledger or Path(folder, "gate.db")
+        check_first(experiment, runs, place, workers, devices)
+        done = run_search(experiment, Grid(tuple(runs)), place, "gate", workers, devices)
     table = tidy(done[[run in set(runs) for run in runs_of(done)]])
     table.attrs["experiment"] = experiment.identity()
     return stored_in.bracket(table, rule, loss_tolerance, confidence, wanted)

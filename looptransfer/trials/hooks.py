@@ -2,21 +2,33 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from looptransfer.errors import UserCodeError
 from looptransfer.rewrite.record import call_arguments
-from looptransfer.trials.experiment import Batch, Batches, Experiment, token_loss
 from looptransfer.user_code import place, user_code
+
+if TYPE_CHECKING:
+    from looptransfer.trials.experiment import Experiment
+
+Batch = tuple[Any, Any]  # inputs of the model, targets of the loss
+Batches = Callable[[int], Iterable[Any]]
 
 MOST_HELD_OUT = 10_000  # batches; what goes on beyond is taken to be endless
 END = object()
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits (…, vocab) against token ids (…)."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 @contextmanager
@@ -63,6 +75,16 @@ def fresh_model(make_model: Callable[..., nn.Module], loops: int, **sizes: int) 
     return model
 
 
+def on_device(values: Any, device: str) -> Any:
+    """A batch, or a part of one, whose tensors are on a device, as is what can be moved by a method `to`."""
+    return tree_map(lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf, values)
+
+
+def autocast(dtype: torch.dtype | None, device: str) -> AbstractContextManager[object]:
+    """Torch's autocast to `dtype`, or none."""
+    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
+
+
 def batch_stream(batches: Batches | Iterable[Batch], seed: int, count: int) -> Iterator[Batch]:
     """The first `count` batches of a seed; an early end is an error."""
     call = f"batches({seed})" if callable(batches) else "batches"
@@ -95,11 +117,14 @@ def held_out_batches(held_out: Callable[[], Iterable[Batch]]) -> Iterator[Batch]
 
 
 def _pair(batch: Any, call: str, hook: object) -> Batch:
+    if isinstance(batch, Mapping):
+        return batch, batch
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise UserCodeError(
             f"{call} gives a batch that is a {type(batch).__name__}{size}{place(hook)}; a batch is a pair, the inputs "
-            "of the model and the targets of the loss. Arguments by name: ({'input_ids': …}, targets)"
+            "of the model and the targets of the loss, or a dict, which is both: the arguments by name, and what the "
+            "loss is given beside the output"
         )
     return batch[0], batch[1]
 
@@ -124,11 +149,12 @@ def loss_of(
         return value, float(value.detach())
 
 
-def held_out_loss(experiment: Experiment, model: nn.Module) -> float:
+def held_out_loss(experiment: "Experiment", model: nn.Module, device: str = "cpu") -> float:
     """Mean loss in nats over the held-out batches, each counted alike."""
     with user_code("model.eval() fails", model):
         model.eval()
-    with torch.no_grad():
-        batches = held_out_batches(experiment.held_out)
-        losses = [loss_of(experiment.loss, model, batch, experiment.make_model)[1] for batch in batches]
+    losses = []
+    with torch.no_grad(), autocast(experiment.autocast, device):
+        for batch in held_out_batches(experiment.held_out):
+            losses.append(loss_of(experiment.loss, model, on_device(batch, device), experiment.make_model)[1])
     return sum(losses) / len(losses)

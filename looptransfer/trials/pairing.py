@@ -9,8 +9,8 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from looptransfer.errors import InputError, PairingWarning
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
 from looptransfer.rewrite.record import held
-from looptransfer.rules import Rule
-from looptransfer.trials.experiment import Batch, Experiment
-from looptransfer.trials.hooks import fresh_model, held_out_batches, held_out_loss, one_thread, seeded
-from looptransfer.trials.trial import Run, Training
+from looptransfer.trials.hooks import Batch, fresh_model, held_out_batches, held_out_loss, seeded
+from looptransfer.trials.run import Trial
+from looptransfer.trials.training import Training, threads_of
 from looptransfer.user_code import calls_back, place, refuse_unguarded
+
+if TYPE_CHECKING:
+    from looptransfer.trials.experiment import Experiment
 
 LR = 1e-6  # of the two steps
 SAME = 1e-5  # relative, of sums of weights and of losses
@@ -61,9 +63,11 @@ def weights_of(model: nn.Module) -> tuple[float, ...]:
 
 
 def check_start(
-    experiment: Experiment, loops: Iterable[int], seeds: Sequence[int], rule: Rule = "factored"
+    experiment: "Experiment", first: Trial, loops: Iterable[int], seeds: Sequence[int]
 ) -> dict[int, ScalingPlan]:
     """Start a training at every N, see that seeds pair the runs and that N is the loop count, and return the plans.
+
+    The starts have the rule and the device of `first`.
 
     Raises:
         InputError: as `check_pairs`; the experiment's functions fail, or give too few batches, another held-out set at
@@ -75,13 +79,14 @@ def check_start(
     refuse_unguarded()
     counts = sorted(set(loops))
     smallest, seed = counts[0], seeds[0]
+    first = replace(first, loops=smallest, seed=seed, lr=LR)
     _check_fresh(experiment, smallest, seed)
     plans, starts = {}, {}
     for n in counts:
-        plans[n], starts[n] = _start(experiment, Run(rule, n, LR, seed))
+        plans[n], starts[n] = _start(experiment, replace(first, loops=n))
     _check_held_out(experiment)
-    _, repeated = _start(experiment, Run(rule, smallest, LR, seed), to_the_end=True)
-    others = {other: _start(experiment, Run(rule, smallest, LR, other))[1] for other in seeds[1:2]}
+    _, repeated = _start(experiment, first, to_the_end=True)
+    others = {other: _start(experiment, replace(first, seed=other))[1] for other in seeds[1:2]}
     check_pairs(experiment.make_model, experiment.batches, {seed: starts[smallest], **others}, repeated)
     for n in counts[1:]:
         _check_same(experiment.batches, seed, starts[smallest], starts[n], f"at N = {n} than at N = {smallest}")
@@ -147,11 +152,11 @@ def check_finite(loss: float, moment: str, *hooks: object) -> None:
         )
 
 
-def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[ScalingPlan, Start]:
+def _start(experiment: "Experiment", trial: Trial, to_the_end: bool = False) -> tuple[ScalingPlan, Start]:
     """Make two steps; to the end, also draw all batches and take the held-out loss."""
-    moment = f"N = {run.loops}, seed {run.seed}"
-    with one_thread(), seeded(run.seed):
-        training = Training(experiment, run)
+    moment = f"N = {trial.loops}, seed {trial.seed}"
+    with threads_of(trial), seeded(trial.seed):
+        training = Training(experiment, trial)
         batches, weights, loss = [training.batch], weights_of(training.model), training.loss()
         check_finite(loss, moment, experiment.loss, experiment.make_model)
         training.update()
@@ -161,11 +166,12 @@ def _start(experiment: Experiment, run: Run, to_the_end: bool = False) -> tuple[
         if to_the_end:
             for _ in training.stream:
                 pass
-            check_finite(held_out_loss(experiment, training.model), f"{moment}, held out", experiment.held_out)
+            loss_at_end = held_out_loss(experiment, training.model, trial.device)
+            check_finite(loss_at_end, f"{moment}, held out", experiment.held_out)
     return training.plan, Start(batches, weights, loss, frozenset(named_parameters(training.model)))
 
 
-def _check_fresh(experiment: Experiment, loops: int, seed: int) -> None:
+def _check_fresh(experiment: "Experiment", loops: int, seed: int) -> None:
     with seeded(seed):
         models = [fresh_model(experiment.make_model, loops) for _ in range(2)]
     first, second = ({id(p) for p in model.parameters() if p.requires_grad} for model in models)
@@ -176,7 +182,7 @@ def _check_fresh(experiment: Experiment, loops: int, seed: int) -> None:
         )
 
 
-def _check_held_out(experiment: Experiment) -> None:
+def _check_held_out(experiment: "Experiment") -> None:
     """Two calls give the same batches; only one of each is held at a time."""
     both = itertools.zip_longest(*(held_out_batches(experiment.held_out) for _ in range(2)))
     for number, (first, second) in enumerate(both):

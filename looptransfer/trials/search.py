@@ -9,7 +9,7 @@ import pandas as pd
 
 from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import Optimum, curve, find_optimum
-from looptransfer.trials.trial import Run
+from looptransfer.trials.run import Run
 
 COARSE = range(-12, -2, 2)  # log2(LR) of the first look: two octaves apart, from 0.00024 to 0.063
 STEP = 0.5  # octaves between LRs of the close look

@@ -9,15 +9,15 @@ import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
-import os
 import pickle
 import random
+import secrets
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -35,10 +35,9 @@ from looptransfer.rules import RULES
 from looptransfer.text import without_password, without_secrets
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.sources import finished_trials
-from looptransfer.trials.experiment import Experiment
-from looptransfer.trials.hooks import one_thread
+from looptransfer.trials.devices import Slot, environment, here, slots
+from looptransfer.trials.run import Run, Trainable, pickled
 from looptransfer.trials.search import Search
-from looptransfer.trials.trial import Run, train
 from looptransfer.user_code import UNGUARDED, WORKER, end_with_parent, user_code
 
 HEARTBEAT, GRACE = 5, 30  # seconds between signs of life, and without one until a run is open again
@@ -50,41 +49,48 @@ PLAIN_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
 def run_search(
-    experiment: Experiment, search: Search, ledger: str | Path, name: str, workers: int | None = None
+    experiment: Trainable,
+    search: Search,
+    ledger: str | Path,
+    name: str,
+    workers: int | None = None,
+    devices: str | None = None,
 ) -> pd.DataFrame:
     """Make every run that `search` wants and the ledger lacks; return all finished runs of the study `name`.
 
     Interrupted by anything, kill -9 included, it goes on where it was when called again: a finished run is never
-    repeated. One-thread worker processes fill the machine; `workers=1` trains in this process, and so does the default
-    where the experiment cannot be sent to another one. A run that fails is left out, and tried again by the next call.
+    repeated. Worker processes fill the machine, as `devices.slots` says; `workers=1` trains in this process, and so
+    does the default where the experiment cannot be sent to another one. A run that fails is left out, and tried again
+    by the next call.
 
     Raises:
         InputError: the ledger cannot be opened or belongs to another experiment; or the experiment cannot be sent to
             workers.
         FailedRunError: runs failed, or a worker process ended by itself or was killed again and again.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}; it must be 1 or more")
+    places = slots(devices, workers)
     url = _url(ledger)
     study = _open(url, name, experiment.identity())
+    if DIRECTORY not in study.user_attrs:
+        study.set_user_attr(DIRECTORY, str(runs_directory(ledger) / secrets.token_hex(4)))
     job = _Job(url, name, search, since=len(study.get_trials(deepcopy=False)))
     with _Progress(job) as progress:
-        data = _sent(experiment, workers) if _survey(study, job).coming else None
+        data = _sent(experiment, workers, places) if _survey(study, job).coming else None
         if data is None:
-            _work(job, experiment, progress=progress)
+            _work(job, experiment, here(places[0]), progress=progress)
         else:
-            _supervise(job, study, data, workers or available_cores(), progress)
+            _supervise(job, study, data, places, progress)
         progress.show(study)
     _check_complete(_survey(study, job))
     return finished_runs(study)
 
 
-def _sent(experiment: Experiment, workers: int | None) -> bytes | None:
+def _sent(experiment: Trainable, workers: int | None, places: Sequence[Slot]) -> bytes | None:
     """The experiment as worker processes are sent it; None where this process trains."""
-    if (workers or available_cores()) == 1:
+    if len(places) == 1:
         return None
     try:
-        return experiment.pickled()
+        return pickled(experiment)
     except InputError as error:
         if workers is not None:
             raise
@@ -92,9 +98,10 @@ def _sent(experiment: Experiment, workers: int | None) -> bytes | None:
         return None
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def runs_directory(ledger: str | Path) -> Path:
+    """The folder that holds the runs' own directories: beside the ledger, or here where the ledger is on a server."""
+    home = Path("looptransfer") if "://" in str(ledger) else Path(ledger)
+    return home.absolute().with_suffix(".runs")
 
 
 def finished_runs(study: optuna.Study) -> pd.DataFrame:
@@ -103,6 +110,8 @@ def finished_runs(study: optuna.Study) -> pd.DataFrame:
 
 
 # -- the ledger
+
+DIRECTORY = "directory"  # attribute of a study: where its runs have their directories. A new ledger has new ones
 
 
 def _url(ledger: str | Path) -> str:
@@ -260,7 +269,8 @@ def _claim(study: optuna.Study, trial: optuna.Trial, job: _Job) -> Run:
 
 def _work(
     job: _Job,
-    experiment: Experiment,
+    experiment: Trainable,
+    place: Slot,
     tell: Callable[[Run], None] | None = None,
     progress: "_Progress | None" = None,
 ) -> None:
@@ -280,9 +290,9 @@ def _work(
         trial.suggest_int("seed", run.seed, run.seed)
         if tell is not None:
             tell(run)
+        directory = Path(study.user_attrs[DIRECTORY], f"{run.rule}-n{run.loops}-lr{run.lr!r}-seed{run.seed}")
         try:
-            with one_thread():
-                outcome = asdict(train(experiment, run))
+            outcome = asdict(experiment.train(place.trial(run, directory)))
         except InputError as error:
             trial.set_user_attr("error", str(error))
             raise _RunError from error
@@ -309,16 +319,16 @@ def _work(
 # -- worker processes
 
 
-def _worker(job: _Job, data: bytes, sender: Connection) -> None:
+def _worker(job: _Job, data: bytes, place: Slot, sender: Connection) -> None:
     """Entry point of a worker process. It ends with its parent; its last word is "done", or the error that ended it."""
     end_with_parent()
     try:
         fix = "; define its functions in a module that can be imported, or pass workers=1"
         with user_code("a worker process cannot load the experiment", fix=fix):
             experiment = pickle.loads(data)
-            if not isinstance(experiment, Experiment):
+            if not isinstance(experiment, Trainable):
                 raise TypeError(f"it comes back as a {type(experiment).__name__}")
-        _work(job, experiment, sender.send)
+        _work(job, experiment, place, sender.send)
         sender.send("done")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -331,11 +341,12 @@ def _worker(job: _Job, data: bytes, sender: Connection) -> None:
 class _Process:
     """A worker process, and the last that was heard of it: the run that it makes, or its last word."""
 
-    def __init__(self, job: _Job, data: bytes) -> None:
+    def __init__(self, job: _Job, data: bytes, place: Slot) -> None:
         context = multiprocessing.get_context("spawn")
         self.receiver, sender = context.Pipe(duplex=False)
-        self.process: BaseProcess = context.Process(target=_worker, args=(job, data, sender), name=WORKER)
-        self.process.start()
+        self.process: BaseProcess = context.Process(target=_worker, args=(job, data, place, sender), name=WORKER)
+        with environment(place.environment()):  # libraries read the number of threads when they are loaded
+            self.process.start()
         sender.close()
         self.last_word: Run | Exception | Literal["done"] | None = None
 
@@ -371,13 +382,13 @@ class _Process:
         )
 
 
-def _supervise(job: _Job, study: optuna.Study, data: bytes, workers: int, progress: "_Progress") -> None:
-    pool = [_Process(job, data) for _ in range(workers)]
+def _supervise(job: _Job, study: optuna.Study, data: bytes, places: Sequence[Slot], progress: "_Progress") -> None:
+    pool = [_Process(job, data, place) for place in places]
     restarts, patience = 0, 0.0
     try:
         while _survey(study, job).coming:
             progress.show(study)
-            for place, worker in enumerate(pool):
+            for number, worker in enumerate(pool):
                 if not worker.is_lost():
                     continue
                 if restarts == RESTARTS:
@@ -386,7 +397,7 @@ def _supervise(job: _Job, study: optuna.Study, data: bytes, workers: int, progre
                         "memory perhaps; the same call makes only what lacks: run it again with fewer workers"
                     )
                 restarts += 1
-                pool[place] = _Process(job, data)
+                pool[number] = _Process(job, data, places[number])
             if all(worker.last_word == "done" for worker in pool):
                 break
             alive = [worker.process.sentinel for worker in pool if worker.process.is_alive()]

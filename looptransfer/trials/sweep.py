@@ -11,15 +11,14 @@ from typing import Any
 import pandas as pd
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.optimum import Optimum
 from looptransfer.transfer.results import COLUMNS
-from looptransfer.trials.experiment import Experiment
-from looptransfer.trials.pairing import check_start
-from looptransfer.trials.search import Grid, ProxySearch, runs_of
-from looptransfer.trials.study import run_search
-from looptransfer.trials.trial import Run
+from looptransfer.trials.devices import here, slots
+from looptransfer.trials.function import as_trainable
+from looptransfer.trials.run import Run, Trainable
+from looptransfer.trials.search import COARSE, Grid, ProxySearch, runs_of
+from looptransfer.trials.study import run_search, runs_directory
 
 LEDGER = "looptransfer.db"
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
@@ -64,34 +63,44 @@ class TunedLR:
 
 
 def tune(
-    experiment: Experiment,
+    train: Any,
     loops: int,
     seeds: int | Sequence[int] = 4,
     ledger: str | Path = LEDGER,
     workers: int | None = None,
     rule: Rule = "factored",
+    devices: str | None = None,
 ) -> TunedLR:
     """Find the LR optimum of the proxy with `loops` loops: a coarse look, then half-octave steps with every seed.
 
     Args:
-        experiment: what is trained.
+        train: what is trained: a function, train(run) -> loss in nats, or one that yields (step, loss) as it goes,
+            where `run` has loops, lr (absolute), seed, rule, device and a directory of its own; or an `Experiment`, or
+            a `Command`.
         loops: N of the proxy; small is cheap, and under "factored" as good as large.
         seeds: how many, or which; paired across LRs. Two at least.
-        ledger: SQLite file (or Optuna storage URL) of finished runs; calling again goes on where it was.
-        workers: processes of one thread; default one per core, 1 trains in this process.
+        ledger: SQLite file (or Optuna storage URL) of finished runs; calling again goes on where it was. The runs'
+            directories are beside it.
+        workers: how many runs are made at once, each in a process of its own; 1 trains in this process. Default one per
+            GPU, or one per core where torch sees none.
         rule: the scaling rule.
+        devices: GPUs, one worker each, such as "0,1,3"; "0+1,2+3" gives each of two workers two, "all" gives all to
+            one, "cpu" none.
 
     Raises:
-        InputError: as `check_start` and `run_search`, or numbers out of range.
+        InputError: as `Trainable.check` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     chosen = _seeds(seeds)
     if len(chosen) < 2:
         raise InputError(f"seeds is {seeds!r}; give two or more, since one cannot tell noise from an optimum")
     check_rule(rule)
-    check_start(experiment, _loop_counts([loops]), chosen, rule)
+    experiment = as_trainable(train)
+    lr = 2.0 ** COARSE[len(COARSE) // 2]
+    starts = [Run(rule, count, lr, seed) for count in _loop_counts([loops]) for seed in chosen]
+    check_first(experiment, starts, ledger, workers, devices)
     search = ProxySearch(loops, chosen, rule)
-    results = run_search(experiment, search, ledger, f"tune N={loops} {rule}", workers)
+    results = run_search(experiment, search, ledger, f"tune N={loops} {rule}", workers, devices)
     wanted = set(search.wanted(results))
     results = results[[run in wanted for run in runs_of(results)]]
     optimum = search.optimum(results, search.confidence)
@@ -130,7 +139,7 @@ def read_tuned(path: str | Path) -> dict[str, Any]:
 
 
 def sweep(
-    experiment: Experiment,
+    train: Any,
     loops: Sequence[int] | Mapping[Rule, Sequence[int]],
     around: TunedLR | float | None = None,
     rules: Sequence[Rule] = ("factored",),
@@ -140,6 +149,7 @@ def sweep(
     workers: int | None = None,
     lrs: Sequence[float] | None = None,
     known: Collection[Run] = (),
+    devices: str | None = None,
 ) -> pd.DataFrame:
     """Train at every loop count, LR and seed, and return the table that `check` judges.
 
@@ -147,22 +157,23 @@ def sweep(
     each of the rules.
 
     Args:
-        experiment: what is trained.
+        train: what is trained, as `tune` takes it.
         loops: the loop counts of every rule, or a mapping from each rule to its own.
         around: centre of the LRs: a tuned LR, or an absolute one.
         rules: the rule of interest and its controls; a mapping of `loops` decides by itself.
         seeds: how many, or which; paired across LRs, loop counts and rules.
         octaves: the LRs as log2 distances from the centre.
         ledger: SQLite file (or Optuna storage URL) of finished runs; calling again goes on where it was.
-        workers: processes of one thread; default one per core, 1 trains in this process.
+        workers, devices: as `tune` takes them.
         lrs: the LRs themselves, absolute, instead of `around` and `octaves`.
         known: runs that another table holds, left out here; an LR within a millionth of one of theirs becomes theirs.
 
     Returns:
-        One row per run, with columns rule, layers, loops, width, lr, seed, steps, loss (nats), diverged, seconds.
+        One row per run, with columns rule, layers, loops, width, lr, seed, steps, loss (nats), diverged, seconds;
+        layers, width and steps are empty where the training does not say them.
 
     Raises:
-        InputError: as `check_start` and `run_search`, or numbers out of range.
+        InputError: as `Trainable.check` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
@@ -173,24 +184,41 @@ def sweep(
     pairs = [(rule, count) for rule, counts in plan_of_loops.items() for count in counts]
     reported = {Run(rule, count, lr, seed) for rule, count in pairs for lr, seed in grid}
     missing = sorted(reported - set(known))
-    stand_in = _stand_ins(experiment, pairs, chosen) if missing else {}
+    experiment = as_trainable(train)
+    plans = check_first(experiment, missing, ledger, workers, devices) if missing else {}
+    stand_in = _stand_ins(plans, pairs)
     made = {run: replace(run, rule=stand_in[run.rule, run.loops]) for run in missing}
-    done = run_search(experiment, Grid(tuple(dict.fromkeys(made.values()))), ledger, "sweep", workers)
+    done = run_search(experiment, Grid(tuple(dict.fromkeys(made.values()))), ledger, "sweep", workers, devices)
     by_run = dict(zip(runs_of(done), done.to_dict("records"), strict=True))
     rows = [{**by_run[made[run]], "rule": run.rule} for run in missing]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _stand_ins(
-    experiment: Experiment, pairs: Sequence[tuple[Rule, int]], seeds: Sequence[int]
-) -> dict[tuple[Rule, int], Rule]:
-    """For each rule and loop count the first rule whose runs are the same there."""
-    plans = check_start(experiment, [count for _, count in pairs], seeds, pairs[0][0])
+def check_first(
+    experiment: Trainable, runs: Sequence[Run], ledger: str | Path, workers: int | None, devices: str | None
+) -> Mapping[int, Any]:
+    """Look at the start of the training before the runs are made, and return the plans by N, where they can be known.
+
+    Raises:
+        InputError: as `Trainable.check` and `slots`.
+    """
+    loops, seeds, rules = ([*dict.fromkeys(getattr(run, name) for run in runs)] for name in ("loops", "seed", "rule"))
+    lrs = sorted({run.lr for run in runs})
+    first = Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0])
+    place = here(slots(devices, workers)[0])
+    return experiment.check(place.trial(first, runs_directory(ledger)), loops, seeds, rules)
+
+
+def _stand_ins(plans: Mapping[int, Any], pairs: Sequence[tuple[Rule, int]]) -> dict[tuple[Rule, int], Rule]:
+    """For each rule and loop count the first rule whose runs are known to be the same there."""
     first: dict[tuple[int, object], Rule] = {}
-    return {(rule, count): first.setdefault((count, _scales(plans[count].under(rule))), rule) for rule, count in pairs}
+    return {
+        (rule, count): first.setdefault((count, _scales(plans[count].under(rule)) if count in plans else rule), rule)
+        for rule, count in pairs
+    }
 
 
-def _scales(plan: ScalingPlan) -> object:
+def _scales(plan: Any) -> object:
     """Everything by which a rule changes a run: multipliers, and the optimizer's factors."""
     factor = 1.0 if plan.rule == "unscaled" else plan.depth_multiplier
     return factor, tuple((branch.module, branch.multiplier) for branch in plan.branches)

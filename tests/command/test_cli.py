@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -408,6 +409,105 @@ def test_options_that_lack_or_exclude_each_other_end_with_2(arguments: str) -> N
     with pytest.raises(SystemExit) as stop:
         main(arguments.split())
     assert stop.value.code == 2
+
+
+TOY = """
+import json, math, random, sys
+lr, loops, seed, rule, folder = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+noise = random.Random(seed).gauss(0, 0.02)
+loss = 2 + 0.05 * (math.log2(lr) + 8 + (rule == "unscaled") * math.log2(loops) + noise) ** 2 + 0.01 * math.log2(loops)
+if seed == 9:
+    sys.exit("seed 9 is broken")
+with open(f"{folder}/log.csv", "w") as log:
+    log.write(f"step,loss\\n1,5\\n2,{loss}\\n")
+"""
+CMD = f"{sys.executable} toy.py {{lr}} {{loops}} {{seed}} {{rule}} {{dir}}"
+BY_COMMAND = ["--cmd", CMD, "--metric", "{dir}/log.csv:loss"]
+
+
+@pytest.fixture
+def toy(folder: Path) -> Path:
+    (folder / "toy.py").write_text(TOY)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_command_goes_from_tune_to_a_verdict(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", *BY_COMMAND, *shlex.split("--loops 2 --seeds 2 --workers 2 -o best.json --retries 1")]) == 0
+    said = capsys.readouterr()
+    assert "report equal losses: seeds pair the runs" in said.err
+    best = json.loads(Path("best.json").read_text())
+    assert np.log2(best["lr"]) == pytest.approx(-8, abs=0.2)
+    assert best["experiment"]["command"] == CMD
+    follow = shlex.split(said.out.partition("next: looptransfer ")[2])
+    expected = [*BY_COMMAND, *shlex.split("--retries 1 --loops 1,2,4,8,16 --around best.json -o results.csv")]
+    assert follow == ["sweep", *expected]
+    grid = "--loops 1,4 --around best.json --octaves=-4,-2,0,2 --seeds 2 --rules factored,unscaled --workers 2"
+    assert main(["sweep", *BY_COMMAND, *f"{grid} -o results.csv".split()]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert list(table().columns) == COLUMNS
+    assert main(["check", "results.csv"]) == 0
+    optima = ["check", "results.csv", "--baseline", "o.json", "--update-baseline"]
+    assert main(optima) == 0
+    assert main(["gate", *BY_COMMAND, *shlex.split("--baseline o.json --seeds 2 --workers 2")]) in (0, 3)
+
+
+def test_a_training_function_in_a_file_is_tuned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "def train(run):\n    return 2 + (run.lr - 0.01) ** 2 + 1e-3 * run.seed + 1e-3 * run.loops\n"
+    (folder / f"{NAME}.py").write_text(text)
+    assert run("sweep", "--loops 1,2 --lrs 0.005,0.01,0.02 --seeds 2 --workers 1 -o results.csv", ":train") == 0
+    assert len(table()) == 12
+
+
+def test_a_command_that_fails_ends_with_2_and_the_end_of_its_log(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["sweep", *BY_COMMAND, *shlex.split("--loops 2 --lrs 0.01 --seeds 0,9 --workers 1 -o results.csv")]) == 2
+    )
+    told = capsys.readouterr().err
+    assert "ended with exit status 1; the end of" in told
+    assert "\n  | seed 9 is broken" in told
+    assert Path(re.findall(r"the end of (\S+):", told)[0]).read_text() == "seed 9 is broken\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give either EXPERIMENT, such as experiment.py, or --cmd with --metric"),
+        (["x.py", *BY_COMMAND], "give either EXPERIMENT"),
+        (["--cmd", CMD], "--cmd needs --metric, where the loss is, such as '{dir}/log.jsonl:val_loss'"),
+        (["x.py", "--metric", "{dir}/a:b"], "--metric is for --cmd"),
+        (["x.py", "--retries", "2"], "--retries is for --cmd"),
+        ([*BY_COMMAND, "--env", "NAME"], "--env 'NAME'; write NAME=VALUE"),
+        ([*BY_COMMAND, "--retries", "-1"], "retries is -1; it must be 0 or more"),
+        ([*BY_COMMAND, "--devices", "all"], "devices is 'all', and torch sees no GPU"),
+        (["--cmd", "x {lr}", "--metric", "{dir}/a:b"], "lacks {loops}"),
+        (["--cmd", f"{CMD} {{width}}", "--metric", "{dir}/a:b"], "holds {width}, which is no placeholder"),
+    ],
+)
+def test_a_training_that_is_not_given_rightly_ends_with_2(
+    toy: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["tune", *words, "--loops", "2"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path(options.LEDGER).exists()
+
+
+def test_a_sweep_over_rules_that_do_not_reach_the_command_ends_with_2(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--cmd", CMD.replace("{rule}", "factored"), "--metric", "{dir}/log.csv:loss", "--loops", "1,2"]
+    assert main(["sweep", *words, "--lrs", "0.1", "--rules", "factored,sqrt", "-o", "results.csv"]) == 2
+    assert "does not use {rule}, so that factored, sqrt would train the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tune", "sweep", "gate"])
+def test_the_help_shows_the_lines_that_rewrite_a_script(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert "import looptransfer as lt" in told
+    assert "lt.parametrize(model, example_batch, args.rule)" in told
+    assert "lt.param_groups(model, AdamW, lr=args.lr)" in told
 
 
 @pytest.mark.parametrize("command", ["tune", "sweep"])

@@ -9,8 +9,10 @@ from torch import nn
 
 import looptransfer as lt
 from looptransfer.command.inspection import inspect_model
-from looptransfer.command.targets import load_experiment, load_target
+from looptransfer.command.targets import load_experiment, load_target, load_trainable
+from looptransfer.trials.command import Command
 from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.function import Function
 from tests import experiments
 
 HEAD = "from tests.experiments import tiny_experiment\n"
@@ -171,3 +173,41 @@ def test_worker_processes_find_an_experiment_that_was_loaded_from_a_file(tmp_pat
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "runs written to results.csv: 8" in done.stdout
+
+
+FUNCTIONS = """
+import looptransfer as lt
+from tests.experiments import tiny_experiment
+
+
+def train(run):
+    return run.lr
+
+
+def experiment(steps=4):
+    return tiny_experiment(steps=steps)
+
+
+command = lt.Command("x {lr} {loops} {seed}", "{dir}/log.csv:loss")
+made = lt.Function(train, "2")
+number = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(":train", Function), ("", Experiment), (":command", Command), (":made", Function)]
+)
+def test_what_can_be_trained_is_told_from_what_makes_it(tmp_path: Path, name: str, kind: type) -> None:
+    file = tmp_path / "functions_to_train.py"
+    file.write_text(FUNCTIONS)
+    made = load_trainable(f"{file}{name}")
+    assert isinstance(made, kind)
+    if isinstance(made, Function):
+        assert made.identity()["name"] == "functions_to_train.train"
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "functions_to_refuse.py"
+    file.write_text(FUNCTIONS)
+    with pytest.raises(lt.InputError, match="is of type int; name a factory that takes no arguments"):
+        load_trainable(f"{file}:number")

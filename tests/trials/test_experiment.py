@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.trials.experiment import token_loss
-from looptransfer.trials.trial import lr_share
+from looptransfer.trials.hooks import token_loss
+from looptransfer.trials.run import pickled
 from tests.experiments import LoopedMLP, tiny_experiment
 
 
@@ -57,7 +57,7 @@ def test_a_warmup_that_is_no_share_of_the_steps_is_refused(warmup: float) -> Non
 @settings(derandomize=True, deadline=None)
 @given(steps=st.integers(4, 500), warmup=st.floats(0.01, 0.8))
 def test_the_lr_rises_linearly_to_its_peak_falls_linearly_and_ends_above_zero(steps: int, warmup: float) -> None:
-    shares = [lr_share(step, tiny_experiment(steps=steps, warmup=warmup)) for step in range(steps)]
+    shares = [tiny_experiment(steps=steps, warmup=warmup).lr_share(step) for step in range(steps)]
     rise = max(1, round(warmup * steps))
     assert max(shares) == 1.0
     assert shares.index(1.0) == rise - 1
@@ -100,7 +100,7 @@ def test_the_identity_tells_experiments_apart(change: dict[str, Any]) -> None:
 
 def test_an_experiment_of_module_level_functions_is_portable() -> None:
     experiment = tiny_experiment()
-    assert pickle.loads(experiment.pickled()).identity() == experiment.identity()
+    assert pickle.loads(pickled(experiment)).identity() == experiment.identity()
 
 
 def test_an_experiment_with_a_local_function_is_refused_and_told_how_to_mend_it() -> None:
@@ -108,7 +108,7 @@ def test_an_experiment_with_a_local_function_is_refused_and_told_how_to_mend_it(
         return LoopedMLP(loops)
 
     with pytest.raises(InputError, match="define its functions at the top level of a module, or pass workers=1"):
-        tiny_experiment(make_model=make_model).pickled()
+        pickled(tiny_experiment(make_model=make_model))
 
 
 def test_the_token_loss_is_the_mean_cross_entropy_over_all_positions() -> None:

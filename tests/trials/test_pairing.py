@@ -2,6 +2,7 @@ import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import looptransfer as lt
 from looptransfer.trials.pairing import _equal, check_start
+from looptransfer.trials.run import Trial
 from tests.experiments import BATCH, FEATURES, LoopedMLP, TinyTask, samples, squared_error, tiny_experiment
 
 HERE = r"\(.*test_pairing\.py, line \d+\)"
@@ -20,7 +22,8 @@ Batch = tuple[Any, Any]
 
 
 def start(loops: tuple[int, ...] = (1, 2), seeds: tuple[int, ...] = (0, 1), **changes: Any) -> Any:
-    return check_start(tiny_experiment(**({"steps": 4} | changes)), loops, seeds)
+    first = Trial("factored", 1, 1.0, 0, device="cpu", directory=Path("/there/is/none"))
+    return check_start(tiny_experiment(**({"steps": 4} | changes)), first, loops, seeds)
 
 
 def test_a_sound_experiment_gives_the_plan_of_every_n_and_leaves_the_random_states() -> None:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looptransfer.transfer.results import COLUMNS
+from looptransfer.trials.run import Run
 from looptransfer.trials.search import LIMITS, Grid, ProxySearch, Search
-from looptransfer.trials.trial import Run
 
 SEEDS = (0, 1, 2)
 NOTHING = pd.DataFrame(columns=[*COLUMNS, "last_loss"])

@@ -23,10 +23,11 @@ from looptransfer.errors import FailedRunError, InputError
 from looptransfer.transfer.check import check
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials import study
+from looptransfer.trials.devices import available_cores
+from looptransfer.trials.run import Run
 from looptransfer.trials.search import Grid, ProxySearch
-from looptransfer.trials.study import available_cores, run_search
+from looptransfer.trials.study import run_search
 from looptransfer.trials.sweep import sweep
-from looptransfer.trials.trial import Run
 from tests.experiments import PAUSE, LoopedMLP, tiny_experiment
 
 ROOT = Path(__file__).parents[2]

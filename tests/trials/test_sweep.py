@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 from looptransfer.errors import InputError
 from looptransfer.transfer.optimum import Interval, Optimum
 from looptransfer.transfer.results import COLUMNS, tidy
+from looptransfer.trials.run import Run
 from looptransfer.trials.sweep import OCTAVES, TunedLR, read_tuned, sweep, tune
-from looptransfer.trials.trial import Run
 from tests.experiments import tiny_experiment
 
 SHORT: dict[str, Any] = {"steps": 6}

@@ -1,0 +1,270 @@
+"""A training function or loop of the user's own, of which nothing is seen but the losses that it reports."""
+
+import contextlib
+import inspect
+import json
+import math
+import numbers
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from looptransfer.errors import InputError, PairingWarning, UserCodeError
+from looptransfer.files import write_file
+from looptransfer.rules import Rule
+from looptransfer.transfer.provenance import fingerprint
+from looptransfer.trials.run import Outcome, Trainable, Trial
+from looptransfer.user_code import place, refuse_unguarded, user_code
+
+FEW = 3  # losses by which the starts of two trainings are compared
+PAIRED = 10  # times by which two seeds differ more than two equal runs, where the seed says what a run is
+CHECKED = "pairing.json"  # which trainings were looked at, in the folder of the runs
+Report = tuple[int | None, float]  # a step, where it is known, and a loss in nats
+
+
+class Reporting(ABC):
+    """A training that is known by its reports alone. Its last loss is its outcome; one that is no number ends it."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell results of this training from those of others."""
+
+    @abstractmethod
+    def reports(self, trial: Trial) -> Iterator[Report]:
+        """Train, and give losses as they come. Closing the iterator ends the training.
+
+        Raises:
+            InputError: the training fails, or reports what is no loss.
+        """
+
+    def train(self, trial: Trial) -> Outcome:
+        """Make the run.
+
+        Raises:
+            InputError: as `reports`, or there was no report.
+        """
+        started = time.perf_counter()
+        trial.directory.mkdir(parents=True, exist_ok=True)
+        report, last = None, math.nan
+        with contextlib.closing(self.reports(trial)) as reports:  # type: ignore[type-var]
+            for report in reports:
+                if not math.isfinite(report[1]):
+                    break
+                last = report[1]
+        if report is None:
+            raise UserCodeError(f"{self} reported no loss")
+        with contextlib.suppress(OSError):
+            trial.directory.rmdir()  # where nothing was left in it
+        (step, loss), seconds = report, time.perf_counter() - started
+        if not math.isfinite(loss):
+            return Outcome(None, None, step, math.inf, True, seconds, last)
+        return Outcome(None, None, step, loss, False, seconds, last)
+
+    def check(self, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]) -> dict[int, Any]:
+        """Compare the first losses of a few trainings: two equal runs, another seed, another N, another rule.
+
+        What was found is printed, and kept in the folder of the runs, so that it is found out once.
+
+        Raises:
+            InputError: the training fails, or the seed, N or the rule changes nothing.
+
+        Warns:
+            PairingWarning: two equal runs differ by as much as two seeds do.
+        """
+        refuse_unguarded()
+        kept = first.directory / CHECKED
+        key = fingerprint({**self.identity(), "loops": sorted(loops), "rules": sorted(rules)})
+        checked = _read(kept)
+        if key not in checked:
+            with _scratch(first.directory) as folder:
+                paired, checked[key] = _compared(self, replace(first, directory=folder), loops, seeds, rules)
+            write_file(kept, json.dumps(checked, indent=2))
+            if paired:
+                print(f"looptransfer: {checked[key]}", file=sys.stderr)
+            else:
+                warnings.warn(checked[key], PairingWarning, stacklevel=4)
+        return {}
+
+
+def _compared(
+    training: Reporting, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]
+) -> tuple[bool, str]:
+    """Whether seeds pair the runs, as far as was seen, and how well, in a sentence."""
+    starts = _Starts(training)
+    moment = f"N = {first.loops}, LR {first.lr:.4g}, seed {first.seed}"
+    if not all(map(math.isfinite, starts.of(first))):
+        return True, f"a run diverges at once ({moment}): whether seeds pair the runs was not seen"
+    several = min((n for n in loops if n > 1), default=1)
+    others = {
+        "seed": [replace(first, seed=seed) for seed in seeds if seed != first.seed][:1],
+        "loop count": [replace(first, loops=n) for n in sorted(loops) if n != first.loops][:1],
+    }
+    for name, changed in others.items():
+        for other in changed:
+            starts.must_differ(name, first, other)
+    for rule in [rule for rule in rules if rule != first.rule and several > 1]:
+        starts.must_differ("rule", replace(first, loops=several), replace(first, loops=several, rule=rule))
+    same = starts.distance(first, replace(first, directory=first.directory / "again"))
+    apart = max((starts.distance(first, other) for other in others["seed"]), default=0.0)
+    if same == 0:
+        return True, f"two equal runs ({moment}) report equal losses: seeds pair the runs"
+    told = f"two equal runs ({moment}) report losses that differ by up to {same:.2g} nats"
+    if same < apart / PAIRED:
+        return True, f"{told}, runs of two seeds by {apart:.2g}: seeds pair the runs but for noise"
+    return False, (
+        f"{told}, and runs of two seeds by {apart:.2g}: seeds do not pair the runs, so that intervals will be wide; "
+        "draw initialisation and data by the seed"
+    )
+
+
+class _Starts:
+    """The first losses of trainings, each made once."""
+
+    def __init__(self, training: Reporting) -> None:
+        self.training = training
+        self.losses: dict[tuple[Trial, int | None], list[float]] = {}
+
+    def of(self, trial: Trial, most: int | None = FEW) -> list[float]:
+        key = (trial, most)
+        if key not in self.losses:
+            folder = trial.directory / str(len(self.losses))
+            folder.mkdir(parents=True)
+            with contextlib.closing(self.training.reports(replace(trial, directory=folder))) as reports:  # type: ignore[type-var]
+                self.losses[key] = [loss for _, loss in islice(reports, most)]
+        return self.losses[key]
+
+    def must_differ(self, name: str, first: Trial, other: Trial) -> None:
+        """Refuse two trainings that report the same to the end."""
+        lengths = [FEW] if len(self.of(first)) < FEW else [FEW, None]
+        if all(_listed(self.of(first, most)) == _listed(self.of(other, most)) for most in lengths):
+            values = [getattr(trial, {"loop count": "loops"}.get(name, name)) for trial in (first, other)]
+            raise InputError(
+                f"{self.training} reports the same losses for {name} {values[0]} as for {values[1]}, so the {name} "
+                "does not reach the training; see that it is used"
+            )
+
+    def distance(self, first: Trial, other: Trial) -> float:
+        """The largest difference of two losses of one place."""
+        pairs = zip(self.of(first), self.of(other), strict=False)
+        return max((abs(a - b) for a, b in pairs if math.isfinite(a) or math.isfinite(b)), default=0.0)
+
+
+def _listed(losses: Sequence[float]) -> list[str]:
+    return [repr(loss) for loss in losses]  # nan is nan here
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A new folder in `folder`. It stays where an error may name a log that lies in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="start-", dir=folder))
+    yield scratch
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept if isinstance(kept, dict) else {}
+    return {}
+
+
+@dataclass(frozen=True)
+class Function(Reporting):
+    """A training function: train(run) returns the loss in nats, or yields (step, loss) as it goes.
+
+    `run` is a `Trial`: run.loops, run.lr, run.seed, run.rule, run.device, run.directory. The last loss counts; one that
+    is no finite number says that the run diverged, and ends it. `tune` and `sweep` make one of any function that they
+    are given.
+
+    Attributes:
+        function: at the top level of a module, since worker processes import it.
+        version: changes where results of the old function should not be mixed with those of the new one.
+
+    Raises:
+        InputError: it is no function.
+    """
+
+    function: Callable[[Trial], Any]
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.function) or inspect.isclass(self.function):
+            raise InputError(
+                f"{self.function!r} cannot be trained; give an Experiment or a function train(run) -> loss"
+            )
+
+    def __str__(self) -> str:
+        return f"{_named(self.function)}(run){place(self.function)}"
+
+    def identity(self) -> dict[str, Any]:
+        """The function's name and version, and the versions of what runs it."""
+        given = {"version": self.version} if self.version else {}
+        name = f"{_module(self.function)}.{_named(self.function)}"
+        return {"name": name, **given, "looptransfer": version("looptransfer")}
+
+    def reports(self, trial: Trial) -> Iterator[Report]:
+        """What the function yields, or returns."""
+        call = f"{_named(self.function)}(run)"
+        with user_code(f"{call} fails", self.function):
+            result = self.function(trial)
+        if not isinstance(result, Iterator):
+            yield None, self._number(result, f"{call} returns")
+            return
+        try:
+            while (report := self._next(result, call)) is not None:
+                yield report
+        finally:
+            with user_code(f"{call} fails at its end", self.function):
+                getattr(result, "close", lambda: None)()
+
+    def _next(self, result: Iterator[Any], call: str) -> Report | None:
+        """What a generator yields next, or returns in the end."""
+        with user_code(f"{call} fails", self.function):
+            try:
+                report = next(result)
+            except StopIteration as end:
+                report = end
+        if isinstance(report, StopIteration):
+            return None if report.value is None else (None, self._number(report.value, f"{call} returns"))
+        if not isinstance(report, tuple) or len(report) != 2:
+            raise UserCodeError(f"{call} yields {report!r:.100}{place(self.function)}; yield (step, loss)")
+        return int(self._number(report[0], f"{call} yields the step")), self._number(report[1], f"{call} yields")
+
+    def _number(self, value: Any, what: str) -> float:
+        """A number, or a tensor or an array of one."""
+        if hasattr(value, "item") and not isinstance(value, numbers.Number):
+            with user_code(f"{what} what cannot be read", self.function):
+                value = value.item()
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise UserCodeError(f"{what} {value!r:.100}{place(self.function)}; it must be a number, the loss in nats")
+        return float(value)
+
+
+def _module(function: object) -> str:
+    """Its module, by its file's stem where that is run as a script, as a worker process imports it."""
+    name = getattr(function, "__module__", type(function).__module__)
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return Path(file).stem if name == "__main__" and file else str(name)
+
+
+def _named(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def as_trainable(train: Any) -> Trainable:
+    """What `tune`, `sweep` and `gate` are given: something trainable as it is, or a function.
+
+    Raises:
+        InputError: it is neither.
+    """
+    return train if isinstance(train, Trainable) else Function(train)
