@@ -1,4 +1,4 @@
-"""Where each residual branch can be taken hold of."""
+"""The places where each residual branch can be taken hold of."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ class _Finder:
             )
 
     def _usable(self) -> Counter[Handle]:
-        """How many adds each handle serves that hands over branches alone, none twice, with a matrix in common."""
+        """The handles of branches alone, none twice, with a matrix in common, and the number of adds of each."""
         handed: defaultdict[Handle, set[int]] = defaultdict(set)
         common: dict[Handle, frozenset[str]] = {}
         serves: Counter[Handle] = Counter()
@@ -241,7 +241,7 @@ def declared_groups(model: nn.Module, forward: Trace, patterns: list[str]) -> li
 
 
 def _handed_over_by(model: nn.Module, forward: Trace, name: str) -> list[Group]:
-    """What a module returns, as branches: with the residual adds it reaches, where there are any.
+    """The outputs of a module as branches: with the residual adds it reaches, where there are any.
 
     Of several tensors each that reaches an add first is a branch. Where none does, it is one that the next visit
     depends on, then one that meets what it was made of, then the one in which most of the module's matrices act (in
@@ -311,7 +311,7 @@ def scaled(forward: Trace, groups: list[Group]) -> list[ResidualAdd]:
 
 
 def _standing_alone(place: int, path: frozenset[int], matrices: frozenset[str], last: frozenset[str]) -> ResidualAdd:
-    """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
+    """A branch that the user names and that is added in a way that is not recognised: each output counts as one."""
     site = Site(DECLARED, 0, ())
     return ResidualAdd("leaf", site, 0, place, place, place, 0, place, path, matrices=matrices, last=last)
 

@@ -1,4 +1,4 @@
-"""How often the branches are visited.
+"""The number of visits to every branch.
 
 N counts a chain of residual adds whose branches are tied: they point the same way because the same weights made them.
 One matrix that untied branches share does not do that (the outputs of blocks of their own around it are as far apart as
@@ -21,7 +21,7 @@ Branch = tuple[Weights, frozenset[int]]  # and the nodes where they act
 
 
 class Ties:
-    """Which branches are tied."""
+    """The ties between branches."""
 
     def __init__(self, model: nn.Module, forward: Trace, groups: list[Group]) -> None:
         self.forward = forward
