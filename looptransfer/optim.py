@@ -111,8 +111,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _family(optimizer: type[torch.optim.Optimizer]) -> Family:
     family = FAMILIES.get(optimizer)
     if family is None:
-        known = ", ".join(cls.__name__ for cls in FAMILIES)
-        raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {known}, given as a class")
+        names = ", ".join(cls.__name__ for cls in FAMILIES)
+        raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {names}, given as a class")
     return family
 
 

@@ -234,9 +234,8 @@ class _Runs:
         """Refuse models that are not one parameterization over N."""
         peers = {other for other in self.names if replace(other, loops=size.loops) == size}
         plans = {peer.loops: plan for peer in peers if (plan := self.plans.get((rule, peer)))}
-        if plans:
-            with calls_back("", self.setting.experiment.make_model):
-                check_one_parameterization(plans, {peer.loops: self.names[peer] for peer in peers})
+        with calls_back("", self.setting.experiment.make_model):
+            check_one_parameterization(plans, {peer.loops: self.names[peer] for peer in peers})
 
     def judged(self, rules: Sequence[str], tolerance: float, level: float) -> CoordCheck:
         """The frame and its verdict."""

@@ -25,7 +25,7 @@ from looptransfer.rewrite.visits import count_visits
 
 @dataclass
 class Analysis:
-    """What is known of a model after one traced forward."""
+    """All that is known of a model after one traced forward."""
 
     trace: Trace
     groups: list[Group]

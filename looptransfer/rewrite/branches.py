@@ -1,4 +1,4 @@
-"""Where each residual branch can be taken hold of."""
+"""The places where each residual branch can be taken hold of."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ class _Finder:
             )
 
     def _usable(self) -> Counter[Handle]:
-        """How many adds each handle serves that hands over branches alone, none twice, with a matrix in common."""
+        """The handles of branches alone, none twice, with a matrix in common, and the number of adds of each."""
         handed: defaultdict[Handle, set[int]] = defaultdict(set)
         common: dict[Handle, frozenset[str]] = {}
         serves: Counter[Handle] = Counter()
@@ -114,14 +114,12 @@ class _Finder:
                     handed[handle].add(node)
                     common[handle] = common.get(handle, add.matrices) & add.matrices
                     serves[handle] += handle.mark is not None or handle.module not in add.site.container
-
-        def calls(handle: Handle) -> int:
-            return sum(n.handles.count(handle) for i, n in enumerate(self.graph.nodes) if self.graph.is_live(i))
+        calls = Counter(h for n, node in enumerate(self.graph.nodes) if self.graph.is_live(n) for h in node.handles)
 
         def whole(handle: Handle) -> bool:
             if handle.mark is not None or handle in twice or not handle.module or not common[handle]:
                 return handle.mark is not None
-            return sum(self.graph.nodes[n].handles.count(handle) for n in handed[handle]) == calls(handle)
+            return sum(self.graph.nodes[n].handles.count(handle) for n in handed[handle]) == calls[handle]
 
         return Counter({handle: serves[handle] for handle in handed if whole(handle)})
 
@@ -161,6 +159,9 @@ def marked_alone(forward: Trace) -> list[Group]:
     Raises:
         InputError: a mark inside a branch is left alone there, but has the name of a mark around it.
     """
+    marks = {handle for handle in forward.graph.calls if handle.mark is not None}
+    if not marks:
+        return []
     scaled, idle = (
         {
             h
@@ -178,7 +179,6 @@ def marked_alone(forward: Trace) -> list[Group]:
                 f"the mark {handle} lies inside a branch and is left alone, but has the name of {around[0]} around "
                 "it and would be taken for it; give it another name: looptransfer.residual(…, 'inner')"
             )
-    marks = {handle for handle in forward.graph.calls if handle.mark is not None}
     return [_marked_alone(forward, handle) for handle in sorted(marks - scaled - idle, key=str)]
 
 
@@ -241,15 +241,15 @@ def declared_groups(model: nn.Module, forward: Trace, patterns: list[str]) -> li
 
 
 def _handed_over_by(model: nn.Module, forward: Trace, name: str) -> list[Group]:
-    """What a module returns, as branches: with the residual adds it reaches, where there are any.
+    """The outputs of a module as branches: with the residual adds it reaches, where there are any.
 
     Of several tensors each that reaches an add first is a branch. Where none does, it is one that the next visit
     depends on, then one that meets what it was made of, then the one in which most of the module's matrices act (in
     attention weights the values' do not), and of those the first.
     """
     nodes = forward.graph.nodes
-    order = {h: _places(forward, h) for node in nodes for h in node.handles if h.module == name and h.mark is None}
-    order = {h: places for h, places in order.items() if places}
+    handles = dict.fromkeys(h for node in nodes for h in node.handles if h.module == name and h.mark is None)
+    order = {h: places for h in handles if (places := _places(forward, h))}
     if not order:
         raise InputError(
             f"branches holds {name}, which returns no tensor that reaches the output; name a module whose output is "
@@ -263,14 +263,14 @@ def _handed_over_by(model: nn.Module, forward: Trace, name: str) -> list[Group]:
         carried, meets = forward.graph.precedes(first, last), _meets_its_origin(forward.graph, first)
         return carried, meets, len(acting & owned.keys())
 
-    handles = sorted(order, key=lambda h: (h.output is not None, str(h.output)))
+    indexed = sorted(order, key=lambda h: (h.output is not None, str(h.output)))
     served: dict[Handle, list[tuple[ResidualAdd, set[int]]]] = {}
     for add in forward.of("leaf") + forward.of("time"):
         path = set(forward.proportional(add))
-        reached = {h: max(path & set(order[h])) for h in handles if path & set(order[h])}
+        reached = {h: max(path & set(order[h])) for h in indexed if path & set(order[h])}
         if reached:
             served.setdefault(max(reached, key=reached.__getitem__), []).append((add, path))
-    served = served or {max(handles, key=rank): []}
+    served = served or {max(indexed, key=rank): []}
     matrices = frozenset(name for name, p in owned.items() if p.ndim >= 2) or frozenset([name])
     return [_declared(forward, handle, order[handle], near, matrices) for handle, near in served.items()]
 
@@ -311,7 +311,7 @@ def scaled(forward: Trace, groups: list[Group]) -> list[ResidualAdd]:
 
 
 def _standing_alone(place: int, path: frozenset[int], matrices: frozenset[str], last: frozenset[str]) -> ResidualAdd:
-    """What the user calls a branch and is added in a way that is not recognised: each output counts as one."""
+    """A branch that the user names and that is added in a way that is not recognised: each output counts as one."""
     site = Site(DECLARED, 0, ())
     return ResidualAdd("leaf", site, 0, place, place, place, 0, place, path, matrices=matrices, last=last)
 

@@ -1,4 +1,4 @@
-"""What a model does that the rule was not derived for. Each is shown in the plan and warned of once."""
+"""The things a model does that the rule was not derived for. Each is shown in the plan and warned of once."""
 
 from itertools import pairwise
 

@@ -24,7 +24,7 @@ from looptransfer.rewrite.trace import ResidualAdd, Trace
 
 @dataclass
 class Remainder:
-    """What one forward does where its branches are multiplied by 0."""
+    """One forward, as far as it goes where its branches are multiplied by 0."""
 
     paths: Paths
     joins: list[Join]  # where data is added to what learned matrices made of it all the same
@@ -44,8 +44,8 @@ def without_branches(forward: Trace, adds: list[ResidualAdd]) -> Remainder:
     nodes = forward.graph.nodes
     cut: dict[int, int | None] = {add.total: add.stream for add in forward.of("frozen")}
     cut |= {add.total: add.stream if add.total != add.branch else None for add in adds}
-    known = frozenset(add.total for add in forward.adds if add.kind != "fixed") - cut.keys()
-    paths = Paths(forward.graph, cut, known)
+    recognised = frozenset(add.total for add in forward.adds if add.kind != "fixed") - cut.keys()
+    paths = Paths(forward.graph, cut, recognised)
     live = [n for n in range(len(nodes)) if paths.live >> n & 1]
     joins = [join for n in live if (join := paths.join_at(n)) is not None]
     uses = _uses(forward.graph, paths, live)
@@ -53,7 +53,7 @@ def without_branches(forward: Trace, adds: list[ResidualAdd]) -> Remainder:
     again = tuple(name for name, times in sorted(uses.items()) if times > 1 and name in acting)
     totals = functools.reduce(lambda mask, add: mask | 1 << add.total, adds, 0)
     carried = functools.reduce(lambda mask, add: mask | paths.free[add.stream] | 1 << add.stream, adds, 0)
-    looped = [n for n in live if carried >> n & 1 and paths.free[n] & totals and n not in known]
+    looped = [n for n in live if carried >> n & 1 and paths.free[n] & totals and n not in recognised]
     injections = [n for n in looped if nodes[n].op.relation == "sum" and _brings_older(paths, n, totals)]
     gates = [n for n in looped if paths.gates(n, totals)]
     return Remainder(paths, joins, uses, again, injections, gates)
@@ -70,7 +70,7 @@ def _brings_older(paths: Paths, number: int, totals: int) -> bool:
 
 
 def _uses(graph: Graph, paths: Paths, live: list[int]) -> dict[str, int]:
-    """How often a parameter, or the same part of it, acts on what it acted on before, in the same way."""
+    """The number of times that a parameter, or one part of it, acts on what it acted on before, in the same way."""
     chains: defaultdict[str, list[tuple[tuple[str, int], int, int]]] = defaultdict(list)
     for number in live:
         node = graph.nodes[number]

@@ -1,4 +1,4 @@
-"""Where a branch ends: its last learned maps, what can be folded into them, and what stands on them already."""
+"""The end of a branch: its last learned maps, what can be folded into them, and what stands on them already."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class _Walk:
         return self.computed[number]
 
     def share(self, number: int, part: int) -> float:
-        """How much of one node there is in another that is proportional to it."""
+        """The share of one node that there is in another that is proportional to it."""
         if number == part:
             return 1.0
         node = self.nodes[number]

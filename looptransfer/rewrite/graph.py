@@ -1,4 +1,4 @@
-"""What one forward did, as a graph. Nothing is judged here.
+"""One forward, as a graph. Nothing is judged here.
 
 A *node* is what one operation wrote: one version of one memory, or of the part of it that was written. So views,
 detach and in-place updates need no cases of their own. The nodes are numbered in the order they ran, and a set of nodes
@@ -34,7 +34,7 @@ from looptransfer.rewrite.ops import GIVEN, Operator
 
 @dataclass(frozen=True)
 class Handle:
-    """Where a tensor can be taken hold of: a module's output, or a mark that a module's forward sets."""
+    """A place where a tensor can be taken hold of: a module's output, or a mark that a module's forward sets."""
 
     module: str
     output: int | str | None = None  # where it stands in that output; None: it is the output
@@ -51,7 +51,7 @@ Part = tuple[int, tuple[int, ...], tuple[int, ...]]  # of a memory: offset, shap
 
 
 class Site(NamedTuple):
-    """Where an addition is spelled, and what runs it."""
+    """A place where an addition is spelled, and the modules that run it."""
 
     source: str  # file:line
     column: int  # on the line, as far as Python tells
@@ -140,7 +140,7 @@ class Sum:
 
 @dataclass
 class Graph:
-    """What one forward did."""
+    """One forward: its nodes and sums, and what it handed back."""
 
     nodes: list[Node]
     sums: list[Sum]
@@ -184,7 +184,7 @@ class Graph:
         return ":".join(map(str, self.nodes[number].place))
 
     def users(self, number: int) -> set[int]:
-        """What is computed from a node and reaches the model's output."""
+        """The nodes that are computed from a node and reach the model's output."""
         return {n for n in self.nodes[number].consumers if self.live >> n & 1}
 
     def same(self, number: int) -> Iterator[int]:
@@ -258,5 +258,5 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def versions(inputs: list[Tensor]) -> list[int]:
-    """How often each tensor was written to."""
+    """The number of times that each tensor was written to."""
     return [0 if tensor.is_inference() else tensor._version for tensor in inputs]

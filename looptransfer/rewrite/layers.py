@@ -1,4 +1,4 @@
-"""How many unique layers hold the branches.
+"""The number of unique layers that hold the branches.
 
 Branches belong to blocks. A block is the module whose forward adds two or more of them, or an element of a module list
 that holds two or more. Where there are no such modules, each branch is a layer. What matters is consistency: doubling

@@ -49,7 +49,7 @@ def residual(branch: Tensor, name: str = "branch") -> Tensor:
 
 
 def checkpoints() -> int:
-    """How many activation checkpoints are running."""
+    """The number of activation checkpoints that are running."""
     frame: Any = sys._getframe(1)
     count = 0
     while frame is not None:

@@ -52,7 +52,7 @@ def _plain(name: str) -> str:
 
 
 def homes(model: nn.Module) -> dict[tuple[int, str], str]:
-    """Where parameters live: (module, attribute) -> the parameter's name."""
+    """The homes of parameters: (module, attribute) -> the parameter's name."""
     names = parameter_names(model)
     held = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
     return {(id(module), name): names[id(parameter)] for module, name, parameter in held}

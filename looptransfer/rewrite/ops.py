@@ -1,4 +1,4 @@
-"""What an operator's result is to its arguments, by name.
+"""The relation of an operator's result to its arguments, by name.
 
 torch's own tags tell which operators are pointwise, draw random numbers or reduce. The rows here are those that a plan
 must know also without numbers (on the meta device), or whose constants it reads. An operator without a row is run
@@ -44,7 +44,7 @@ MOVERS: frozenset[Relation] = frozenset({"same", "moved", "side by side", "sum"}
 
 @dataclass(frozen=True)
 class Operator:
-    """What can be told of an operator before it runs."""
+    """All that can be told of an operator before it runs."""
 
     name: str  # without overload and trailing underscore
     relation: Relation

@@ -1,4 +1,4 @@
-"""What still gets where in a graph whose branches are cut, with learned matrices on its way and without.
+"""All that still gets anywhere in a graph whose branches are cut, with learned matrices on its way and without.
 
 A residual branch is a way through learned matrices around which the same data gets without any, so that the two are
 added. Where every branch that is known is cut and data still meets itself so, a branch was not recognised, however the
@@ -17,7 +17,7 @@ ZEROS = {"zeros", "zeros_like", "new_zeros", "zero"}
 
 @dataclass(frozen=True)
 class Join:
-    """Where data meets itself after learned matrices acted on one of its ways."""
+    """A node where data meets itself after learned matrices acted on one of its ways."""
 
     node: int
     root: int  # the data, as late as it is still the same on both ways
@@ -32,7 +32,7 @@ class Paths:
 
     graph: Graph
     cut: Mapping[int, int | None]  # nodes of which one source remains, or nothing
-    known: frozenset[int] = frozenset()  # sums that are recognised and not cut
+    recognised: frozenset[int] = frozenset()  # sums that are recognised and not cut
     zeros_carry: bool = False  # a state that starts at zero counts as one; else nothing comes of a product with it
     reach: list[int] = field(default_factory=list)  # all that reaches it
     free: list[int] = field(default_factory=list)  # what reaches it on a way without learned matrices
@@ -127,7 +127,7 @@ class Paths:
         return self.free[number] | 1 << number
 
     def _only(self, number: int) -> int:
-        """What reaches a node through learned matrices and not past them too, as through a gate."""
+        """The nodes that reach a node through learned matrices and not past them too, as through a gate."""
         return self.through[number] & ~self.free[number]
 
     def _data(self, sources: list[int]) -> list[int]:
@@ -157,16 +157,16 @@ class Paths:
         )
 
     def _past(self, operand: int, operands: list[int]) -> int:
-        """What reaches one operand on a way without matrices, and another only on a way with some."""
+        """The nodes that reach one operand on a way without matrices, and another only on a way with some."""
         return self._free(operand) & _union(self._only(s) for s in operands if s != operand) & self.data
 
     # -- joins
 
     def join_at(self, number: int) -> Join | None:
-        """Where a node adds data to what learned matrices made of it; None where it does not."""
+        """The join at a node that adds data to what learned matrices made of it; None where it does not."""
         node, sources = self.graph.nodes[number], self._sources(number)
         operands = self._data(sources)
-        if number in self.cut or number in self.known or not operands or node.backward:
+        if number in self.cut or number in self.recognised or not operands or node.backward:
             return None
         if node.op.relation == "side by side":
             return None

@@ -37,7 +37,7 @@ class Branch:
 
     @property
     def handle(self) -> Handle:
-        """Where the branch can be taken hold of."""
+        """The place where the branch can be taken hold of."""
         return Handle(self.module, self.output, self.mark)
 
 
@@ -51,7 +51,7 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class ScalingPlan:
-    """What `parametrize` does to a model. `print(plan)` shows it as a table."""
+    """The changes that `parametrize` makes to a model. `print(plan)` shows it as a table."""
 
     rule: Rule
     lam: float

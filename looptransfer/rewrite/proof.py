@@ -58,8 +58,8 @@ def _effective(model: nn.Module, example_inputs: ExampleInputs) -> frozenset[str
             gradients = torch.autograd.grad(weighted, list(parameters.values()), allow_unused=True)  # type: ignore[arg-type]
     except Exception:
         return None
-    found = zip(parameters, gradients, strict=True)
-    return frozenset(name for name, gradient in found if gradient is not None and bool((gradient != 0).any()))
+    pairs = zip(parameters, gradients, strict=True)
+    return frozenset(name for name, gradient in pairs if gradient is not None and bool((gradient != 0).any()))
 
 
 def _with(twin: nn.Module, multipliers: dict[Handle, float]) -> nn.Module:

@@ -64,7 +64,7 @@ HIDDEN_FRAMES = (
 
 @dataclass
 class _Memory:
-    """Who wrote a memory last."""
+    """A memory, and the node that wrote it last."""
 
     storage: Any  # kept alive, so that its key stays its own
     node: int
@@ -100,7 +100,7 @@ class SiteCounter(TorchDispatchMode):
             self.running.pop()
 
     def site(self, op: Operator, shapes: list[torch.Size]) -> tuple[Site, int] | None:
-        """Where a plain sum of two tensors is spelled, and which run of it this is; None for any other operation."""
+        """The place where a plain sum of two tensors is spelled, and the number of this run; None for anything else."""
         if op.relation != "sum" or len(shapes) != 2 or not _broadcasts(shapes):
             return None
         line, column = place_of(self.caller())
@@ -285,8 +285,8 @@ class Recorder(SiteCounter):
             node.matrices = self._spread(reads)
         elif not node.data and node.parameters:
             contracts = (op.relation == "product" and not op.pointwise) or op.relation == "onto"
-            made = reads[-1:] if contracts else reads  # of W @ table it is W
-            node.weights_of = frozenset[str]().union(*(self._selected(call, n, tensor) for n, tensor in made))
+            factors = reads[-1:] if contracts else reads  # of W @ table it is W
+            node.weights_of = frozenset[str]().union(*(self._selected(call, n, tensor) for n, tensor in factors))
         self._note_proportion(node, call)
         amounts = sum(nodes[n].data and not nodes[n].choice for n in set(node.sources))
         node.call = call if amounts > 1 or (amounts and not node.proportional_to) else None
@@ -417,7 +417,7 @@ class Recorder(SiteCounter):
     # -- proportions
 
     def _note_proportion(self, node: Node, call: Call) -> None:
-        """What the result repeats or is proportional to. Python's sum() begins with 0 + x."""
+        """Note what the result repeats or is proportional to. Python's sum() begins with 0 + x."""
         op, sources, nodes = call.op, node.sources, self.nodes
         held = [n for n in sources if nodes[n].data and not nodes[n].choice]
         first = call.before[0] if call.before else None
@@ -849,7 +849,7 @@ def place_of(frame: types.FrameType) -> tuple[str, int]:
 
 @functools.cache
 def _columns(code: types.CodeType) -> tuple[int, ...]:
-    """Where every instruction's expression ends on its line; before Python 3.11 nobody knows."""
+    """The column at which every instruction's expression ends on its line; before Python 3.11 nobody knows."""
     if sys.version_info < (3, 11):
         return ()
     return tuple(10_000 * (end or 0) + (start or 0) for _, _, start, end in code.co_positions())

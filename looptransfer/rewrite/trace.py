@@ -1,4 +1,4 @@
-"""Which additions of a forward are residual adds, and of which kind.
+"""The residual adds among the additions of a forward, and their kinds.
 
 A residual add is `a + b` where some x reaches a by identity operations only, and b on a way on which learned matrices
 act: a is the stream, b the branch. Without the matrices an activation that is written out, a manual norm or RoPE would
@@ -57,7 +57,7 @@ class ResidualAdd:
 
 @dataclass
 class Trace:
-    """What one forward did, and its residual adds in the order they ran."""
+    """One forward, and its residual adds in the order they ran."""
 
     graph: Graph
     adds: list[ResidualAdd] = field(default_factory=list)
@@ -285,7 +285,7 @@ def _mark_composites(forward: Trace) -> None:
 
 
 def _mark_nested(forward: Trace) -> None:
-    """What becomes of residual adds inside the branch of another one.
+    """Settle what becomes of residual adds inside the branch of another one.
 
     A stream that only passes through is not nested. An add that stands alone there and feeds nothing else is part of
     that branch: inner. Adds that follow each other make a stream of their own and are leaves; the outer add is one too
@@ -355,14 +355,14 @@ def _follows(forward: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:
 
 
 def _note_matrices(forward: Trace) -> None:
-    """What acts in a branch is not what acts in the branches inside it."""
+    """Note the matrices of every branch, without those that act in the branches inside it."""
     for add in forward.adds:
-        within = frozenset[int]().union(*(one.path for one in forward.inside(add) if one.kind == "leaf"))
+        within = frozenset[int]().union(*(inner.path for inner in forward.inside(add) if inner.kind == "leaf"))
         add.matrices = forward.graph.matrices_on(add.path - within)
 
 
 def _fixed_adds(forward: Trace) -> list[ResidualAdd]:
-    """What is added to the stream without a learned matrix, as a Fourier transform or a pooling is."""
+    """The adds to the stream without a learned matrix, as a Fourier transform or a pooling is."""
     nodes = forward.graph.nodes
     sums = {total.node: total for total in forward.graph.sums if total.node not in forward.by_total}
     fixed: dict[int, ResidualAdd] = {}

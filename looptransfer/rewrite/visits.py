@@ -1,4 +1,4 @@
-"""How often the branches are visited.
+"""The number of visits to every branch.
 
 N counts a chain of residual adds whose branches are tied: they point the same way because the same weights made them.
 One matrix that untied branches share does not do that (the outputs of blocks of their own around it are as far apart as
@@ -21,7 +21,7 @@ Branch = tuple[Weights, frozenset[int]]  # and the nodes where they act
 
 
 class Ties:
-    """Which branches are tied."""
+    """The ties between branches."""
 
     def __init__(self, model: nn.Module, forward: Trace, groups: list[Group]) -> None:
         self.forward = forward
@@ -29,7 +29,11 @@ class Ties:
         parts = Counter(name.split("+")[0] for name in names)
         sizes = {name: parameter.numel() for name, parameter in named_parameters(model).items()}
         self.sizes = {n: sizes.get(n.split("+")[0], 1) / parts[n.split("+")[0]] for n in names}
-        self.weights = {id(add): _weights(model, group, add) for group in groups for add in group.adds}
+        canonical = parameter_names(model)
+        self.weights: dict[int, Weights] = {}
+        for group in groups:
+            owned = {canonical[id(p)] for p in module_of(model, group.handle.module).parameters()}
+            self.weights |= _weights(group, owned)
 
     def tied(self, these: Weights, those: Weights) -> bool:
         """Most of the learned numbers of the branch that has fewer are the same, on its whole way and where it ends.
@@ -65,15 +69,19 @@ class Ties:
         return sum(self.sizes[name] for name in names)
 
 
-def _weights(model: nn.Module, group: Group, add: ResidualAdd) -> Weights:
-    """What acts now and then among a module's own matrices comes beside what always acts, as experts do."""
+def _weights(group: Group, owned: set[str]) -> dict[int, Weights]:
+    """The weights of every add of a group, by id.
+
+    Of the module's own matrices, those that act in some visits only come beside those that always act, as experts do.
+    """
     always = frozenset[str].intersection(*(add.matrices for add in group.adds))
     if not always or group.handle.mark is not None:
-        return add.matrices, add.last
-    canonical = parameter_names(model)
-    owned = {canonical[id(p)] for p in module_of(model, group.handle.module).parameters()}
-    rest = frozenset(name for name in add.matrices | add.last if name.split("+")[0] in owned) - always
-    return add.matrices - rest, (add.last - rest) or always
+        return {id(add): (add.matrices, add.last) for add in group.adds}
+    weights = {}
+    for add in group.adds:
+        rest = frozenset(name for name in add.matrices | add.last if name.split("+")[0] in owned) - always
+        weights[id(add)] = add.matrices - rest, (add.last - rest) or always
+    return weights
 
 
 def count_visits(model: nn.Module, forward: Trace, groups: list[Group]) -> Ties:

@@ -59,17 +59,8 @@ def check(
     Raises:
         InputError: `tidy` refuses the table, the rule is not in it, or a number is out of range.
     """
-    for name, value in (
-        ("tolerance", tolerance),
-        ("regret_tolerance", regret_tolerance),
-        ("transferred_lr", transferred_lr),
-    ):
-        if value is not None:
-            check_number(name, value)
-    check_number("confidence", confidence, 0, 1)
-    if maximize and results.attrs.get("maximize") is False:
-        raise InputError("the study minimizes its value; leave out --maximize")
-    maximize = maximize or bool(results.attrs.get("maximize"))
+    _check_terms(tolerance, regret_tolerance, transferred_lr, confidence)
+    maximize = _is_maximized(results, maximize)
     steps = tidy(results, axis)
     if maximize:
         steps["loss"] = (-steps["loss"]).mask(steps["diverged"], math.inf)
@@ -105,6 +96,23 @@ def check(
         rows=len(steps),
         runs=runs,
     )
+
+
+def _check_terms(
+    tolerance: float | None, regret_tolerance: float | None, transferred_lr: float | None, confidence: float
+) -> None:
+    values = {"tolerance": tolerance, "regret_tolerance": regret_tolerance, "transferred_lr": transferred_lr}
+    for name, value in values.items():
+        if value is not None:
+            check_number(name, value)
+    check_number("confidence", confidence, 0, 1)
+
+
+def _is_maximized(results: pd.DataFrame, maximize: bool) -> bool:
+    """More is better: the user says so, or the study does."""
+    if maximize and results.attrs.get("maximize") is False:
+        raise InputError("the study minimizes its value; leave out --maximize")
+    return maximize or bool(results.attrs.get("maximize"))
 
 
 def _rule(rule: str | None, present: list[str]) -> str:

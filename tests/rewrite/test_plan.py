@@ -11,7 +11,7 @@ import looptransfer as lt
 from looptransfer.rewrite.plan import Branch, check_one_parameterization
 from looptransfer.trials.pairing import check_start
 from tests import models
-from tests.experiments import LoopedMLP, TinyTask, squared_error, tiny_experiment
+from tests.experiments import LoopedMLP, tiny_experiment
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
 
 
@@ -340,4 +340,4 @@ def test_sweeps_and_coordinate_checks_refuse_models_that_are_not_one() -> None:
     with pytest.raises(lt.InputError, match=said):
         check_start(tiny_experiment(make_model=LateBranch), (1, 2), (0,))
     with pytest.raises(lt.InputError, match=said):
-        lt.coord_check(LateBranch, TinyTask().batches, loss=squared_error, loops=[1, 2], steps=1)
+        lt.coord_check(tiny_experiment(make_model=LateBranch), [1, 2], steps=1)
