@@ -12,7 +12,7 @@ from typing import Any
 
 from looptransfer.errors import InputError
 from looptransfer.trials.experiment import Experiment
-from looptransfer.trials.function import Function
+from looptransfer.trials.function import Function, is_trainable
 from looptransfer.trials.run import Trainable
 from looptransfer.user_code import user_code
 
@@ -41,7 +41,7 @@ def load_trainable(target: str) -> Trainable:
         InputError: as `load_experiment`.
     """
     named = _named(target, "experiment", default="experiment")
-    if isinstance(named, Trainable):
+    if is_trainable(named):
         return named
     return Function(named) if _takes_a_run(named) else load_experiment(target)
 

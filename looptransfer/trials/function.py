@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from looptransfer.errors import InputError, PairingWarning, UserCodeError
 from looptransfer.files import write_file
@@ -237,7 +237,7 @@ class Function(Reporting):
         if isinstance(report, StopIteration):
             return None if report.value is None else (None, self._number(report.value, f"{call} returns"))
         if not isinstance(report, tuple) or len(report) != 2:
-            raise UserCodeError(f"{call} yields {report!r:.100}{place(self.function)}; yield (step, loss)")
+            raise UserCodeError(f"{call} yields {_shown(report)}{place(self.function)}; yield (step, loss)")
         return int(self._number(report[0], f"{call} yields the step")), self._number(report[1], f"{call} yields")
 
     def _number(self, value: Any, what: str) -> float:
@@ -246,7 +246,7 @@ class Function(Reporting):
             with user_code(f"{what} what cannot be read", self.function):
                 value = value.item()
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise UserCodeError(f"{what} {value!r:.100}{place(self.function)}; it must be a number, the loss in nats")
+            raise UserCodeError(f"{what} {_shown(value)}{place(self.function)}; it must be a number, the loss in nats")
         return float(value)
 
 
@@ -255,6 +255,10 @@ def _module(function: object) -> str:
     name = getattr(function, "__module__", type(function).__module__)
     file = getattr(sys.modules.get(name), "__file__", None)
     return Path(file).stem if name == "__main__" and file else str(name)
+
+
+def _shown(value: object) -> str:
+    return " ".join(repr(value).split())[:100]
 
 
 def _named(function: object) -> str:
@@ -267,4 +271,9 @@ def as_trainable(train: Any) -> Trainable:
     Raises:
         InputError: it is neither.
     """
-    return train if isinstance(train, Trainable) else Function(train)
+    return train if is_trainable(train) else Function(train)
+
+
+def is_trainable(value: Any) -> TypeGuard[Trainable]:
+    """It can be trained as it stands; a class of such things cannot."""
+    return isinstance(value, Trainable) and not inspect.isclass(value)

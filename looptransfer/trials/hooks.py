@@ -75,9 +75,12 @@ def fresh_model(make_model: Callable[..., nn.Module], loops: int, **sizes: int) 
     return model
 
 
-def on_device(values: Any, device: str) -> Any:
-    """A batch, or a part of one, whose tensors are on a device, as is what can be moved by a method `to`."""
-    return tree_map(lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf, values)
+def on_device(batch: Batch, device: str, hook: object) -> Batch:
+    """A batch whose tensors are on a device, as is what can be moved by a method `to`; a fault is told at `hook`."""
+    parts = batch[:1] if batch[0] is batch[1] else batch  # a dict is both, and is moved once
+    with user_code(f"a batch cannot be moved to {device}", hook):
+        moved = tree_map(lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf, parts)
+    return moved[0], moved[-1]
 
 
 def autocast(dtype: torch.dtype | None, device: str) -> AbstractContextManager[object]:
@@ -138,6 +141,7 @@ def loss_of(
         output = model(*args, **kwargs)
     hooks = loss, model, make_model
     hint = "; without loss=… it takes logits (…, vocab) and token ids" if loss is token_loss else ""
+    hint = "; of a batch that is a dict it is given the whole dict as targets" if batch[0] is batch[1] else hint
     with user_code("loss(output, targets) fails", *hooks, fix=hint):
         value = loss(output, batch[1])
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
@@ -156,5 +160,6 @@ def held_out_loss(experiment: "Experiment", model: nn.Module, device: str = "cpu
     losses = []
     with torch.no_grad(), autocast(experiment.autocast, device):
         for batch in held_out_batches(experiment.held_out):
-            losses.append(loss_of(experiment.loss, model, on_device(batch, device), experiment.make_model)[1])
+            moved = on_device(batch, device, experiment.held_out)
+            losses.append(loss_of(experiment.loss, model, moved, experiment.make_model)[1])
     return sum(losses) / len(losses)

@@ -58,7 +58,7 @@ class Training:
         with user_code(f"the model cannot be moved to {trial.device}", experiment.make_model):
             self.model.to(trial.device)
         self.stream = batch_stream(experiment.batches, trial.seed, experiment.steps)
-        self.batch = on_device(next(self.stream), trial.device)
+        self.batch = on_device(next(self.stream), trial.device, experiment.batches)
         self.plan = rewrite(experiment, self.model, self.batch[0], trial.loops, trial.rule)
         self.optimizers = optimizers_of(experiment, self.model, trial.lr)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -91,7 +91,7 @@ class Training:
         """Draw the batch of the next step; the last one stays."""
         batch = next(self.stream, None)
         if batch is not None:
-            self.batch = on_device(batch, self.trial.device)
+            self.batch = on_device(batch, self.trial.device, self.experiment.batches)
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the training depends on, as tensors, numbers and text."""

@@ -524,7 +524,7 @@ def test_model_and_batches_are_moved_to_the_runs_device() -> None:
             moved.append(device)
             return self
 
-    assert on_device([torch.ones(2), 3, "x"], "meta")[0].is_meta
+    assert on_device((torch.ones(2), 3), "meta", None)[0].is_meta
     with seeded(0):
         training = Training(tiny_experiment(make_model=Watched), on_cpu(Run("factored", 2, LR, 0)))
     assert moved == ["cpu"]
