@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from looptransfer.arguments import centre_of, columns_of, learning_rates, listed, seeds_of
-from looptransfer.errors import InputError
+from looptransfer.errors import FailedRunError, InputError
 from looptransfer.files import check_new, check_writable, locked, same_file, write_file
 from looptransfer.text import plain_lines, without_password
 from looptransfer.user_code import end_with_parent
@@ -117,6 +117,16 @@ every branch, and says whether it grows with N as the rule promises, and if not,
   looptransfer coordcheck experiment.py --loops 1,2,4,8,16,32,64 --html coordinates.html
 
 {EXPERIMENT}"""
+WORK = """\
+Takes runs of a study that `tune` or `sweep` began with --ledger URL#STUDY, on this machine or any other, until none
+is left. The study is never begun here, and one of another experiment is refused.
+
+  looptransfer sweep experiment.py … --ledger postgresql://user@host/runs#widths -o results.csv
+  looptransfer work --storage postgresql://user@host/runs widths
+
+EXPERIMENT is what the study says where it is left out, as it would be named here.
+URL is that of a database, best of PostgreSQL; journal:///path/to/file (Optuna's journal) where there is only a shared
+disk; or a SQLite file, on one machine."""
 CHECKED = "exit status: 0 passes, 1 fails, 2 bad usage or input, 3 inconclusive, 70 anything unexpected"
 
 
@@ -230,6 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands.add_parser("tune", help=search, description=TUNE, epilog=TRAINED, formatter_class=raw))
     spread = "train over loop counts and LRs, for a table of results"
     _add_sweep(commands.add_parser("sweep", help=spread, description=SWEEP, epilog=TRAINED, formatter_class=raw))
+    join = "one more machine for a sweep that is under way"
+    _add_work(commands.add_parser("work", help=join, description=WORK, epilog=TRAINED, formatter_class=raw))
     watch = "watch the residual stream over N in a few short trainings"
     _add_coordcheck(
         commands.add_parser("coordcheck", help=watch, description=COORDCHECK, epilog=CHECKED, formatter_class=raw)
@@ -293,8 +305,24 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help="what is trained: file.py, file.py:NAME, module:NAME")
     parser.add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
-    parser.add_argument("--ledger", default=LEDGER, metavar="FILE", help=f"finished runs, SQLite (default: {LEDGER})")
+    kept = f"finished runs: SQLite, journal:///FILE or a database's URL with #STUDY (default: {LEDGER})"
+    parser.add_argument("--ledger", default=LEDGER, metavar="FILE", help=kept)
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="K", help="processes of one thread (default: one per core)")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="a run that takes longer counts as failed")
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="its name in the storage")
+    parser.add_argument(
+        "experiment", metavar="EXPERIMENT", nargs="?", help="what is trained (default: as it was begun)"
+    )
+    parser.add_argument("--storage", required=True, metavar="URL", help="where it is kept")
+    _add_workers(parser)
+    parser.set_defaults(run=_work, user_code=True)
 
 
 def _add_coordcheck(parser: argparse.ArgumentParser) -> None:
@@ -443,7 +471,16 @@ def _tune(arguments: argparse.Namespace) -> Answer:
 
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
     experiment = load_experiment(arguments.experiment)
-    best = tune(experiment, arguments.loops, seeds, ledger, arguments.workers, arguments.rule)
+    best = tune(
+        experiment,
+        arguments.loops,
+        seeds,
+        ledger,
+        arguments.workers,
+        arguments.rule,
+        arguments.time_limit,
+        arguments.experiment,
+    )
     if arguments.output:
         write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
@@ -470,27 +507,47 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
     experiment = load_experiment(arguments.experiment)
     if "around" in where:
         where["around"] = centre_of(where["around"], experiment.identity(), home)
-    results = sweep(
-        experiment,
-        loops,
-        rules=[rule.strip() for rule in arguments.rules.split(",")],
-        seeds=seeds,
-        ledger=ledger,
-        workers=arguments.workers,
-        known=[Run(*run) for run in runs_there],
-        **where,
-    )
+    missing: FailedRunError | None = None
+    try:
+        results = sweep(
+            experiment,
+            loops,
+            rules=[rule.strip() for rule in arguments.rules.split(",")],
+            seeds=seeds,
+            ledger=ledger,
+            workers=arguments.workers,
+            known=[Run(*run) for run in runs_there],
+            limit=arguments.time_limit,
+            target=arguments.experiment,
+            **where,
+        )
+    except FailedRunError as error:
+        if error.finished is None or error.finished.empty:
+            raise
+        results, missing = error.finished, error
     with locked(home / path):
         if arguments.output:
             check_new(home / path)  # another sweep may have written it meanwhile
         text = grown(home / path, results) if arguments.append else results.to_csv(index=False)
         write_file(home / path, text)
+    if missing is not None:
+        raise InputError(f"{missing}. The {len(results)} others are in {path}; --append {path} adds what lacks")
     if len(results) and results["diverged"].all():
         raise InputError(
             f"all {len(results)} runs, now in {path}, diverged, so there is nothing to judge; lower the LRs"
         )
     table = plain_lines(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
     return f"{table}\n{_next('check', path)}", 0
+
+
+def _work(arguments: argparse.Namespace) -> Answer:
+    from looptransfer.targets import load_experiment  # noqa: PLC0415
+    from looptransfer.trials.sweep import join, target_of  # noqa: PLC0415
+
+    storage = _absolute(arguments.storage)  # the user's file may change the working directory
+    target = arguments.experiment or target_of(storage, arguments.study)
+    finished = join(load_experiment(target), storage, arguments.study, arguments.workers, arguments.time_limit)
+    return f"{arguments.study}: {finished} runs are finished, and none is left to make", 0
 
 
 def _check(arguments: argparse.Namespace) -> Answer:

@@ -4,17 +4,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pandas as pd
+
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline, read_baseline
 from looptransfer.transfer.bracket import bracket, known, stored_lrs
 from looptransfer.transfer.comparison import Comparison
-from looptransfer.transfer.results import tidy
+from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.trials.experiment import Experiment
 from looptransfer.trials.pairing import check_start
-from looptransfer.trials.search import Grid, runs_of
-from looptransfer.trials.study import run_search
+from looptransfer.trials.search import Grid
+from looptransfer.trials.sweep import open_ledger
 from looptransfer.trials.trial import Run
+from looptransfer.trials.workers import run_search
 
 
 def gate(
@@ -55,10 +58,11 @@ def gate(
     wanted = _wanted(known(stored), loops, stored_in.path)
     chosen = _seeds({seed for at in wanted for seed in stored[at].loss_by_seed or ()}, seeds)
     runs = [Run(rule, at, lr, seed) for at in wanted for lr in stored_lrs(stored[at]) for seed in chosen]
-    check_start(experiment, wanted, chosen, rule)
+    starts = check_start(experiment, wanted, chosen, rule)
     with TemporaryDirectory(prefix="looptransfer-") as folder:
-        done = run_search(experiment, Grid(tuple(runs)), ledger or Path(folder, "gate.db"), "gate", workers)
-    table = tidy(done[[run in set(runs) for run in runs_of(done)]])
+        book = open_ledger(experiment, ledger or Path(folder, "gate.db"), starts, rule, chosen[0])
+        run_search(experiment, Grid(runs), book, workers, called="gate")
+    table = tidy(pd.DataFrame([book.finished[run] for run in runs], columns=COLUMNS))
     table.attrs["experiment"] = experiment.identity()
     return bracket(table, stored_in, rule, loss_tolerance, confidence, wanted)
 

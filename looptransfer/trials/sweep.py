@@ -3,23 +3,26 @@
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from looptransfer.errors import InputError
+from looptransfer.errors import FailedRunError, InputError
 from looptransfer.rewrite.plan import ScalingPlan
-from looptransfer.rules import Rule, check_rule
+from looptransfer.rules import RULES, Rule, check_rule
 from looptransfer.transfer.optimum import Optimum
 from looptransfer.transfer.results import COLUMNS
+from looptransfer.transfer.studies import asked, expanded
 from looptransfer.trials.experiment import Experiment
-from looptransfer.trials.pairing import check_start
-from looptransfer.trials.search import Grid, ProxySearch, runs_of
-from looptransfer.trials.study import run_search
+from looptransfer.trials.ledger import TARGET, Ledger
+from looptransfer.trials.pairing import LR, Start, check_start, probe
+from looptransfer.trials.search import Grid, ProxySearch, Search, Several
 from looptransfer.trials.trial import Run
+from looptransfer.trials.workers import check_workers, run_search
 
 LEDGER = "looptransfer.db"
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
@@ -70,6 +73,8 @@ def tune(
     ledger: str | Path = LEDGER,
     workers: int | None = None,
     rule: Rule = "factored",
+    limit: float | None = None,
+    target: str | None = None,
 ) -> TunedLR:
     """Find the LR optimum of the proxy with `loops` loops: a coarse look, then half-octave steps with every seed.
 
@@ -77,24 +82,32 @@ def tune(
         experiment: what is trained.
         loops: N of the proxy; small is cheap, and under "factored" as good as large.
         seeds: how many, or which; paired across LRs. Two at least.
-        ledger: SQLite file (or Optuna storage URL) of finished runs; calling again goes on where it was.
+        ledger: where finished runs are kept, and calling again goes on: a SQLite file, or the URL of an Optuna storage
+            with #STUDY behind it, which workers on other machines may join.
         workers: processes of one thread; default one per core, 1 trains in this process.
         rule: the scaling rule.
+        limit: seconds that a run may take; one that takes longer counts as failed.
+        target: what the experiment is called on a command line, for workers that join.
 
     Raises:
-        InputError: as `check_start` and `run_search`, or numbers out of range.
+        InputError: as `check_start`, `Ledger` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     chosen = _seeds(seeds)
     if len(chosen) < 2:
         raise InputError(f"seeds is {seeds!r}; give two or more, since one cannot tell noise from an optimum")
     check_rule(rule)
-    check_start(experiment, _loop_counts([loops]), chosen, rule)
-    search = ProxySearch(loops, chosen, rule)
-    results = run_search(experiment, search, ledger, f"tune N={loops} {rule}", workers)
-    wanted = set(search.wanted(results))
-    results = results[[run in wanted for run in runs_of(results)]]
-    optimum = search.optimum(results, search.confidence)
+    check_workers(workers, limit)
+    starts = check_start(experiment, _loop_counts([loops]), chosen, rule)
+    stored = _stored_rule(starts[loops].plan, rule)
+    search = ProxySearch(loops, chosen, stored)
+    book = open_ledger(experiment, ledger, starts, rule, chosen[0], target)
+    book.ask({"kind": "tune", "loops": loops, "seeds": list(chosen), "rule": stored})
+    run_search(experiment, search, book, workers, limit, f"tune at N = {loops}")
+    losses = {run: book.losses[run] for run in search.wanted(book.losses)}
+    rows = [{**book.finished[run], "rule": rule} for run in losses]
+    results = pd.DataFrame(rows, columns=[*COLUMNS, "last_loss"])
+    optimum = search.optimum(losses, search.confidence)
     if optimum.log2_lr is not None:
         return TunedLR(2.0**optimum.log2_lr.estimate, loops, optimum, results, rule, experiment.identity())
     mean = results.groupby("lr")["loss"].mean()
@@ -140,11 +153,13 @@ def sweep(
     workers: int | None = None,
     lrs: Sequence[float] | None = None,
     known: Collection[Run] = (),
+    limit: float | None = None,
+    target: str | None = None,
 ) -> pd.DataFrame:
     """Train at every loop count, LR and seed, and return the table that `check` judges.
 
-    Runs that two rules share, as all do at N = 1 when L is the base depth, are made once and stand in the table under
-    each of the rules.
+    Runs that two rules share, as all do at N = 1 when L is the base depth, are made and kept once, and stand in the
+    table under each of the rules, as they do where `check` reads the ledger.
 
     Args:
         experiment: what is trained.
@@ -153,41 +168,122 @@ def sweep(
         rules: the rule of interest and its controls; a mapping of `loops` decides by itself.
         seeds: how many, or which; paired across LRs, loop counts and rules.
         octaves: the LRs as log2 distances from the centre.
-        ledger: SQLite file (or Optuna storage URL) of finished runs; calling again goes on where it was.
+        ledger: where finished runs are kept, and calling again goes on, as for `tune`.
         workers: processes of one thread; default one per core, 1 trains in this process.
         lrs: the LRs themselves, absolute, instead of `around` and `octaves`.
         known: runs that another table holds, left out here; an LR within a millionth of one of theirs becomes theirs.
+        limit: seconds that a run may take; one that takes longer counts as failed.
+        target: what the experiment is called on a command line, for workers that join.
 
     Returns:
         One row per run, with columns rule, layers, loops, width, lr, seed, steps, loss (nats), diverged, seconds.
 
     Raises:
-        InputError: as `check_start` and `run_search`, or numbers out of range.
-        FailedRunError: a run failed; an InputError and a RuntimeError.
+        InputError: as `check_start`, `Ledger` and `run_search`, or numbers out of range.
+        FailedRunError: a run failed; an InputError and a RuntimeError. Its `finished` is the table of the others.
     """
     plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
     if not plan_of_loops:
         raise InputError("rules is empty; name one rule or more")
+    check_workers(workers, limit)
     chosen = _seeds(seeds)
-    grid = list(product(_as_known(_absolute(around, octaves, lrs), known), chosen))
+    swept = _as_known(_absolute(around, octaves, lrs), known)
     pairs = [(rule, count) for rule, counts in plan_of_loops.items() for count in counts]
-    reported = {Run(rule, count, lr, seed) for rule, count in pairs for lr, seed in grid}
-    missing = sorted(reported - set(known))
-    stand_in = _stand_ins(experiment, pairs, chosen) if missing else {}
-    made = {run: replace(run, rule=stand_in[run.rule, run.loops]) for run in missing}
-    done = run_search(experiment, Grid(tuple(dict.fromkeys(made.values()))), ledger, "sweep", workers)
-    by_run = dict(zip(runs_of(done), done.to_dict("records"), strict=True))
-    rows = [{**by_run[made[run]], "rule": run.rule} for run in missing]
+    reported = {Run(rule, count, lr, seed) for (rule, count), lr, seed in product(pairs, swept, chosen)}
+    if reported <= set(known):
+        return pd.DataFrame(columns=COLUMNS)
+    starts = check_start(experiment, [count for _, count in pairs], chosen, pairs[0][0])
+    request = {
+        "kind": "sweep",
+        "cells": sorted([rule, count, _stored_rule(starts[count].plan, rule)] for rule, count in pairs),
+        "lrs": sorted(swept),
+        "seeds": sorted(chosen),
+        "without": [list(astuple(run)) for run in sorted(reported & set(known))],
+    }
+    book = open_ledger(experiment, ledger, starts, pairs[0][0], chosen[0], target)
+    book.ask(request)
+    try:
+        run_search(experiment, search_of(request), book, workers, limit)
+    except FailedRunError as error:
+        error.finished = _table(book, request)
+        raise
+    return _table(book, request)
+
+
+def _table(book: Ledger, request: Mapping[str, Any]) -> pd.DataFrame:
+    """The finished runs of a sweep, each under the rules that it was asked for."""
+    rows, _ = expanded([request], {astuple(run): row for run, row in book.finished.items()})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _stand_ins(
-    experiment: Experiment, pairs: Sequence[tuple[Rule, int]], seeds: Sequence[int]
-) -> dict[tuple[Rule, int], Rule]:
-    """For each rule and loop count the first rule whose runs are the same there."""
-    plans = check_start(experiment, [count for _, count in pairs], seeds, pairs[0][0])
-    first: dict[tuple[int, object], Rule] = {}
-    return {(rule, count): first.setdefault((count, _scales(plans[count].under(rule))), rule) for rule, count in pairs}
+def search_of(request: Mapping[str, Any]) -> Search:
+    """The search by which a request is met."""
+    if request["kind"] == "tune":
+        return ProxySearch(request["loops"], tuple(request["seeds"]), request["rule"])
+    return Grid({Run(*stored): None for _, stored in asked(request)})  # type: ignore[arg-type]
+
+
+def open_ledger(
+    experiment: Experiment,
+    place: str | Path,
+    starts: Mapping[int, Start],
+    rule: Rule,
+    seed: int,
+    target: str | None = None,
+) -> Ledger:
+    """The ledger of an experiment, whose trainings start as `starts` has them by loop count, with that rule and seed.
+
+    Raises:
+        InputError: as `Ledger` and `Ledger.admit`.
+    """
+    ledger = Ledger(place)
+    probes = {Run(rule, count, LR, seed): made.probe() for count, made in starts.items()}
+    ledger.admit(experiment.identity(), probes, partial(probe, experiment), target)
+    return ledger
+
+
+def join(
+    experiment: Experiment, storage: str | Path, study: str, workers: int | None = None, limit: float | None = None
+) -> int:
+    """Make the runs that are asked of a study until none is left, beside whoever else does, and return how many are
+    finished.
+
+    Args:
+        experiment: what is trained; measured to be that of the study.
+        storage: where the study is kept.
+        study: its name.
+        workers, limit: as for `sweep`.
+
+    Raises:
+        InputError: there is no such study, it is none of `tune` and `sweep`, or of another experiment.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
+    """
+    check_workers(workers, limit)
+    ledger = Ledger(storage, study, create=False)
+    if ledger.identity is None:
+        raise InputError(f"the study {study} of {ledger.shown} was not begun by tune or sweep; begin it by one of them")
+    ledger.admit(experiment.identity(), {}, partial(probe, experiment))
+    run_search(experiment, Several([search_of(request) for request in ledger.requests]), ledger, workers, limit, study)
+    return len(ledger.finished)
+
+
+def target_of(storage: str | Path, study: str) -> str:
+    """What the experiment of a study is called on a command line.
+
+    Raises:
+        InputError: there is no such study, or it does not say.
+    """
+    ledger = Ledger(storage, study, create=False)
+    if TARGET not in ledger.attributes:
+        raise InputError(f"the study {study} of {ledger.shown} does not say what it trains; give EXPERIMENT")
+    return str(ledger.attributes[TARGET])
+
+
+def _stored_rule(plan: ScalingPlan | None, rule: Rule) -> Rule:
+    """The rule under which runs are stored: the first that scales as this one does at the plan's loop count."""
+    if plan is None:
+        return rule
+    return next(other for other in RULES if _scales(plan.under(other)) == _scales(plan.under(rule)))
 
 
 def _scales(plan: ScalingPlan) -> object:
