@@ -317,9 +317,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="its name in the storage")
-    parser.add_argument(
-        "experiment", metavar="EXPERIMENT", nargs="?", help="what is trained (default: as it was begun)"
-    )
+    parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="what is trained (default: as begun)")
     parser.add_argument("--storage", required=True, metavar="URL", help="where it is kept")
     _add_workers(parser)
     parser.set_defaults(run=_work, user_code=True)

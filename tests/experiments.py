@@ -80,3 +80,55 @@ def tiny_experiment(failing_seed: int | None = None, **overrides: Any) -> Experi
         "width": WIDTH,
     }
     return Experiment(**(arguments | overrides))
+
+
+# -- seven changes of a project that its settings do not say
+
+
+class ReluMLP(LoopedMLP):
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        self.block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+
+class WideMLP(LoopedMLP):
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        self.block = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))
+
+
+class SmallInitMLP(LoopedMLP):
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        with torch.no_grad():
+            self.head.weight.mul_(0.9)
+
+
+def other_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return TinyTask().batches(seed + 100)
+
+
+def larger_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    rng = np.random.default_rng(seed)
+    while True:
+        yield samples(rng, 2 * BATCH)
+
+
+def other_held_out() -> list[tuple[Tensor, Tensor]]:
+    rng = np.random.default_rng(10_001)
+    return [samples(rng, 128) for _ in range(2)]
+
+
+def absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.l1_loss(outputs, targets)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "another activation": {"make_model": ReluMLP},
+    "a wider block": {"make_model": WideMLP},
+    "a smaller initialisation": {"make_model": SmallInitMLP},
+    "other data": {"batches": other_batches},
+    "larger batches": {"batches": larger_batches},
+    "another held-out set": {"held_out": other_held_out},
+    "another loss": {"loss": absolute_error},
+}

@@ -4,6 +4,7 @@ Only read. What a ledger holds is written by `trials.ledger` alone, in the form 
 """
 
 import contextlib
+import importlib.util
 import json
 import re
 import sqlite3
@@ -203,6 +204,8 @@ def database(url: str, **options: Any) -> Any:
     """Optuna's storage in a database. It reads braces in a URL as a place to fill in."""
     import optuna  # noqa: PLC0415
 
+    if importlib.util.find_spec("psycopg2") is None:  # which SQLAlchemy takes where no driver is named
+        url = re.sub(r"^postgresql:", "postgresql+psycopg:", url)
     return optuna.storages.RDBStorage(url.replace("{", "{{").replace("}", "}}"), **options)
 
 

@@ -323,16 +323,12 @@ class Ledger:
 
     def claim(self, run: Run) -> Claim | None:
         """Take an open run to make; None where somebody else has it."""
-        template = create_trial(
-            state=TrialState.RUNNING,
-            params=asdict(run),
-            distributions=_distributions(run),
-            user_attrs={"run": asdict(run)},
-        )
-        storage = self.study._storage
-        trial = self._try(lambda: storage.create_new_trial(self.study._study_id, template))
-        number = self._try(lambda: storage.get_trial_number_from_id(trial))
+        template = create_trial(state=TrialState.RUNNING, user_attrs={"run": asdict(run)})
+        trial = self._try(lambda: self.study._storage.create_new_trial(self.study._study_id, template))
         self.refresh()
+        number = next((number for number, making in self.making.items() if making.trial == trial), None)
+        if number is None:  # somebody saw it stand still: this process slept
+            return None
         if run in self.finished or any(other < number and making.run == run for other, making in self.making.items()):
             self.making.pop(number, None)
             self._end(trial, TrialState.PRUNED)
@@ -380,11 +376,15 @@ class Ledger:
 
     @contextlib.contextmanager
     def counting(self, claim: Claim) -> Iterator[None]:
-        """Show meanwhile that this process lives, by a count in the trial."""
+        """Show meanwhile what this process makes, by the trial's parameters, and that it lives, by a count in it."""
         over = threading.Event()
 
         def count() -> None:
             storage, number = self.study._storage, 0
+            with contextlib.suppress(Exception):  # only dashboards miss them
+                for name, distribution in _distributions(claim.run).items():
+                    value = distribution.to_internal_repr(getattr(claim.run, name))
+                    storage.set_trial_param(claim.trial, name, value, distribution)
             while not over.wait(HEARTBEAT):
                 number += 1
                 with contextlib.suppress(Exception):  # the storage may be away; the next one tells as much

@@ -163,7 +163,7 @@ class _Todo:
         """A run that nobody makes: one of the first few, so that workers who ask together seldom meet."""
         making = {making.run for making in self.ledger.making.values()}
         still_open = (run for run in self.coming() if run not in making)
-        first = list(itertools.islice(still_open, 1 + len(making)))
+        first = list(itertools.islice(still_open, 1 + 4 * len(making)))
         return random.choice(first) if first else None
 
     def show(self, progress: Progress) -> None:
@@ -223,7 +223,7 @@ def _make(ledger: Ledger, claim: Claim, experiment: Experiment) -> None:
         except InputError as error:
             ledger.fail(claim, str(error))
             return
-        ledger.finish(claim, outcome)
+    ledger.finish(claim, outcome)
 
 
 # -- worker processes
