@@ -61,13 +61,13 @@ class BrokenTask(TinyTask):
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         fault = os.environ.get(FAULT) if seed == 1 else None
         for number, batch in enumerate(super().batches(seed)):
-            if number >= 2 and fault == "raises":
+            if number >= 4 and fault == "raises":
                 raise ArithmeticError("a batch that cannot be drawn")
-            if number == 2 and fault == "hangs":
+            if number == 4 and fault == "hangs":
                 time.sleep(3600)
-            if number == 2 and fault == "ends its process":
+            if number == 4 and fault == "ends its process":
                 os._exit(0)
-            if number == 2 and fault == "fills the memory":
+            if number == 4 and fault == "fills the memory":
                 os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does
             yield batch
 

@@ -99,7 +99,7 @@ def _read(source: str, shown: str) -> pd.DataFrame:
         if sys.stdin is None or sys.stdin.isatty():
             raise InputError("standard input is closed or a terminal; send a table: … | looptransfer check -")
         return _table(sys.stdin.buffer.read(MOST_BYTES + 1), "", "standard input")
-    path = Path(source) if Path(source).exists() else Path(place)
+    path, name = (Path(source), "") if Path(source).exists() else (Path(place), name)
     with open_file(path) as stream:
         head = stream.read(len(SQLITE))
         if head == SQLITE and path.is_file():
