@@ -1,8 +1,8 @@
 """What a sweep's ledger withstands: kills, locks, a server that restarts, a full disk, clocks that jump, broken runs.
 
-    python -m benchmarks.faults [--out reports/faults] [--kills 100] [--only NAME]
+    python -m benchmarks.faults [--out reports/faults] [--kills 50] [--only NAME]
 
-Each fault is brought about while a sweep of 400 short runs is made by two worker processes, on SQLite and on
+Each fault is brought about while a sweep of 200 short runs is made by two worker processes, on SQLite and on
 PostgreSQL (Debian's, started here on a loopback port). Counted are finished runs that were lost or made twice, and the
 table at the end is held against that of an undisturbed sweep. Every finished part is in faults.json: stopped, the
 same command goes on with the next. A disk that fills needs root (a small tmpfs is mounted), clocks that jump need
@@ -42,7 +42,7 @@ SWEEP: dict[str, Any] = {
     "loops": [1, 2],
     "around": 2.0**-4,
     "octaves": [-6 + k / 2 for k in range(10)],
-    "seeds": 20,
+    "seeds": 10,
 }
 SMALL: dict[str, Any] = SWEEP | {"octaves": [-3.0, -1.5], "seeds": 4}
 FAULT = "LOOPTRANSFER_FAULT"  # environment: what goes wrong in the runs of seed 1 at N = 2
@@ -195,7 +195,7 @@ def kills(folder: Path, where: Where, calm: pd.DataFrame, count: int, seed: int)
                 statuses[sweeper.process.returncode] += 1
                 if sweeper.process.returncode == 0:
                     break  # all is made: no more moments
-            sweeper.start(pause=200 / count)
+            sweeper.start(pause=100 / count)
             time.sleep(rng.uniform(0.5, 6))
         time.sleep(rng.uniform(0, 3))
         watch.look()
@@ -266,7 +266,7 @@ def restarted(folder: Path, where: Where, calm: pd.DataFrame, server: Server) ->
     sweeper, watch = Sweeper(folder, place), Watch(place)
     sweeper.start(pause=0.2)
     for restart in range(5):
-        while watch.look() < 20 + 40 * restart and sweeper.works():
+        while watch.look() < 20 + 30 * restart and sweeper.works():
             time.sleep(0.5)
         server.stop("immediate" if restart % 2 else "fast")
         time.sleep(5)
@@ -343,7 +343,7 @@ def slept(folder: Path, where: Where, calm: pd.DataFrame) -> dict[str, Any]:
     sweeper.start(pause=0.2)
     stops = 0
     while stops < 5 and sweeper.works():
-        while watch.look() < 20 + 40 * stops and sweeper.works():
+        while watch.look() < 20 + 30 * stops and sweeper.works():
             time.sleep(0.2)
         for worker in sweeper.workers()[stops % 2 : stops % 2 + 1]:
             os.kill(worker, signal.SIGSTOP)
@@ -400,7 +400,7 @@ def versions(folder: Path, where: Where, calm: pd.DataFrame) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("reports/faults"))
-    parser.add_argument("--kills", type=int, default=100, help="on each storage")
+    parser.add_argument("--kills", type=int, default=50, help="on each storage")
     parser.add_argument("--only", help="parts whose name begins so")
     parser.add_argument("--sweep", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
@@ -420,7 +420,7 @@ def main() -> int:
         places: dict[str, Where] = {"SQLite": Files(folder)}
         if server is not None:
             places["PostgreSQL"] = server.url
-        calm, small = (pd.read_csv(undisturbed(folder, options)).drop(columns="seconds") for options in (SWEEP, SMALL))
+        calm, small = (undisturbed(folder, arguments.out, options) for options in (SWEEP, SMALL))
         for part, fault in parts(places, calm, small, arguments.kills, server).items():
             if part in results or (arguments.only and not part.startswith(arguments.only)):
                 continue
@@ -467,10 +467,12 @@ class Files:
         return str(self.folder / f"ledger{self.number}.db")
 
 
-def undisturbed(folder: Path, options: dict[str, Any]) -> Path:
-    out = folder / f"calm-{len(options['octaves'])}.csv"
-    sweep(tiny_experiment(), ledger=out.with_suffix(".db"), workers=1, **options).to_csv(out, index=False)
-    return out
+def undisturbed(folder: Path, out: Path, options: dict[str, Any]) -> pd.DataFrame:
+    """The table of a sweep that is left alone, made once."""
+    table = out / f"undisturbed-{options['seeds'] * len(options['octaves'] * 2)}.csv"
+    if not table.exists():
+        sweep(tiny_experiment(), ledger=folder / f"{table.stem}.db", workers=1, **options).to_csv(table, index=False)
+    return pd.read_csv(table).drop(columns="seconds")
 
 
 def provenance(server: Server | None) -> dict[str, Any]:
