@@ -195,8 +195,13 @@ def kills(folder: Path, where: Where, calm: pd.DataFrame, count: int, seed: int)
                 statuses[sweeper.process.returncode] += 1
                 if sweeper.process.returncode == 0:
                     break  # all is made: no more moments
+            before = watch.look()
             sweeper.start(pause=100 / count)
-            time.sleep(rng.uniform(0.5, 6))
+            if rng.random() < 0.2:
+                time.sleep(rng.uniform(0, 6))  # struck while it starts
+            else:
+                while watch.look() <= before and sweeper.works():
+                    time.sleep(0.1)
         time.sleep(rng.uniform(0, 3))
         watch.look()
         workers = sweeper.workers()
