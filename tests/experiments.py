@@ -1,8 +1,10 @@
 """A training run of some twenty milliseconds, at module level so that worker processes can be sent it."""
 
+import itertools
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +43,10 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TinyTask:
-    """Regression on a fixed teacher. `failing_seed` is the seed whose second batch raises."""
+    """Regression on a fixed teacher. The fifth batch of `failing_seed` fails as `failure` says; the second raises."""
 
     failing_seed: int | None = None
+    failure: str = "raises"
 
     def make_model(self, loops: int) -> nn.Module:
         return LoopedMLP(loops)
@@ -51,9 +54,11 @@ class TinyTask:
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = np.random.default_rng(seed)
         yield samples(rng, BATCH)
-        if seed == self.failing_seed:
+        if seed == self.failing_seed and self.failure == "raises":
             raise ArithmeticError(f"no second batch for seed {seed}")
-        while True:
+        for number in itertools.count(1):
+            if seed == self.failing_seed and number == 4:
+                FAILURES[self.failure]()
             yield samples(rng, BATCH)
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:
@@ -62,14 +67,21 @@ class TinyTask:
         return [samples(rng, 128) for _ in range(2)]
 
 
+FAILURES: dict[str, Callable[[], object]] = {
+    "hangs": lambda: time.sleep(3600),
+    "ends its process": lambda: os._exit(7),
+    "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+
+
 def samples(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
     inputs = rng.normal(size=(count, FEATURES)).astype(np.float32)
     targets = np.sin(2 * inputs[:, :1]) + inputs[:, 1:2] * inputs[:, 2:3] - inputs[:, 3:]
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def tiny_experiment(failing_seed: int | None = None, **overrides: Any) -> Experiment:
-    task = TinyTask(failing_seed)
+def tiny_experiment(failing_seed: int | None = None, failure: str = "raises", **overrides: Any) -> Experiment:
+    task = TinyTask(failing_seed, failure)
     arguments: dict[str, Any] = {
         "name": "tiny",
         "make_model": task.make_model,

@@ -23,6 +23,7 @@ from looptransfer.errors import FailedRunError, InputError
 from looptransfer.transfer.check import check
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials import ledger as ledger_module
+from looptransfer.trials import workers as workers_module
 from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.search import Grid, ProxySearch, Search
 from looptransfer.trials.sweep import sweep
@@ -289,6 +290,46 @@ def test_a_run_that_fails_in_a_worker_leaves_the_others_alone_and_is_made_by_the
     after = complete(ledger)
     assert before.items() <= after.items()
     assert sorted(run for run, _ in after.values()) == sorted(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failure", "cause"),
+    [
+        ("hangs", "it took longer than the limit of 12 s"),
+        ("ends its process", "its worker process ended with exit status 7: the experiment, or a library that it uses"),
+        ("is killed", r"its worker process was killed .* 3 times \(exit status -9\); try fewer workers"),
+    ],
+)
+def test_a_run_that_takes_its_worker_with_it_is_told_by_its_cause_and_the_others_are_made(
+    tmp_path: Path, failure: str, cause: str
+) -> None:
+    ledger, runs = tmp_path / "ledger.db", tuple(Run("factored", 1, 2.0**-4, seed) for seed in range(4))
+    limit = 12 if failure == "hangs" else None
+    with pytest.raises(FailedRunError, match=rf"1 of 4 runs are missing.* 1 failed; .* seed 1: {cause}"):
+        searched(tiny_experiment(1, failure), Grid(runs), ledger, workers=2, limit=limit)
+    assert sorted(run.seed for run, _ in complete(ledger).values()) == [0, 2, 3]
+    assert len(grid(tiny_experiment(), ledger, runs)) == 4
+
+
+def test_a_time_limit_below_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the time limit is -1; give seconds above 0"):
+        searched(tiny_experiment(), Grid(RUNS), tmp_path / "ledger.db", limit=-1)
+
+
+def test_a_run_that_takes_many_times_the_median_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid(tiny_experiment(steps=2), tmp_path / "ledger.db", RUNS[:1])
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.claim(RUNS[1])
+    workers_module._tell_slow(ledger)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(workers_module, "NEVER_SLOW", 0.0)
+    monkeypatch.setattr(workers_module, "SLOW", 0)
+    for told in (1, 0):
+        workers_module._tell_slow(ledger)
+        assert capsys.readouterr().err.count("times what others of its N take") == told
 
 
 @pytest.fixture(scope="module")
