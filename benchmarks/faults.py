@@ -221,10 +221,10 @@ def kills(folder: Path, where: Where, calm: pd.DataFrame, count: int, seed: int)
 
 
 def started_together(folder: Path, where: Where, calm: pd.DataFrame) -> dict[str, Any]:
-    """Four sweeps are started at once on a new ledger, ten times; they share the runs."""
+    """Four sweeps are started at once on a new ledger, five times; they share the runs."""
     statuses: Counter[str] = Counter()
     result: dict[str, Any] = {}
-    for number in range(10):
+    for number in range(5):
         place = where()
         sweepers = []
         for k in range(TOGETHER):

@@ -39,7 +39,7 @@ class StudyTrial:
 
 
 def trials_of(study: Any, after: int = -1, ids: Collection[int] = ()) -> list[StudyTrial]:
-    """The trials with a number above `after`, and those of `ids`.
+    """The trials with an id above `after`, and those of `ids`, in the order of their numbers.
 
     Read past Optuna's own objects, which take a millisecond each.
     """
@@ -48,27 +48,24 @@ def trials_of(study: Any, after: int = -1, ids: Collection[int] = ()) -> list[St
         return [
             StudyTrial(trial._trial_id, trial.number, trial.state.name, trial.value, trial.user_attrs)
             for trial in study.get_trials(deepcopy=False)
-            if trial.number > after or trial._trial_id in ids
+            if trial._trial_id > after or trial._trial_id in ids
         ]
     from optuna.storages._rdb.models import TrialModel, TrialUserAttributeModel, TrialValueModel  # noqa: PLC0415
     from sqlalchemy import or_, select  # noqa: PLC0415
 
-    chosen = TrialModel.study_id == study._study_id
-    if after >= 0:
-        chosen &= or_(TrialModel.number > after, TrialModel.trial_id.in_(ids))
-    columns: dict[Any, tuple[Any, ...]] = {
-        TrialValueModel: (TrialValueModel.value, TrialValueModel.value_type),
-        TrialUserAttributeModel: (TrialUserAttributeModel.key, TrialUserAttributeModel.value_json),
-    }
+    def rows(connection: Any, model: Any, *columns: Any) -> Any:
+        query = select(model.trial_id, *columns).where(TrialModel.study_id == study._study_id)
+        if model is not TrialModel:
+            query = query.join(TrialModel, TrialModel.trial_id == model.trial_id)
+        if after >= 0:
+            query = query.where(or_(model.trial_id > after, model.trial_id.in_(ids)))
+        return connection.execute(query).all()
+
     with engine.connect() as connection:
-        trials = connection.execute(
-            select(TrialModel.trial_id, TrialModel.number, TrialModel.state).where(chosen)
-        ).all()
-        values, attributes = (
-            connection.execute(
-                select(model.trial_id, *wanted).join(TrialModel, TrialModel.trial_id == model.trial_id).where(chosen)
-            ).all()
-            for model, wanted in columns.items()
+        trials = rows(connection, TrialModel, TrialModel.number, TrialModel.state)
+        values = rows(connection, TrialValueModel, TrialValueModel.value, TrialValueModel.value_type)
+        attributes = rows(
+            connection, TrialUserAttributeModel, TrialUserAttributeModel.key, TrialUserAttributeModel.value_json
         )
     value_of = {trial: TrialValueModel.stored_repr_to_value(value, kind) for trial, value, kind in values}
     attributes_of: dict[int, dict[str, Any]] = {}

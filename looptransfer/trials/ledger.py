@@ -87,7 +87,7 @@ class Ledger:
     Attributes:
         finished: the row of every finished run.
         losses: its loss.
-        failed: errors of runs that failed in trials after number `since`, such as those since it was opened.
+        failed: errors of runs that failed in trials with an id above `since`, such as those since it was opened.
         settled: finished and failed runs in the order in which they became so.
         making: trial number -> what is being made.
 
@@ -95,7 +95,7 @@ class Ledger:
         place: a SQLite file, a URL such as postgresql://user@host/database#study, or journal:///path/to/file.
         name: of the study; default what stands behind # in the URL, or "sweep".
         create: make a study that is not there.
-        since: the number of the trial after which failures count; default the last one there is.
+        since: the id of the trial after which failures count; default the last one there is.
         patience: seconds for which a storage that does not answer is asked again.
 
     Raises:
@@ -300,7 +300,7 @@ class Ledger:
             self.release(number)
 
     def _take(self, trial: StudyTrial, passed: float, looked: float) -> None:
-        self._read = max(self._read, trial.number)
+        self._read = max(self._read, trial.id)
         before = self.making.pop(trial.number, None)
         place = trial.attributes.get("run")
         if self.identity is None or place is None:
@@ -317,7 +317,7 @@ class Ledger:
             self.losses[run] = float(self.finished[run]["loss"])
             self.settled.append(run)
             self.failed.pop(run, None)
-        elif trial.state == "FAIL" and "error" in trial.attributes and trial.number > self.since:
+        elif trial.state == "FAIL" and "error" in trial.attributes and trial.id > self.since:
             self.failed[run] = str(trial.attributes["error"])
             self.settled.append(run)
 
