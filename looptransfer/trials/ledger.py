@@ -132,6 +132,8 @@ class Ledger:
     def _opened(self, create: bool) -> optuna.Study:
         journal = journal_file(self.url)
         file = sqlite_file(self.url) if journal is None else None
+        if not create and not Path(journal or file or ".").exists():
+            raise InputError(f"there is no ledger {self.shown}; tune and sweep begin one")
         if file is not None:
             _check_file(file)
             _warn_of_shared(file, self.shown)
