@@ -49,6 +49,8 @@ FAULT = "LOOPTRANSFER_FAULT"  # environment: what goes wrong in the runs of seed
 SETTINGS = "LOOPTRANSFER_FAULTS"  # environment: heartbeat, grace and patience of the ledger
 TOGETHER = 4
 LOCKED = 150.0  # seconds
+if SETTINGS in os.environ:  # workers import this, too
+    ledger_module.HEARTBEAT, ledger_module.GRACE, ledger_module.PATIENCE = map(float, os.environ[SETTINGS].split())
 Where = Callable[[], str]  # makes the place of a new ledger
 
 
@@ -409,9 +411,6 @@ def main() -> int:
     parser.add_argument("--sweep", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if SETTINGS in os.environ:
-        beat, grace, patience = map(float, os.environ[SETTINGS].split())
-        ledger_module.HEARTBEAT, ledger_module.GRACE, ledger_module.PATIENCE = beat, grace, patience
     if arguments.sweep:
         make_sweep(*arguments.sweep, arguments.small)
         return 0

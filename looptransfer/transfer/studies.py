@@ -22,6 +22,7 @@ from looptransfer.transfer.results import fingerprint
 
 SWEEP = "sweep"  # the study of a ledger, where none is named
 IDENTITY, REQUEST = "identity", "request "  # attributes of a study of ours; more than one request may stand there
+READS = "looptransfer_reads"  # option of a connection that writes nothing
 JOURNAL = "journal://"  # begins the URL of a file of Optuna's journal
 Key = tuple[str, int, float, int]  # rule, loops, lr, seed
 Rows = list[dict[str, Any]]
@@ -61,7 +62,7 @@ def trials_of(study: Any, after: int = -1, ids: Collection[int] = ()) -> list[St
             query = query.where(or_(model.trial_id > after, model.trial_id.in_(ids)))
         return connection.execute(query).all()
 
-    with engine.connect() as connection:
+    with engine.connect().execution_options(**{READS: True}) as connection:
         trials = rows(connection, TrialModel, TrialModel.number, TrialModel.state)
         values = rows(connection, TrialValueModel, TrialValueModel.value, TrialValueModel.value_type)
         attributes = rows(

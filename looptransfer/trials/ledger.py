@@ -33,6 +33,7 @@ from looptransfer.text import without_password, without_secrets
 from looptransfer.transfer.results import fingerprint
 from looptransfer.transfer.studies import (
     IDENTITY,
+    READS,
     REQUEST,
     SWEEP,
     StudyTrial,
@@ -163,6 +164,7 @@ class Ledger:
         if file is not None:
             options = {"creator": _connector(file), "poolclass": sqlalchemy.pool.QueuePool}
             storage = database("sqlite://", engine_kwargs=options)
+            sqlalchemy.event.listen(storage.engine, "begin", _begin)
         elif (journal := journal_file(self.url)) is not None:
             storage = JournalStorage(JournalFileBackend(journal))
         else:
@@ -355,13 +357,17 @@ class Ledger:
 
     def release(self, number: int, error: str | None = None) -> None:
         """End a run that somebody else was making; it is open again unless there is an error to keep."""
-        making = self.making.pop(number, None)
-        if making is not None:
-            if error is not None:
-                self._note(making.trial, "error", error)
-                self.failed[making.run] = error
-                self.settled.append(making.run)
-            self._end(making.trial, TrialState.FAIL)
+        making = self.making.get(number)
+        if making is None:
+            return
+        if error is not None:
+            self._note(making.trial, "error", error)
+        if not self._end(making.trial, TrialState.FAIL):
+            return  # it ended meanwhile, as the next look will tell
+        del self.making[number]
+        if error is not None:
+            self.failed[making.run] = error
+            self.settled.append(making.run)
 
     def _note(self, trial: int, key: str, value: Any) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
@@ -427,7 +433,13 @@ def _distributions(run: Run) -> dict[str, BaseDistribution]:
 
 def _connector(file: Path) -> Callable[[], sqlite3.Connection]:
     path = str(file.absolute())
-    return lambda: sqlite3.connect(path, timeout=BUSY, check_same_thread=False)
+    return lambda: sqlite3.connect(path, timeout=BUSY, check_same_thread=False, isolation_level=None)
+
+
+def _begin(connection: sqlalchemy.Connection) -> None:
+    """Begin a transaction of SQLite so that what it writes rests on what it reads, as in other databases."""
+    reads = connection.get_execution_options().get(READS)
+    connection.exec_driver_sql("begin" if reads else "begin immediate")
 
 
 def _check_file(file: Path) -> None:

@@ -191,6 +191,31 @@ def test_what_a_maker_finished_after_it_was_given_up_counts_if_nobody_else_has_t
     assert other.losses == {RUNS[0]: 0.5}
 
 
+def test_a_run_that_ends_while_it_is_given_up_is_finished(place: str) -> None:
+    maker, other = ledger_at(place), ledger_at(place)
+    claim = claimed(maker, RUNS[0])
+    other.refresh()
+    maker.finish(claim, OUTCOME)
+    other.release(claim.number, "it took too long")
+    other.refresh()
+    assert other.losses == {RUNS[0]: 0.5}
+    assert not other.failed
+
+
+def test_what_sqlite_is_writing_while_a_run_is_given_up_is_not_written_over(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path / "ledger.db")
+    claim = claimed(ledger, RUNS[0])
+    maker = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None, check_same_thread=False)
+    maker.execute("begin immediate")
+    maker.execute("update trials set state = 'COMPLETE' where trial_id = ?", [claim.trial])
+    maker.execute("insert into trial_values values (1, ?, 0, 0.5, 'FINITE')", [claim.trial])
+    threading.Timer(1.0, lambda: maker.execute("commit")).start()
+    ledger.release(claim.number)
+    ledger.refresh()
+    assert ledger.losses == {RUNS[0]: 0.5}
+    maker.close()
+
+
 # -- storages that do not answer
 
 
