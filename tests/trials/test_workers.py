@@ -323,6 +323,7 @@ def test_a_run_that_takes_many_times_the_median_is_told_once(
     grid(tiny_experiment(steps=2), tmp_path / "ledger.db", RUNS[:1])
     ledger = Ledger(tmp_path / "ledger.db")
     ledger.claim(RUNS[1])
+    capsys.readouterr()
     workers_module._tell_slow(ledger)
     assert not capsys.readouterr().err
     monkeypatch.setattr(workers_module, "NEVER_SLOW", 0.0)
