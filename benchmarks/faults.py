@@ -431,6 +431,7 @@ def main() -> int:
             own.mkdir()
             started = time.monotonic()
             results[part] = {**fault(own), "wall_seconds": round(time.monotonic() - started)}
+            results[part]["code"] = commit()
             results["made with"] = provenance(server)
             kept.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
             print(f"{part}: {json.dumps(results[part], ensure_ascii=False)}", flush=True)
@@ -478,6 +479,12 @@ def undisturbed(folder: Path, out: Path, options: dict[str, Any]) -> pd.DataFram
     return pd.read_csv(table).drop(columns="seconds")
 
 
+def commit() -> str:
+    """The commit that is tried out."""
+    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, check=False, capture_output=True, text=True).stdout.strip()
+
+
 def provenance(server: Server | None) -> dict[str, Any]:
     versions_of = {name: version(name) for name in ("looptransfer", "torch", "optuna", "sqlalchemy")}
     made = {**versions_of, "python": platform.python_version(), "SQLite": sqlite3.sqlite_version}
@@ -509,11 +516,12 @@ def page(results: dict[str, Any]) -> str:
                     lines.append(f"| {' | '.join(map(str, cells))} |")
         if part.startswith("two versions"):
             lines += ["", f"## {part}", ""]
-            lines += [f"- {name}: {told}" for name, told in result.items() if name != "wall_seconds"]
+            lines += [f"- {name}: {told}" for name, told in result.items() if name not in ("wall_seconds", "code")]
         if "told" in result:
             lines += ["", f"What is told of a {part.partition(',')[0]}: {result['told']}"]
         if "skipped" in result:
             lines += ["", f"{part}: left out, {result['skipped']}"]
+    lines += ["", *results.get("notes", [])]
     made = ", ".join(f"{key} {value}" for key, value in results["made with"].items())
     seeds = "moments drawn with seeds 0 (SQLite) and 1 (PostgreSQL)"
     return "\n".join([*lines, "", f"Made with {made}; {seeds}.", ""])
