@@ -1,5 +1,10 @@
 """Errors, and warnings of what deserves a second look."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names the value, the allowed range and the fix."""
@@ -10,7 +15,13 @@ class UserCodeError(InputError):
 
 
 class FailedRunError(UserCodeError, RuntimeError):
-    """Runs of a search failed in the user's code; those that finished are kept."""
+    """Runs of a search failed in the user's code; those that finished are kept, and stand in the table `finished`."""
+
+    finished: "pd.DataFrame | None" = None
+
+
+class LedgerError(InputError):
+    """The storage of a ledger did not answer for minutes; what is finished is kept."""
 
 
 class VerificationError(InputError):

@@ -1,8 +1,10 @@
 """A training run of some twenty milliseconds, at module level so that worker processes can be sent it."""
 
+import itertools
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +43,10 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TinyTask:
-    """Regression on a fixed teacher. `failing_seed` is the seed whose second batch raises."""
+    """Regression on a fixed teacher. The fifth batch of `failing_seed` fails as `failure` says; the second raises."""
 
     failing_seed: int | None = None
+    failure: str = "raises"
 
     def make_model(self, loops: int) -> nn.Module:
         return LoopedMLP(loops)
@@ -51,9 +54,11 @@ class TinyTask:
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = np.random.default_rng(seed)
         yield samples(rng, BATCH)
-        if seed == self.failing_seed:
+        if seed == self.failing_seed and self.failure == "raises":
             raise ArithmeticError(f"no second batch for seed {seed}")
-        while True:
+        for number in itertools.count(1):
+            if seed == self.failing_seed and number == 4:
+                FAILURES[self.failure]()
             yield samples(rng, BATCH)
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:
@@ -62,14 +67,21 @@ class TinyTask:
         return [samples(rng, 128) for _ in range(2)]
 
 
+FAILURES: dict[str, Callable[[], object]] = {
+    "hangs": lambda: time.sleep(3600),
+    "ends its process": lambda: os._exit(7),
+    "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+
+
 def samples(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
     inputs = rng.normal(size=(count, FEATURES)).astype(np.float32)
     targets = np.sin(2 * inputs[:, :1]) + inputs[:, 1:2] * inputs[:, 2:3] - inputs[:, 3:]
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def tiny_experiment(failing_seed: int | None = None, **overrides: Any) -> Experiment:
-    task = TinyTask(failing_seed)
+def tiny_experiment(failing_seed: int | None = None, failure: str = "raises", **overrides: Any) -> Experiment:
+    task = TinyTask(failing_seed, failure)
     arguments: dict[str, Any] = {
         "name": "tiny",
         "make_model": task.make_model,
@@ -80,3 +92,55 @@ def tiny_experiment(failing_seed: int | None = None, **overrides: Any) -> Experi
         "width": WIDTH,
     }
     return Experiment(**(arguments | overrides))
+
+
+# -- seven changes of a project that its settings do not say
+
+
+class ReluMLP(LoopedMLP):
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        self.block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+
+class WideMLP(LoopedMLP):
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        self.block = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))
+
+
+class SmallInitMLP(LoopedMLP):
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        with torch.no_grad():
+            self.head.weight.mul_(0.9)
+
+
+def other_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return TinyTask().batches(seed + 100)
+
+
+def larger_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    rng = np.random.default_rng(seed)
+    while True:
+        yield samples(rng, 2 * BATCH)
+
+
+def other_held_out() -> list[tuple[Tensor, Tensor]]:
+    rng = np.random.default_rng(10_001)
+    return [samples(rng, 128) for _ in range(2)]
+
+
+def absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.l1_loss(outputs, targets)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "another activation": {"make_model": ReluMLP},
+    "a wider block": {"make_model": WideMLP},
+    "a smaller initialisation": {"make_model": SmallInitMLP},
+    "other data": {"batches": other_batches},
+    "larger batches": {"batches": larger_batches},
+    "another held-out set": {"held_out": other_held_out},
+    "another loss": {"loss": absolute_error},
+}

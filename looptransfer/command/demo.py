@@ -21,6 +21,8 @@ from looptransfer.report.page import write_html
 from looptransfer.rules import Rule
 from looptransfer.transfer.check import check
 from looptransfer.transfer.verdict import Verdict
+from looptransfer.trials.progress import one_story
+from looptransfer.trials.search import COARSE, REACH
 from looptransfer.trials.sweep import OCTAVES, TunedLR, sweep, tune
 
 PROXY = 2
@@ -61,10 +63,11 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     experiment = reference_experiment(scale.size, text)
     seeds, ledger = range(seed, seed + scale.seeds), out / "ledger.db"
     tuning, control = seeds[:TUNING_SEEDS], seeds[: scale.control_seeds]
-    best = tune(experiment, PROXY, tuning, ledger, devices="cpu")
-    swept = partial(sweep, experiment, around=best, octaves=scale.octaves, ledger=ledger, devices="cpu")
-    judged = swept(scale.loops, seeds=seeds)
-    controls = swept(scale.control_loops, rules=CONTROLS, seeds=control)
+    with one_story("demo", _weight(scale)):
+        best = tune(experiment, PROXY, tuning, ledger, devices="cpu")
+        swept = partial(sweep, experiment, around=best, octaves=scale.octaves, ledger=ledger, devices="cpu")
+        judged = swept(scale.loops, seeds=seeds)
+        controls = swept(scale.control_loops, rules=CONTROLS, seeds=control)
     results = pd.concat([judged, controls], ignore_index=True)
     verdict = check(results, transferred_lr=best.lr)
     lines = _answer(best, results, verdict, out)
@@ -89,6 +92,13 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
         figure.savefig(picture, format="png", dpi=150)
         write_file(out / f"{name}.png", picture.getvalue())
     return lines
+
+
+def _weight(scale: DemoSize) -> int:
+    """The sum of the loop counts of all runs, those of the tuning as they usually are; N = 1 is made for one rule."""
+    tuning = PROXY * (len(COARSE) + TUNING_SEEDS * (2 * REACH + 1))
+    controls = len(CONTROLS) * scale.control_seeds * sum(loops for loops in scale.control_loops if loops > 1)
+    return tuning + len(scale.octaves) * (scale.seeds * sum(scale.loops) + controls)
 
 
 def _answer(best: TunedLR, results: pd.DataFrame, verdict: Verdict, out: Path) -> list[str]:

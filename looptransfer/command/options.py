@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -118,6 +119,16 @@ few seeds, and says whether the optimum still lies between: a check for every co
 {TRAINING}
 No run is kept: those of another state of the code would say nothing of this one."""
 
+WORK = """\
+Takes runs of a study that `tune` or `sweep` began with --ledger URL#STUDY, on this machine or any other, until none
+is left. The study is never begun here, and one of another training is refused.
+
+  looptransfer sweep experiment.py … --ledger postgresql://user@host/runs#widths -o results.csv
+  looptransfer work --storage postgresql://user@host/runs widths
+
+EXPERIMENT, or --cmd with its options, is what the study says where it is left out, as it would be named here.
+URL is that of a database, best of PostgreSQL; journal:///path/to/file (Optuna's journal) where there is only a shared
+disk; or a SQLite file, on one machine."""
 COORDCHECK = f"""\
 Trains a few steps at every loop count, watches what reaches the residual stream at every visit of
 every branch, and says whether it grows with N as the rule promises, and if not, why.
@@ -160,7 +171,7 @@ def _shared() -> dict[str, argparse.ArgumentParser]:
     rules = "factored, sqrt or unscaled (default: factored)"
     parents["rule"].add_argument("--rule", default="factored", help=rules)
     parents["kept"].add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
-    ledger = f"finished runs, SQLite (default: {LEDGER})"
+    ledger = f"finished runs: SQLite, journal:///FILE or a database's URL with #STUDY (default: {LEDGER})"
     parents["kept"].add_argument("--ledger", default=LEDGER, metavar="FILE", help=ledger)
     form = parents["form"].add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
@@ -174,7 +185,9 @@ def _training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", metavar="WHERE", help="where the command leaves its loss, in nats")
     version_help = "of what the command runs; another one is another experiment"
     parser.add_argument("--cmd-version", default="", metavar="TEXT", help=version_help)
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="of an attempt of the command")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="a run, or an attempt of --cmd, that takes longer failed"
+    )
     parser.add_argument("--retries", type=int, default=0, metavar="K", help="further attempts where the command fails")
     variables = "a variable of the command's environment; VALUE may hold placeholders"
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=variables)
@@ -225,6 +238,11 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     table = parser.add_mutually_exclusive_group(required=True)
     table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table as CSV into a new file")
     table.add_argument("--append", type=Path, metavar="FILE", help="make what this table lacks and add it there")
+
+
+def _work(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="its name in the storage")
+    parser.add_argument("--storage", required=True, metavar="URL", help="where the study is kept")
 
 
 def _coordcheck(parser: argparse.ArgumentParser) -> None:
@@ -285,6 +303,7 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.ArgumentParser], None], str, str
     "sweep": (
         _sweep, "training kept", "train over loop counts and LRs, for a table of results", SWEEP, TRAINED
     ),
+    "work": (_work, "training", "one more machine for a sweep that is under way", WORK, TRAINED),
     "coordcheck": (
         _coordcheck, "experiment", "watch the residual stream over N in a few short trainings", COORDCHECK,
         STATUS.format("passes, 1 fails"),
@@ -346,7 +365,7 @@ def trainable_of(arguments: argparse.Namespace) -> "Trainable":
         raise InputError("give either EXPERIMENT, such as experiment.py, or --cmd with --metric")
     if arguments.cmd is None:
         options = {"--metric": arguments.metric, "--cmd-version": arguments.cmd_version, "--env": arguments.env}
-        options |= {"--time-limit": arguments.time_limit, "--retries": arguments.retries}
+        options |= {"--retries": arguments.retries}
         for option in [option for option, value in options.items() if value]:
             raise InputError(f"{option} is for --cmd; an EXPERIMENT has no use for it")
         from looptransfer.command.targets import load_trainable  # noqa: PLC0415
@@ -366,14 +385,24 @@ def trainable_of(arguments: argparse.Namespace) -> "Trainable":
     )
 
 
+def limit_of(arguments: argparse.Namespace) -> float | None:
+    """The time limit of a run's process; a command has its own, of each attempt."""
+    return arguments.time_limit if arguments.cmd is None else None
+
+
+def training_of(text: str) -> argparse.Namespace:
+    """The arguments whose `training_words` joined in a shell's way are the text."""
+    return _shared()["training"].parse_args(shlex.split(text))
+
+
 def training_words(arguments: argparse.Namespace) -> list[str]:
     """The words by which another command trains the same."""
+    limit = ["--time-limit", f"{arguments.time_limit}"] if arguments.time_limit else []
     if arguments.cmd is None:
-        return [arguments.experiment]
+        return [arguments.experiment, *limit]
     words = ["--cmd", arguments.cmd, "--metric", arguments.metric]
-    options = {"--cmd-version": arguments.cmd_version, "--time-limit": arguments.time_limit}
-    options |= {"--retries": arguments.retries}
-    words += [word for option, value in options.items() if value for word in (option, f"{value}")]
+    options = {"--cmd-version": arguments.cmd_version, "--retries": arguments.retries}
+    words += [word for option, value in options.items() if value for word in (option, f"{value}")] + limit
     return words + [word for variable in arguments.env for word in ("--env", variable)]
 
 

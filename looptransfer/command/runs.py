@@ -18,12 +18,14 @@ from looptransfer.command.options import (
     centre_of,
     columns_of,
     learning_rates,
+    limit_of,
     numbers_of,
     seeds_of,
     trainable_of,
+    training_of,
     training_words,
 )
-from looptransfer.errors import InputError
+from looptransfer.errors import FailedRunError, InputError
 from looptransfer.files import check_new, check_writable, locked, same_file, write_file
 from looptransfer.text import plain_lines, without_password
 
@@ -102,7 +104,7 @@ def _tune(arguments: argparse.Namespace) -> Answer:
         check_writable(arguments.output, arguments.ledger)
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
     train = trainable_of(arguments)
-    best = lt.tune(train, arguments.loops, seeds, ledger, arguments.workers, arguments.rule, arguments.devices)
+    best = lt.tune(train, arguments.loops, seeds, ledger, rule=arguments.rule, **_places(arguments))
     if arguments.output:
         write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
@@ -127,28 +129,60 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
     train = trainable_of(arguments)
     if "around" in lrs:
         lrs["around"] = centre_of(lrs["around"], train.identity(), home)
-    results = lt.sweep(
-        train,
-        loops,
-        rules=[rule.strip() for rule in arguments.rules.split(",")],
-        seeds=seeds,
-        ledger=ledger,
-        workers=arguments.workers,
-        devices=arguments.devices,
-        known=[Run(*run) for run in present],
-        **lrs,
-    )
+    failure: FailedRunError | None = None
+    try:
+        results = lt.sweep(
+            train,
+            loops,
+            rules=[rule.strip() for rule in arguments.rules.split(",")],
+            seeds=seeds,
+            ledger=ledger,
+            known=[Run(*run) for run in present],
+            **_places(arguments),
+            **lrs,
+        )
+    except FailedRunError as error:
+        if error.finished is None or error.finished.empty:
+            raise
+        results, failure = error.finished, error
     with locked(home / path):
         if arguments.output:
             check_new(home / path)  # another sweep may have written it meanwhile
         text = grown(home / path, results) if arguments.append else results.to_csv(index=False)
         write_file(home / path, text)
+    if failure is not None:
+        raise InputError(f"{failure}. The {len(results)} others are in {path}; --append {path} adds what lacks")
     if len(results) and results["diverged"].all():
         raise InputError(
             f"all {len(results)} runs, now in {path}, diverged, so there is nothing to judge; lower the LRs"
         )
     table = plain_lines(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
     return f"{table}\n{_next('check', path)}", 0
+
+
+def _places(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `tune` and `sweep`: workers, their devices, the limit of a run, and the training's words."""
+    return {
+        "workers": arguments.workers,
+        "devices": arguments.devices,
+        "limit": limit_of(arguments),
+        "target": shlex.join(training_words(arguments)),
+    }
+
+
+def _work(arguments: argparse.Namespace) -> Answer:
+    from looptransfer.trials.sweep import join, target_of
+
+    storage = _absolute(arguments.storage)  # the user's file may change the working directory
+    training = arguments
+    if arguments.experiment is None and arguments.cmd is None:
+        target = target_of(storage, arguments.study)
+        print(plain_lines(f"looptransfer: training {target}"), file=sys.stderr)
+        training = training_of(target)
+        training.time_limit = arguments.time_limit or training.time_limit
+    train = trainable_of(training)
+    finished = join(train, storage, arguments.study, arguments.workers, arguments.devices, limit_of(training))
+    return f"{arguments.study}: {finished} runs are finished, and none is left to make", 0
 
 
 def _check(arguments: argparse.Namespace) -> Answer:
@@ -216,7 +250,7 @@ def _against_baseline(arguments: argparse.Namespace, verdict: "lt.Verdict") -> "
 def _gate(arguments: argparse.Namespace) -> Answer:
     loops = None if arguments.loops is None else numbers_of("--loops", arguments.loops, int, "2,16")
     stored, train = lt.Baseline.read(arguments.baseline), trainable_of(arguments)
-    places = {"workers": arguments.workers, "devices": arguments.devices}
+    places = {"workers": arguments.workers, "devices": arguments.devices, "limit": limit_of(arguments)}
     result = lt.gate(train, stored, loops, arguments.seeds, arguments.rule, **places)
     if arguments.json:
         return _json(result.to_dict()), result.exit_status
@@ -240,6 +274,7 @@ RUNS: Mapping[str, Callable[[argparse.Namespace], Answer]] = {
     "inspect": _inspect,
     "tune": _tune,
     "sweep": _sweep,
+    "work": _work,
     "coordcheck": _coordcheck,
     "check": _check,
     "gate": _gate,

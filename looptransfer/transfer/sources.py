@@ -7,27 +7,25 @@ import contextlib
 import io
 import json
 import re
-import sqlite3
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pandas as pd
 
 from looptransfer.errors import InputError
-from looptransfer.files import MOST_BYTES, PATIENCE, open_file
+from looptransfer.files import MOST_BYTES, open_file
 from looptransfer.records import unique
 from looptransfer.rules import RULES
 from looptransfer.text import printable, short, without_password, without_secrets
-from looptransfer.transfer.provenance import fingerprint
 from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.transfer.rows import choose, listing
+from looptransfer.transfer.studies import SWEEP, read_study
 
-SWEEP = "sweep"  # the study of a ledger that holds its sweep
 FORMATS = "give CSV, JSON lines (.jsonl), Parquet, or an Optuna study such as sqlite:///file.db#study"
 SQLITE = b"SQLite format 3\0"
+JOURNAL = b'{"op_code":'  # how the file of Optuna's journal begins
 CELL = re.compile(r' *(?:"([^"]*(?:""[^"]*)*)" *|([^",]*))(,|$)')
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
@@ -102,12 +100,22 @@ def _read(source: str, shown: str) -> pd.DataFrame:
         if sys.stdin is None or sys.stdin.isatty():
             raise InputError("standard input is closed or a terminal; send a table: … | looptransfer check -")
         return _table(sys.stdin.buffer.read(MOST_BYTES + 1), "", "standard input")
-    path = Path(source) if Path(source).exists() else Path(place)
+    path, name = (Path(source), "") if Path(source).exists() else (Path(place), name)
     with open_file(path) as stream:
         head = stream.read(len(SQLITE))
         if head == SQLITE and path.is_file():
-            return _study(f"sqlite:///{path.resolve()}", name, shown)
+            return _study(str(path.resolve()), name, shown)
+        if head.startswith(JOURNAL) and path.is_file():
+            return _study(f"journal://{path.resolve()}", name, shown)
         return _table(head + stream.read(MOST_BYTES + 1), path.suffix.lower(), shown)
+
+
+def _study(place: str, name: str, shown: str) -> pd.DataFrame:
+    with _blaming(shown, "an Optuna storage", place):
+        rows, about = read_study(place, name, shown)
+    frame = _frame(dict(enumerate(rows)))
+    frame.attrs |= about
+    return frame
 
 
 def _table(data: bytes, suffix: str, shown: str) -> pd.DataFrame:
@@ -254,110 +262,3 @@ def _renamed(frame: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
         raise InputError(f"there is no column {missing[0]}; there are {listing(frame)}")
     others = frame.drop(columns=list({*columns, *columns.values()} & set(frame.columns)))
     return others.assign(**{name: frame[called] for name, called in columns.items()})
-
-
-# -- studies
-
-
-def _study(url: str, name: str, shown: str) -> pd.DataFrame:
-    """A row per trial: its attributes, its parameters, its state, and its value as the loss."""
-    import optuna  # noqa: PLC0415
-
-    options = _only_read(url, shown)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with _blaming(shown, "an Optuna storage", url):
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
-        try:
-            names = optuna.get_all_study_names(storage)
-            name = name or (SWEEP if SWEEP in names else names[0] if len(names) == 1 else "")
-            if name not in names:
-                listed = ", ".join(map(repr, names)) or "none"
-                raise InputError(f"{shown} has the studies {listed}; name one by #NAME behind it")
-            return _trials(optuna.load_study(study_name=name, storage=storage), shown)
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
-
-
-def _only_read(url: str, shown: str) -> dict[str, Any]:
-    """The options of an engine that keep a database from being written to; a SQLite file is looked over first."""
-    from sqlalchemy import make_url  # noqa: PLC0415
-
-    password = re.search(r"://[^:/@?]*:(.*)@", url)  # as `without_password` has it
-    try:
-        address = make_url(url)
-        if password is not None and unquote(password[1]) != address.password:
-            raise ValueError
-    except Exception:
-        raise InputError(
-            f"{shown} is no URL of a database; write signs such as @ and / in a password as %40 and %2F"
-        ) from None
-    if address.get_backend_name() == "sqlite":
-        return {"creator": _sqlite(Path(address.database or ""), shown)}
-    read_only = {"postgresql_readonly": True} if address.get_backend_name() == "postgresql" else {}
-    return {"execution_options": read_only}
-
-
-def _sqlite(file: Path, shown: str) -> Callable[[], sqlite3.Connection]:
-    """A function that opens a SQLite file for reading; the file has been looked over."""
-    if not file.is_file():
-        raise InputError(f"cannot read {shown}: there is no such file; {FORMATS}")  # SQLite would make it
-
-    with open_file(file) as stream:
-        by_log = stream.read(19)[18:] == b"\x02"
-    # One that keeps a log and has none is open nowhere; told so, SQLite leaves no new log behind.
-    how = "mode=ro&immutable=1" if by_log and not Path(f"{file}-wal").exists() else "mode=ro"
-
-    def connect() -> sqlite3.Connection:
-        return sqlite3.connect(f"{file.resolve().as_uri()}?{how}", uri=True, timeout=PATIENCE, check_same_thread=False)
-
-    with _blaming(shown, "a whole database"), contextlib.closing(connect()) as database:
-        try:
-            state = str(database.execute("pragma integrity_check(1)").fetchone()[0])
-        except sqlite3.OperationalError as error:
-            if "readonly" not in str(error):
-                raise
-            raise InputError(
-                f"{shown} was left in the middle of a write by a process that was killed; what writes it, such as "
-                "sweep, puts that right when it is run again"
-            ) from None
-        if state != "ok":
-            raise InputError(f"{shown} is damaged: {state.splitlines()[0]}; restore it from a copy")
-    return connect
-
-
-def _trials(study: Any, shown: str) -> pd.DataFrame:
-    if len(study.directions) > 1:
-        raise InputError(f"{shown} has {len(study.directions)} objectives; give a study of one")
-    trials = study.get_trials(deepcopy=False)
-    if not trials:
-        raise InputError(f"the study {study.study_name} of {shown} has no rows: it has no trial; run it first")
-    if [trial.number for trial in trials] != list(range(len(trials))):
-        raise InputError(f"{shown} is damaged: trials are missing; restore it from a copy")
-    made_by = _made_by(study)
-    frame = _frame({trial.number: {**_row(trial, made_by), "state": trial.state.name} for trial in trials})
-    frame.attrs |= made_by | {"study": study.study_name, "maximize": study.direction.name == "MAXIMIZE"}
-    return frame
-
-
-def finished_trials(study: Any) -> pd.DataFrame:
-    """A row per finished trial of an Optuna study: its coordinates, what came of it, and its value as the loss.
-
-    In a study of ours also the fingerprint of the experiment, whose identity is in the frame's attrs.
-    """
-    made_by = _made_by(study)
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
-    frame = pd.DataFrame([_row(trial, made_by) for trial in trials], index=pd.Index([trial.number for trial in trials]))
-    frame.attrs |= made_by
-    return frame
-
-
-def _row(trial: Any, made_by: Mapping[str, Any]) -> dict[str, Any]:
-    run = {**(trial.user_attrs.get("run") or {}), **trial.user_attrs.get("outcome", {})}
-    origin = {"fingerprint": fingerprint(made_by["experiment"])} if made_by else {}
-    return {**(run or {**trial.user_attrs, **trial.params}), "loss": trial.value, **origin}
-
-
-def _made_by(study: Any) -> dict[str, Any]:
-    identity = study.user_attrs.get("identity")
-    return {} if identity is None else {"experiment": json.loads(identity)}

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from looptransfer.errors import InputError
-from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rules import Rule
 from looptransfer.trials.hooks import Batches, token_loss
-from looptransfer.trials.pairing import check_start
+from looptransfer.trials.pairing import Start, check_start, probe
 from looptransfer.trials.run import Outcome, Trial
 from looptransfer.trials.training import train
 
@@ -141,9 +140,13 @@ class Experiment:
 
     def check(
         self, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]
-    ) -> dict[int, ScalingPlan]:
-        """Start a training at every N and return the plans, as `check_start`."""
+    ) -> dict[int, Start]:
+        """Start a training at every N, as `check_start`."""
         return check_start(self, first, loops, seeds)
+
+    def probe(self, trial: Trial) -> dict[str, Any]:
+        """The probe of a start, as `pairing.probe`."""
+        return probe(self, trial)
 
     def train(self, trial: Trial) -> Outcome:
         """Train once, as `training.train`."""

@@ -69,6 +69,10 @@ class Reporting(ABC):
             return Outcome(None, None, step, math.inf, True, seconds, last)
         return Outcome(None, None, step, loss, False, seconds, last)
 
+    def probe(self, trial: Trial) -> dict[str, Any]:
+        """Nothing: the start of a training that is not ours cannot be seen."""
+        return {}
+
     def check(self, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]) -> dict[int, Any]:
         """Compare the first losses of a few trainings: two equal runs, another seed, another N, another rule.
 
@@ -188,7 +192,8 @@ class Function(Reporting):
 
     Attributes:
         function: at the top level of a module, since worker processes import it.
-        version: changes where results of the old function should not be mixed with those of the new one.
+        version: changes where results of the old function should not be mixed with those of the new one. Without one,
+            the function's own source decides; what it calls is not looked at.
 
     Raises:
         InputError: it is no function.
@@ -207,10 +212,10 @@ class Function(Reporting):
         return f"{_named(self.function)}(run){place(self.function)}"
 
     def identity(self) -> dict[str, Any]:
-        """The function's name and version, and the versions of what runs it."""
-        given = {"version": self.version} if self.version else {}
+        """The function's name, its version or else a hash of its source, and the version of what runs it."""
         name = f"{_module(self.function)}.{_named(self.function)}"
-        return {"name": name, **given, "looptransfer": version("looptransfer")}
+        code = {"version": self.version} if self.version else _source(self.function)
+        return {"name": name, **code, "looptransfer": version("looptransfer")}
 
     def reports(self, trial: Trial) -> Iterator[Report]:
         """What the function yields, or returns."""
@@ -255,6 +260,15 @@ def _module(function: object) -> str:
     name = getattr(function, "__module__", type(function).__module__)
     file = getattr(sys.modules.get(name), "__file__", None)
     return Path(file).stem if name == "__main__" and file else str(name)
+
+
+def _source(function: Any) -> dict[str, str]:
+    """A hash of the source of a function or of a callable object's class, where it can be had."""
+    function = getattr(function, "func", function)  # of a partial
+    with contextlib.suppress(OSError, TypeError):
+        text = inspect.getsource(function if inspect.isroutine(function) else type(function))
+        return {"source": fingerprint({"text": text})}
+    return {}
 
 
 def _shown(value: object) -> str:

@@ -5,17 +5,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
+
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
 from looptransfer.transfer.bracket import stored_lrs
 from looptransfer.transfer.comparison import Comparison
-from looptransfer.transfer.results import tidy
+from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.trials.function import as_trainable
 from looptransfer.trials.run import Run
-from looptransfer.trials.search import Grid, runs_of
-from looptransfer.trials.study import run_search
-from looptransfer.trials.sweep import check_first
+from looptransfer.trials.search import Grid
+from looptransfer.trials.sweep import open_ledger
+from looptransfer.trials.workers import run_search
 
 
 def gate(
@@ -29,6 +31,7 @@ def gate(
     loss_tolerance: float | None = None,
     confidence: float = 0.90,
     devices: str | None = None,
+    limit: float | None = None,
 ) -> Comparison:
     """Train at half, once and twice the stored LR optimum of some N, and say whether the optimum is still bracketed.
 
@@ -39,7 +42,7 @@ def gate(
         seeds: how many, two at least; the first ones of the baseline, so that they are paired with it.
         rule: the scaling rule.
         ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
-        workers, devices: as `tune` takes them.
+        workers, devices, limit: as `tune` takes them.
         loss_tolerance: by how much the loss at the stored LR may become worse; default as the baseline has it.
         confidence: of the two-sided intervals.
 
@@ -59,10 +62,9 @@ def gate(
     chosen = _seeds({seed for at in wanted for seed in stored[at].loss_by_seed or ()}, seeds)
     runs = [Run(rule, at, lr, seed) for at in wanted for lr in stored_lrs(stored[at]) for seed in chosen]
     with TemporaryDirectory(prefix="looptransfer-") as folder:
-        place = ledger or Path(folder, "gate.db")
-        check_first(experiment, runs, place, workers, devices)
-        done = run_search(experiment, Grid(tuple(runs)), place, "gate", workers, devices)
-    table = tidy(done[[run in set(runs) for run in runs_of(done)]])
+        study, _ = open_ledger(experiment, runs, ledger or Path(folder, "gate.db"), workers, devices)
+        run_search(experiment, Grid(runs), study, workers, devices, limit, called="gate")
+    table = tidy(pd.DataFrame([study.finished[run] for run in runs], columns=COLUMNS))
     table.attrs["experiment"] = experiment.identity()
     return stored_in.bracket(table, rule, loss_tolerance, confidence, wanted)
 

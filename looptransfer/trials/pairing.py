@@ -5,11 +5,12 @@ So the start of a training, two steps, is made at every N, and at the smallest N
 with another, and compared.
 """
 
+import hashlib
 import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,18 +30,36 @@ from looptransfer.user_code import calls_back, place, refuse_unguarded
 if TYPE_CHECKING:
     from looptransfer.trials.experiment import Experiment
 
-LR = 1e-6  # of the two steps
+LR = 2.0**-8  # of the two steps, at the top of a schedule that has hardly begun to rise
 SAME = 1e-5  # relative, of sums of weights and of losses
 
 
 @dataclass(frozen=True)
 class Start:
-    """A training's first batches, and the sum of absolute values of every trained tensor and the loss before it."""
+    """A training's first batches, and the sum of absolute values of every trained tensor and the loss before it.
+
+    Where a whole experiment is started, also its plan, the shapes of its parameters, the loss after a step, and a hash
+    of the held-out batches.
+    """
 
     batches: Sequence[Batch]
     weights: tuple[float, ...]
     loss: float
-    names: frozenset[str] = frozenset()  # of the parameters
+    plan: ScalingPlan | None = None
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of the parameters, by name
+    next_loss: float = math.nan
+    held_out: str = ""
+
+    def probe(self) -> dict[str, Any]:
+        """JSON values that differ where another experiment is started: text to the bit, numbers but for rounding."""
+        return {
+            "the first batches": _hash(self.batches),
+            "the held-out batches": self.held_out,
+            "the parameters": _hash([sorted((name, *shape) for name, shape in self.shapes.items())]),
+            "the initial weights": sum(self.weights),
+            "the loss at initialisation": self.loss,
+            "the loss after a step": self.next_loss,
+        }
 
     def has_weights_of(self, other: "Start") -> bool:
         """The same initialisation, but for rounding."""
@@ -62,10 +81,8 @@ def weights_of(model: nn.Module) -> tuple[float, ...]:
     return tuple(float(parameter.abs().sum(dtype=torch.float64)) for parameter in trained)
 
 
-def check_start(
-    experiment: "Experiment", first: Trial, loops: Iterable[int], seeds: Sequence[int]
-) -> dict[int, ScalingPlan]:
-    """Start a training at every N, see that seeds pair the runs and that N is the loop count, and return the plans.
+def check_start(experiment: "Experiment", first: Trial, loops: Iterable[int], seeds: Sequence[int]) -> dict[int, Start]:
+    """Start a training at every N with the first seed, see that seeds pair the runs and that N is the loop count.
 
     The starts have the rule and the device of `first`.
 
@@ -81,20 +98,19 @@ def check_start(
     smallest, seed = counts[0], seeds[0]
     first = replace(first, loops=smallest, seed=seed, lr=LR)
     _check_fresh(experiment, smallest, seed)
-    plans, starts = {}, {}
-    for n in counts:
-        plans[n], starts[n] = _start(experiment, replace(first, loops=n))
-    _check_held_out(experiment)
-    _, repeated = _start(experiment, first, to_the_end=True)
-    others = {other: _start(experiment, replace(first, seed=other))[1] for other in seeds[1:2]}
+    starts = {n: start(experiment, replace(first, loops=n)) for n in counts}
+    held_out = _check_held_out(experiment)
+    repeated = start(experiment, first, to_the_end=True)
+    others = {other: start(experiment, replace(first, seed=other)) for other in seeds[1:2]}
     check_pairs(experiment.make_model, experiment.batches, {seed: starts[smallest], **others}, repeated)
     for n in counts[1:]:
         _check_same(experiment.batches, seed, starts[smallest], starts[n], f"at N = {n} than at N = {smallest}")
     with calls_back("", experiment.make_model):
-        check_one_parameterization(plans, {n: start.names for n, start in starts.items()})
+        plans = {n: begun.plan for n, begun in starts.items() if begun.plan is not None}
+        check_one_parameterization(plans, {n: frozenset(begun.shapes) for n, begun in starts.items()})
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # for the workers that share the device
-    return plans
+    return {n: replace(begun, held_out=held_out) for n, begun in starts.items()}
 
 
 def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start], repeated: Start) -> None:
@@ -152,23 +168,38 @@ def check_finite(loss: float, moment: str, *hooks: object) -> None:
         )
 
 
-def _start(experiment: "Experiment", trial: Trial, to_the_end: bool = False) -> tuple[ScalingPlan, Start]:
-    """Make two steps; to the end, also draw all batches and take the held-out loss."""
+def start(experiment: "Experiment", trial: Trial, to_the_end: bool = False) -> Start:
+    """Make two steps; to the end, also draw all batches and take the held-out loss.
+
+    Raises:
+        InputError: the experiment's functions fail, or give no finite loss.
+    """
     moment = f"N = {trial.loops}, seed {trial.seed}"
     with threads_of(trial), seeded(trial.seed):
         training = Training(experiment, trial)
         batches, weights, loss = [training.batch], weights_of(training.model), training.loss()
         check_finite(loss, moment, experiment.loss, experiment.make_model)
+        shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(training.model).items()}
         training.update()
         batches.append(training.batch)
-        training.loss()
+        next_loss = training.loss()
         training.update()
         if to_the_end:
             for _ in training.stream:
                 pass
             loss_at_end = held_out_loss(experiment, training.model, trial.device)
             check_finite(loss_at_end, f"{moment}, held out", experiment.held_out)
-    return training.plan, Start(batches, weights, loss, frozenset(named_parameters(training.model)))
+    return Start(batches, weights, loss, training.plan, shapes, next_loss)
+
+
+def probe(experiment: "Experiment", trial: Trial) -> dict[str, Any]:
+    """A start's probe, made anew with the rule, the loop count, the seed and the device of a trial.
+
+    Raises:
+        InputError: as `start`.
+    """
+    begun = start(experiment, replace(trial, lr=LR))
+    return replace(begun, held_out=_hash(held_out_batches(experiment.held_out))).probe()
 
 
 def _check_fresh(experiment: "Experiment", loops: int, seed: int) -> None:
@@ -182,8 +213,9 @@ def _check_fresh(experiment: "Experiment", loops: int, seed: int) -> None:
         )
 
 
-def _check_held_out(experiment: "Experiment") -> None:
-    """Two calls give the same batches; only one of each is held at a time."""
+def _check_held_out(experiment: "Experiment") -> str:
+    """Two calls give the same batches, whose hash is returned; only one of each is held at a time."""
+    sha = hashlib.sha256()
     both = itertools.zip_longest(*(held_out_batches(experiment.held_out) for _ in range(2)))
     for number, (first, second) in enumerate(both):
         if not _equal(first, second):
@@ -191,6 +223,8 @@ def _check_held_out(experiment: "Experiment") -> None:
                 f"held_out() gives another batch {number} at its second call{place(experiment.held_out)}; losses are "
                 "compared between runs, so it must be the same at every call: draw it with a seed of its own"
             )
+        _add(sha, first)
+    return sha.hexdigest()[:12]
 
 
 def _check_same(batches: object, seed: int, first: Start, second: Start, moment: str) -> None:
@@ -224,3 +258,19 @@ def _values(batch: Any) -> Iterator[Any]:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _hash(batches: Iterable[Any]) -> str:
+    """Twelve characters that tell data apart, bit for bit."""
+    sha = hashlib.sha256()
+    for batch in batches:
+        _add(sha, batch)
+    return sha.hexdigest()[:12]
+
+
+def _add(sha: "hashlib._Hash", batch: Any) -> None:
+    for value in _values(batch):
+        described = (tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else value
+        sha.update(repr(described).encode())
+        if isinstance(value, Tensor):
+            sha.update(_bytes(value).cpu().numpy().tobytes())

@@ -68,7 +68,7 @@ class Trainable(Protocol):
     def check(
         self, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]
     ) -> Mapping[int, Any]:
-        """See before any training that N, seed and rule do what they should; plans by N, where they can be known.
+        """See before any training that N, seed and rule do what they should; starts by N, where they can be seen.
 
         Args:
             first: a run of the smallest N; the starts that are compared differ from it in N, seed or rule.
@@ -76,6 +76,15 @@ class Trainable(Protocol):
 
         Raises:
             InputError: they do not, or the training fails at once.
+        """
+
+    def probe(self, trial: Trial) -> Mapping[str, Any]:
+        """JSON values by which the start of a run is known again: text to the bit, numbers but for rounding.
+
+        Empty where nothing of it can be seen.
+
+        Raises:
+            InputError: the training fails at once.
         """
 
     def train(self, trial: Trial) -> Outcome:

@@ -3,10 +3,8 @@
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-import pandas as pd
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -56,10 +54,10 @@ class LRSampler(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Choose a run that is neither finished nor being made; if there is none, one that is being made."""
-        wanted, done = self._wanted(study)
+        wanted, losses = self._wanted(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         taken = {_run_of(other) for other in running if other.number != trial.number}
-        left = [run for run in wanted if run not in done]
+        left = [run for run in wanted if run not in losses]
         run = next((run for run in left if run not in taken), (left or wanted)[0])
         study._storage.set_trial_system_attr(trial._trial_id, CHOSEN, [run.lr, run.seed])
 
@@ -76,17 +74,16 @@ class LRSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Stop the study when all that the search wants is finished."""
         loss = _loss(study, state, values)
-        wanted, done = self._wanted(study, {_run_of(trial): loss})
-        if done.issuperset(wanted):
+        wanted, losses = self._wanted(study, {_run_of(trial): loss})
+        if all(run in losses for run in wanted):
             with contextlib.suppress(RuntimeError):  # it was asked by hand
                 study.stop()
 
-    def _wanted(self, study: Study, ended: dict[Run, float] | None = None) -> tuple[list[Run], set[Run]]:
-        """The runs that are wanted, and those that are finished, the trial that has just ended among them."""
+    def _wanted(self, study: Study, ended: dict[Run, float] | None = None) -> tuple[Sequence[Run], dict[Run, float]]:
+        """The runs that are wanted, and the losses of those that are finished, the one just ended among them."""
         trials = [trial for trial in study.get_trials(deepcopy=False, states=ENDED) if CHOSEN in trial.system_attrs]
         losses = {_run_of(trial): _loss(study, trial.state, trial.values) for trial in trials} | (ended or {})
-        rows = [{**asdict(run), "loss": loss} for run, loss in losses.items()]
-        return self.search.wanted(pd.DataFrame(rows, columns=["rule", "loops", "lr", "seed", "loss"])), set(losses)
+        return self.search.wanted(losses), losses
 
 
 def _run_of(trial: FrozenTrial) -> Run:

@@ -1,7 +1,7 @@
 """Which runs to make next: pure functions of the runs that are finished, so that a killed search resumes by itself."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,20 +18,33 @@ EXTENSIONS = 4  # how often the close look may be widened past an edge
 LIMITS = (-24, 6)  # log2(LR) where the coarse look stops following an edge
 
 
+Losses = Mapping[Run, float]
+
+
 class Search(Protocol):
-    """Names the runs that are wanted, given what is finished. It is finished itself when they all are."""
+    """Names the runs that are wanted, given the losses of those that are finished. It ends when they all are."""
 
-    def wanted(self, done: pd.DataFrame) -> list[Run]: ...
+    def wanted(self, done: Losses) -> Sequence[Run]: ...
 
 
-@dataclass(frozen=True)
 class Grid:
     """A fixed list of runs, the longest first so that workers end together."""
 
-    runs: tuple[Run, ...]
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self.runs = sorted(runs, key=lambda run: (-run.loops, run.seed, run.rule, run.lr))
 
-    def wanted(self, done: pd.DataFrame) -> list[Run]:
-        return sorted(self.runs, key=lambda run: (-run.loops, run.seed, run.rule, run.lr))
+    def wanted(self, done: Losses) -> Sequence[Run]:
+        return self.runs
+
+
+@dataclass(frozen=True)
+class Several:
+    """Searches one after the other, each going on while the one before it ends."""
+
+    searches: Sequence[Search]
+
+    def wanted(self, done: Losses) -> Sequence[Run]:
+        return [run for search in self.searches for run in search.wanted(done)]
 
 
 @dataclass(frozen=True)
@@ -43,26 +56,27 @@ class ProxySearch:
     rule: Rule = "factored"
     confidence: float = 0.9
 
-    def wanted(self, done: pd.DataFrame) -> list[Run]:
+    def wanted(self, done: Losses) -> Sequence[Run]:
         coarse = [self._run(log2, self.seeds[0]) for log2 in self._coarse(done)]
         if not _all_done(coarse, done):
             return coarse
         best = self._best(coarse, done)
         return coarse + [self._run(log2, seed) for log2 in self._close(best, done) for seed in self.seeds]
 
-    def optimum(self, done: pd.DataFrame, confidence: float) -> Optimum:
-        """The fitted optimum of the close look."""
+    def optimum(self, done: Losses, confidence: float) -> Optimum:
+        """The fitted optimum of the runs of this N and rule."""
         return find_optimum(self.loops, self._table(done), confidence)
 
-    def _table(self, done: pd.DataFrame) -> pd.DataFrame:
-        if done.empty:
-            return pd.DataFrame()
-        return curve(done[(done["loops"] == self.loops) & (done["rule"] == self.rule)])
+    def _table(self, done: Losses) -> pd.DataFrame:
+        rows = [
+            (run.lr, run.seed, loss) for run, loss in done.items() if (run.rule, run.loops) == (self.rule, self.loops)
+        ]
+        return curve(pd.DataFrame(rows, columns=["lr", "seed", "loss"])) if rows else pd.DataFrame()
 
     def _run(self, log2: float, seed: int) -> Run:
         return Run(self.rule, self.loops, 2.0**log2, seed)
 
-    def _coarse(self, done: pd.DataFrame) -> list[int]:
+    def _coarse(self, done: Losses) -> list[int]:
         """The coarse LRs, followed outwards while the best is an edge."""
         looks = list(COARSE)
         while _all_done([self._run(log2, self.seeds[0]) for log2 in looks], done):
@@ -75,11 +89,10 @@ class ProxySearch:
                 break
         return looks
 
-    def _best(self, runs: Iterable[Run], done: pd.DataFrame) -> Run:
-        loss = _losses(done)
-        return min(runs, key=lambda run: loss[run])
+    def _best(self, runs: Iterable[Run], done: Losses) -> Run:
+        return min(runs, key=lambda run: done[run])
 
-    def _close(self, best: Run, done: pd.DataFrame) -> list[float]:
+    def _close(self, best: Run, done: Losses) -> list[float]:
         """LRs half an octave apart around the best, widened while the optimum lies on an edge of them.
 
         Each widening is decided by the LRs that were looked at before it and by no others, so that it stands whatever
@@ -91,7 +104,7 @@ class ProxySearch:
             runs = {self._run(log2, seed) for log2 in looks for seed in self.seeds}
             if not _all_done(runs, done):
                 break
-            why = self.optimum(done[[run in runs for run in runs_of(done)]], self.confidence).censored
+            why = self.optimum({run: done[run] for run in runs}, self.confidence).censored
             if why == "low edge":
                 low -= 2
             elif why == "high edge":
@@ -101,14 +114,5 @@ class ProxySearch:
         return [math.log2(best.lr) + STEP * k for k in range(low, high + 1)]
 
 
-def runs_of(done: pd.DataFrame) -> list[Run]:
-    """The run of every row."""
-    return [Run(row.rule, int(row.loops), float(row.lr), int(row.seed)) for row in done.itertuples(index=False)]
-
-
-def _losses(done: pd.DataFrame) -> dict[Run, float]:
-    return dict(zip(runs_of(done), done["loss"], strict=True))
-
-
-def _all_done(runs: Iterable[Run], done: pd.DataFrame) -> bool:
-    return set(runs) <= _losses(done).keys()
+def _all_done(runs: Iterable[Run], done: Losses) -> bool:
+    return all(run in done for run in runs)

@@ -3,22 +3,24 @@
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from looptransfer.errors import InputError
-from looptransfer.rules import Rule, check_rule
+from looptransfer.errors import FailedRunError, InputError
+from looptransfer.rules import RULES, Rule, check_rule
 from looptransfer.transfer.optimum import Optimum
 from looptransfer.transfer.results import COLUMNS
+from looptransfer.transfer.studies import asked, expanded
 from looptransfer.trials.devices import here, slots
 from looptransfer.trials.function import as_trainable
+from looptransfer.trials.ledger import TARGET, Ledger, runs_directory
 from looptransfer.trials.run import Run, Trainable
-from looptransfer.trials.search import COARSE, Grid, ProxySearch, runs_of
-from looptransfer.trials.study import run_search, runs_directory
+from looptransfer.trials.search import COARSE, Grid, ProxySearch, Search, Several
+from looptransfer.trials.workers import check_limit, run_search
 
 LEDGER = "looptransfer.db"
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
@@ -70,6 +72,8 @@ def tune(
     workers: int | None = None,
     rule: Rule = "factored",
     devices: str | None = None,
+    limit: float | None = None,
+    target: str | None = None,
 ) -> TunedLR:
     """Find the LR optimum of the proxy with `loops` loops: a coarse look, then half-octave steps with every seed.
 
@@ -79,37 +83,43 @@ def tune(
             a `Command`.
         loops: N of the proxy; small is cheap, and under "factored" as good as large.
         seeds: how many, or which; paired across LRs. Two at least.
-        ledger: SQLite file (or Optuna storage URL) of finished runs; calling again goes on where it was. The runs'
-            directories are beside it.
+        ledger: where finished runs are kept, and calling again goes on: a SQLite file, or the URL of an Optuna storage
+            with #STUDY behind it, which workers on other machines may join. The runs' directories are beside it.
         workers: how many runs are made at once, each in a process of its own; 1 trains in this process. Default one per
             GPU, or one per core where torch sees none.
         rule: the scaling rule.
         devices: GPUs, one worker each, such as "0,1,3"; "0+1,2+3" gives each of two workers two, "all" gives all to
             one, "cpu" none.
+        limit: seconds that a run may take; one that takes longer counts as failed.
+        target: what is trained as it is called on a command line, for workers that join.
 
     Raises:
-        InputError: as `Trainable.check` and `run_search`, or numbers out of range.
+        InputError: as `Trainable.check`, `Ledger` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     chosen = _seeds(seeds)
     if len(chosen) < 2:
         raise InputError(f"seeds is {seeds!r}; give two or more, since one cannot tell noise from an optimum")
     check_rule(rule)
-    experiment = as_trainable(train)
+    check_limit(limit)
+    trainable = as_trainable(train)
     lr = 2.0 ** COARSE[len(COARSE) // 2]
     starts = [Run(rule, count, lr, seed) for count in _loop_counts([loops]) for seed in chosen]
-    check_first(experiment, starts, ledger, workers, devices)
-    search = ProxySearch(loops, chosen, rule)
-    results = run_search(experiment, search, ledger, f"tune N={loops} {rule}", workers, devices)
-    wanted = set(search.wanted(results))
-    results = results[[run in wanted for run in runs_of(results)]]
-    optimum = search.optimum(results, search.confidence)
+    study, begun = open_ledger(trainable, starts, ledger, workers, devices, target)
+    stored = _stored_rule(begun.get(loops), rule)
+    search = ProxySearch(loops, chosen, stored)
+    study.ask({"kind": "tune", "loops": loops, "seeds": list(chosen), "rule": stored})
+    run_search(trainable, search, study, workers, devices, limit, f"tune at N = {loops}")
+    losses = {run: study.losses[run] for run in search.wanted(study.losses)}
+    rows = [{**study.finished[run], "rule": rule} for run in losses]
+    results = pd.DataFrame(rows, columns=[*COLUMNS, "last_loss"])
+    optimum = search.optimum(losses, search.confidence)
     if optimum.log2_lr is not None:
-        return TunedLR(2.0**optimum.log2_lr.estimate, loops, optimum, results, rule, experiment.identity())
+        return TunedLR(2.0**optimum.log2_lr.estimate, loops, optimum, results, rule, trainable.identity())
     mean = results.groupby("lr")["loss"].mean()
     if not math.isfinite(mean.min()):
         raise InputError(f"every run at N = {loops} diverged; the experiment does not train at any LR tried")
-    return TunedLR(float(str(mean.idxmin())), loops, optimum, results, rule, experiment.identity())
+    return TunedLR(float(str(mean.idxmin())), loops, optimum, results, rule, trainable.identity())
 
 
 def read_tuned(path: str | Path) -> dict[str, Any]:
@@ -150,11 +160,13 @@ def sweep(
     lrs: Sequence[float] | None = None,
     known: Collection[Run] = (),
     devices: str | None = None,
+    limit: float | None = None,
+    target: str | None = None,
 ) -> pd.DataFrame:
     """Train at every loop count, LR and seed, and return the table that `check` judges.
 
-    Runs that two rules share, as all do at N = 1 when L is the base depth, are made once and stand in the table under
-    each of the rules.
+    Runs that two rules share, as all do at N = 1 when L is the base depth, are made and kept once, and stand in the
+    table under each of the rules, as they do where `check` reads the ledger.
 
     Args:
         train: what is trained, as `tune` takes it.
@@ -163,8 +175,7 @@ def sweep(
         rules: the rule of interest and its controls; a mapping of `loops` decides by itself.
         seeds: how many, or which; paired across LRs, loop counts and rules.
         octaves: the LRs as log2 distances from the centre.
-        ledger: SQLite file (or Optuna storage URL) of finished runs; calling again goes on where it was.
-        workers, devices: as `tune` takes them.
+        ledger, workers, devices, limit, target: as `tune` takes them.
         lrs: the LRs themselves, absolute, instead of `around` and `octaves`.
         known: runs that another table holds, left out here; an LR within a millionth of one of theirs becomes theirs.
 
@@ -173,49 +184,124 @@ def sweep(
         layers, width and steps are empty where the training does not say them.
 
     Raises:
-        InputError: as `Trainable.check` and `run_search`, or numbers out of range.
-        FailedRunError: a run failed; an InputError and a RuntimeError.
+        InputError: as `Trainable.check`, `Ledger` and `run_search`, or numbers out of range.
+        FailedRunError: a run failed; an InputError and a RuntimeError. Its `finished` is the table of the others.
     """
     plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
     if not plan_of_loops:
         raise InputError("rules is empty; name one rule or more")
+    check_limit(limit)
     chosen = _seeds(seeds)
     grid = list(product(_as_known(_absolute(around, octaves, lrs), known), chosen))
     pairs = [(rule, count) for rule, counts in plan_of_loops.items() for count in counts]
     reported = {Run(rule, count, lr, seed) for rule, count in pairs for lr, seed in grid}
     missing = sorted(reported - set(known))
-    experiment = as_trainable(train)
-    plans = check_first(experiment, missing, ledger, workers, devices) if missing else {}
-    stand_in = _stand_ins(plans, pairs)
-    made = {run: replace(run, rule=stand_in[run.rule, run.loops]) for run in missing}
-    done = run_search(experiment, Grid(tuple(dict.fromkeys(made.values()))), ledger, "sweep", workers, devices)
-    by_run = dict(zip(runs_of(done), done.to_dict("records"), strict=True))
-    rows = [{**by_run[made[run]], "rule": run.rule} for run in missing]
+    if not missing:
+        return pd.DataFrame(columns=COLUMNS)
+    trainable = as_trainable(train)
+    study, starts = open_ledger(trainable, missing, ledger, workers, devices, target)
+    request = {
+        "kind": "sweep",
+        "cells": sorted([rule, count, _stored_rule(starts.get(count), rule)] for rule, count in pairs),
+        "lrs": sorted({lr for lr, _ in grid}),
+        "seeds": sorted(chosen),
+        "without": [list(astuple(run)) for run in sorted(reported & set(known))],
+    }
+    study.ask(request)
+    try:
+        run_search(trainable, search_of(request), study, workers, devices, limit)
+    except FailedRunError as error:
+        error.finished = _table(study, request)
+        raise
+    return _table(study, request)
+
+
+def _table(ledger: Ledger, request: Mapping[str, Any]) -> pd.DataFrame:
+    """The finished runs of a sweep, each under the rules that it was asked for."""
+    rows, _ = expanded([request], {astuple(run): row for run, row in ledger.finished.items()})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def check_first(
-    experiment: Trainable, runs: Sequence[Run], ledger: str | Path, workers: int | None, devices: str | None
-) -> Mapping[int, Any]:
-    """Look at the start of the training before the runs are made, and return the plans by N, where they can be known.
+def search_of(request: Mapping[str, Any]) -> Search:
+    """The search by which a request is met."""
+    if request["kind"] == "tune":
+        return ProxySearch(request["loops"], tuple(request["seeds"]), request["rule"])
+    return Grid({Run(*stored): None for _, stored in asked(request)})  # type: ignore[arg-type]
+
+
+def open_ledger(
+    trainable: Trainable,
+    runs: Sequence[Run],
+    place: str | Path,
+    workers: int | None,
+    devices: str | None,
+    target: str | None = None,
+) -> tuple[Ledger, Mapping[int, Any]]:
+    """Look at the start of a training before runs of it are made, and open its ledger; with the starts by N.
 
     Raises:
-        InputError: as `Trainable.check` and `slots`.
+        InputError: as `Trainable.check`, `slots`, `Ledger` and `Ledger.admit`.
     """
     loops, seeds, rules = ([*dict.fromkeys(getattr(run, name) for run in runs)] for name in ("loops", "seed", "rule"))
     lrs = sorted({run.lr for run in runs})
-    first = Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0])
-    place = here(slots(devices, workers)[0])
-    return experiment.check(place.trial(first, runs_directory(ledger)), loops, seeds, rules)
+    slot = here(slots(devices, workers)[0])
+    first = slot.trial(Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0]), runs_directory(place))
+    starts = trainable.check(first, loops, seeds, rules)
+    ledger = Ledger(place)
+    ledger.admit(trainable, first, {count: start.probe() for count, start in starts.items()}, target)
+    return ledger, starts
 
 
-def _stand_ins(plans: Mapping[int, Any], pairs: Sequence[tuple[Rule, int]]) -> dict[tuple[Rule, int], Rule]:
-    """For each rule and loop count the first rule whose runs are known to be the same there."""
-    first: dict[tuple[int, object], Rule] = {}
-    return {
-        (rule, count): first.setdefault((count, _scales(plans[count].under(rule)) if count in plans else rule), rule)
-        for rule, count in pairs
-    }
+def join(
+    train: Any,
+    storage: str | Path,
+    study: str,
+    workers: int | None = None,
+    devices: str | None = None,
+    limit: float | None = None,
+) -> int:
+    """Make the runs that are asked of a study until none is left, beside whoever else does, and return how many are
+    finished.
+
+    Args:
+        train: what is trained, as `tune` takes it; measured to be that of the study.
+        storage: where the study is kept.
+        study: its name.
+        workers, devices, limit: as for `tune`.
+
+    Raises:
+        InputError: there is no such study, it is none of `tune` and `sweep`, or of another experiment.
+        FailedRunError: a run failed; an InputError and a RuntimeError.
+    """
+    check_limit(limit)
+    trainable = as_trainable(train)
+    ledger = Ledger(storage, study, create=False)
+    if ledger.identity is None:
+        raise InputError(f"the study {study} of {ledger.shown} was not begun by tune or sweep; begin it by one of them")
+    first = here(slots(devices, workers)[0]).trial(Run("factored", 1, 1.0, 0), runs_directory(storage))
+    ledger.admit(trainable, first, {})
+    searches = Several([search_of(request) for request in ledger.requests])
+    run_search(trainable, searches, ledger, workers, devices, limit, study)
+    return len(ledger.finished)
+
+
+def target_of(storage: str | Path, study: str) -> str:
+    """What a study trains, as it is called on a command line.
+
+    Raises:
+        InputError: there is no such study, or it does not say.
+    """
+    ledger = Ledger(storage, study, create=False)
+    if TARGET not in ledger.attributes:
+        raise InputError(f"the study {study} of {ledger.shown} does not say what it trains; give EXPERIMENT or --cmd")
+    return str(ledger.attributes[TARGET])
+
+
+def _stored_rule(start: Any, rule: Rule) -> Rule:
+    """The rule under which runs are stored: the first that scales as this one does at the N of a start, if one is."""
+    if start is None:
+        return rule
+    return next(other for other in RULES if _scales(start.plan.under(other)) == _scales(start.plan.under(rule)))
 
 
 def _scales(plan: Any) -> object:

@@ -175,6 +175,41 @@ def test_tune_then_sweep_then_more_seeds_then_check(folder: Path, capsys: pytest
     )
 
 
+def test_a_sweep_of_which_a_run_fails_writes_the_table_of_the_others_and_who_joins_or_appends_makes_what_lacks(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(f"{NAME}.py").read_text()
+    Path(f"{NAME}.py").write_text(
+        text + "import os\nexperiment = tiny_experiment(os.environ.get('BROKEN') and 2, steps=6)\n"
+    )
+    grid = "--loops 1,2 --lrs 0.01,0.02 --seeds 3 --workers 1 --ledger runs.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BROKEN", "1")
+        assert run("sweep", f"{grid} -o results.csv") == 2
+    said = capsys.readouterr().err
+    assert "4 of 12 runs are missing" in said
+    assert "The 8 others are in results.csv; --append results.csv adds what lacks" in said
+    assert len(table()) == 8
+    assert main(["check", "runs.db"]) == 3
+    assert "4 of 12 runs that were asked for are not finished" in capsys.readouterr().out
+    sys.modules.pop(NAME)
+    assert main(["work", "--storage", "runs.db", "sweep", "--workers", "1"]) == 0
+    assert capsys.readouterr().out == "sweep: 12 runs are finished, and none is left to make\n"
+    assert run("sweep", f"{grid} --append results.csv") == 0
+    assert len(table()) == 12
+
+
+def test_who_joins_a_study_that_is_not_there_is_told_and_makes_none(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("sweep", "--loops 1 --lrs 0.01 --seeds 2 --workers 1 --ledger runs.db -o results.csv") == 0
+    assert main(["work", "--storage", "runs.db", "widths"]) == 2
+    assert "runs.db has no study 'widths'; it has 'sweep'" in capsys.readouterr().err
+    assert main(["work", "--storage", "none.db", "sweep"]) == 2
+    assert "there is no ledger" in capsys.readouterr().err
+    assert not Path("none.db").exists()
+
+
 def test_a_sweep_shows_mean_losses_and_marks_the_lowest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sweep", "--loops 1,2 --lrs 0.01,0.02,1e9 --seeds 2 --workers 1 -o results.csv") == 0
     said = capsys.readouterr().out.splitlines()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from looptransfer.trials.study import run_search
 
 from looptransfer.errors import InputError
 from looptransfer.trials import devices
@@ -11,7 +12,6 @@ from looptransfer.trials.devices import THREADS, VISIBLE, Slot, available_cores,
 from looptransfer.trials.function import Function
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import Grid
-from looptransfer.trials.study import run_search
 from tests import trainings
 
 RUNS = tuple(Run("factored", 2, 2.0**-8, seed) for seed in range(6))

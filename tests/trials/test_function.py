@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from looptransfer.trials.study import run_search
 
 import looptransfer as lt
 from looptransfer.errors import FailedRunError, InputError
 from looptransfer.trials.function import CHECKED, Function, as_trainable
 from looptransfer.trials.run import Outcome, Run, Trainable, Trial
 from looptransfer.trials.search import Grid
-from looptransfer.trials.study import run_search
 from tests import trainings
 from tests.experiments import tiny_experiment
 

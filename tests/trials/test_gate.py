@@ -27,7 +27,7 @@ def test_it_trains_at_half_once_and_twice_the_lr_with_the_seeds_of_the_baseline(
     ledger = tmp_path / "gate.db"
     told = gate(tiny_experiment(), STORED, seeds=4, ledger=ledger, workers=1)
     assert [finding.n for finding in told.findings] == [1, 4]
-    runs = read_results(f"{ledger}#gate")
+    runs = read_results(ledger)
     assert len(runs) == 24
     assert set(runs["seed"]) == {"0", "1", "2", "3"}
     assert sorted(runs.loc[runs["loops"] == 4, "lr"].unique()) == [2.0**-7, 2.0**-6, 2.0**-5]

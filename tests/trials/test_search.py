@@ -1,26 +1,23 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import LIMITS, Grid, ProxySearch, Search
 
 SEEDS = (0, 1, 2)
-NOTHING = pd.DataFrame(columns=[*COLUMNS, "last_loss"])
+NOTHING: dict[Run, float] = {}
 Loss = Callable[[Run], float]
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=20)
 
 
-def finished(runs: list[Run], loss: Loss) -> pd.DataFrame:
-    rows = [{"rule": r.rule, "loops": r.loops, "lr": r.lr, "seed": r.seed, "loss": loss(r)} for r in runs]
-    return pd.DataFrame(rows, columns=NOTHING.columns)
+def finished(runs: Iterable[Run], loss: Loss) -> dict[Run, float]:
+    return {run: loss(run) for run in runs}
 
 
 def make_all(search: Search, loss: Loss, made: list[Run] | None = None, order: int | None = None) -> list[Run]:
@@ -83,7 +80,8 @@ def test_what_is_finished_is_wanted_still_so_that_nothing_is_forgotten(cut: int)
     done = finished(whole[:cut], loss)
     wanted = search.wanted(done)
     assert set(whole[:cut]) <= set(wanted)
-    assert search.wanted(done.sample(frac=1, random_state=cut)) == wanted
+    shuffled = np.random.default_rng(cut).permutation(len(whole[:cut]))
+    assert search.wanted(finished((whole[place] for place in shuffled), loss)) == wanted
 
 
 def test_the_first_look_is_coarse_and_takes_one_seed() -> None:
@@ -138,8 +136,8 @@ def test_runs_of_other_loop_counts_and_rules_do_not_enter_the_search() -> None:
     others = [Run(rule, loops, run.lr, run.seed) for rule, loops in (("sqrt", 2), ("factored", 8)) for run in made]
     noise = finished(others, lambda run: math.log2(run.lr))
     done = finished(made, loss)
-    assert search.wanted(pd.concat([noise, done])) == search.wanted(done)
-    assert search.optimum(pd.concat([noise, done]), 0.9).log2_lr == search.optimum(done, 0.9).log2_lr
+    assert search.wanted(noise | done) == search.wanted(done)
+    assert search.optimum(noise | done, 0.9).log2_lr == search.optimum(done, 0.9).log2_lr
 
 
 def test_a_grid_wants_its_longest_runs_first() -> None:

@@ -8,12 +8,15 @@ import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
-from looptransfer.errors import InputError
+from looptransfer.errors import FailedRunError, InputError
+from looptransfer.transfer.check import check
 from looptransfer.transfer.optimum import Interval, Optimum
 from looptransfer.transfer.results import COLUMNS, tidy
+from looptransfer.transfer.sources import read_results
+from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
-from looptransfer.trials.sweep import OCTAVES, TunedLR, read_tuned, sweep, tune
-from tests.experiments import tiny_experiment
+from looptransfer.trials.sweep import OCTAVES, TunedLR, join, read_tuned, sweep, tune
+from tests.experiments import CHANGES, tiny_experiment
 
 SHORT: dict[str, Any] = {"steps": 6}
 LR = 2.0**-4
@@ -61,6 +64,97 @@ def test_runs_at_one_loop_are_made_once_for_all_rules_and_stand_under_each(tmp_p
     for control in ("sqrt", "unscaled"):
         assert (by_rule[control].loc[1] == by_rule["factored"].loc[1]).all()
         assert (by_rule[control].loc[2] != by_rule["factored"].loc[2]).all()
+
+
+def test_a_control_that_is_swept_later_takes_what_it_shares_from_the_ledger(tmp_path: Path) -> None:
+    swept(tmp_path, [1, 2])
+    before = made(tmp_path)
+    controls = swept(tmp_path, [1, 2], rules=("sqrt", "unscaled"), seeds=1)
+    assert set(made(tmp_path)) - set(before) == {run for run in runs_of(controls) if run.loops == 2}
+
+
+def test_the_ledger_the_table_and_the_frame_give_one_answer(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"octaves": (-3.0, -1.5, 0.0, 1.5, 3.0), "lrs": None}
+    frame = pd.concat(
+        [
+            swept(tmp_path, [1, 2, 4], seeds=3, **options),
+            swept(tmp_path, [1, 4], rules=("sqrt", "unscaled"), seeds=2, **options),
+        ]
+    )
+    tune(tiny_experiment(**SHORT), 1, seeds=2, ledger=tmp_path / "ledger.db", workers=1)  # is no part of the sweep
+    frame.to_csv(tmp_path / "results.csv", index=False)
+    sources = (frame, read_results(tmp_path / "ledger.db"), read_results(tmp_path / "results.csv"))
+    answers = [check(source).to_dict() for source in sources]
+    for answer in answers:
+        for rule in answer["rules"].values():
+            del rule["command"]  # which names the file that it would add to
+    assert set(answers[0]["rules"]) == {"factored", "sqrt", "unscaled"}
+    assert answers[1] == answers[0]
+    assert answers[2] == answers[0]
+
+
+def test_a_ledger_whose_sweep_is_not_finished_says_how_many_runs_are_missing(tmp_path: Path) -> None:
+    with pytest.raises(FailedRunError) as told:
+        sweep(
+            tiny_experiment(2, **SHORT),
+            [1, 2],
+            LR,
+            ("factored", "sqrt"),
+            3,
+            (-1.0, 0.0, 1.0),
+            tmp_path / "ledger.db",
+            workers=1,
+        )
+    assert told.value.finished is not None
+    runs = read_results(tmp_path / "ledger.db")
+    assert runs.attrs["left_out"] == "12 of 36 runs that were asked for are not finished"
+    pd.testing.assert_frame_equal(
+        tidy(told.value.finished)[["rule", "loops", "lr", "seed", "loss"]],
+        runs[["rule", "loops", "lr", "seed", "loss"]],
+        check_dtype=False,
+    )
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_ledger_is_refused_after_a_change_that_no_setting_says(tmp_path: Path, name: str) -> None:
+    swept(tmp_path, [2], seeds=1, octaves=(0.0,))
+    before = made(tmp_path)
+    for loops, seeds in (([2], 1), ([4], [7])):
+        with pytest.raises(InputError, match="holds another experiment"):
+            sweep(
+                tiny_experiment(**SHORT, **CHANGES[name]),
+                loops,
+                LR,
+                seeds=seeds,
+                octaves=(0.0,),
+                ledger=tmp_path / "ledger.db",
+                workers=1,
+            )
+    with pytest.raises(InputError, match="holds another experiment"):
+        tune(tiny_experiment(**SHORT, **CHANGES[name]), 1, seeds=2, ledger=tmp_path / "ledger.db", workers=1)
+    assert made(tmp_path) == before
+
+
+# -- join
+
+
+def test_who_joins_makes_what_was_asked_for_and_is_left(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.db"
+    with pytest.raises(FailedRunError):
+        sweep(tiny_experiment(2, **SHORT), [1, 2], LR, seeds=3, octaves=(0.0,), ledger=ledger, workers=1)
+    assert len(made(tmp_path)) == 4
+    assert join(tiny_experiment(**SHORT), ledger, "sweep", workers=1) == 6
+    assert join(tiny_experiment(**SHORT), ledger, "sweep", workers=1) == 6
+    assert len(made(tmp_path)) == 6
+
+
+def test_who_joins_with_another_experiment_is_refused(tmp_path: Path) -> None:
+    swept(tmp_path, [2], seeds=1, octaves=(0.0,))
+    with pytest.raises(InputError, match="holds another experiment"):
+        join(tiny_experiment(**SHORT, **CHANGES["another loss"]), tmp_path / "ledger.db", "sweep", workers=1)
+    Ledger(tmp_path / "ledger.db", "empty")
+    with pytest.raises(InputError, match="was not begun by tune or sweep"):
+        join(tiny_experiment(**SHORT), tmp_path / "ledger.db", "empty", workers=1)
 
 
 def test_rules_that_differ_at_one_loop_are_each_run_there(tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ from torch import nn
 from looptransfer.errors import FailedRunError, InputError
 from looptransfer.transfer.check import check
 from looptransfer.transfer.results import COLUMNS
-from looptransfer.trials import study
+from looptransfer.trials import ledger as ledger_module
+from looptransfer.trials import workers as workers_module
 from looptransfer.trials.devices import available_cores
+from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
-from looptransfer.trials.search import Grid, ProxySearch
-from looptransfer.trials.study import run_search
+from looptransfer.trials.search import Grid, ProxySearch, Search
 from looptransfer.trials.sweep import sweep
+from looptransfer.trials.workers import run_search
 from tests.experiments import PAUSE, LoopedMLP, tiny_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +40,11 @@ SWEEP_RUNS = 20
 # The settings stand outside the guard: spawned workers import the script, too.
 SWEEPER = f"""
 import sys
-from looptransfer.trials import study
+from looptransfer.trials import ledger
 from looptransfer.trials.sweep import sweep
 from tests.experiments import tiny_experiment
 
-study.HEARTBEAT, study.GRACE = 1, 4
+ledger.HEARTBEAT, ledger.GRACE = 1, 4
 if __name__ == "__main__":
     sweep(tiny_experiment(), ledger=sys.argv[1], workers=2, **{SWEEP!r}).to_pickle(sys.argv[2])
 """
@@ -51,7 +53,14 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="read
 
 
 def grid(experiment: Any, ledger: Path, runs: tuple[Run, ...] = RUNS, workers: int = 1) -> pd.DataFrame:
-    return run_search(experiment, Grid(runs), ledger, "grid", workers)
+    return searched(experiment, Grid(runs), ledger, workers)
+
+
+def searched(experiment: Any, search: Search, place: str | Path, workers: int = 1, **options: Any) -> pd.DataFrame:
+    ledger = Ledger(place)
+    ledger.admit(experiment.identity(), {})
+    run_search(experiment, search, ledger, workers, **options)
+    return pd.DataFrame(list(ledger.finished.values()), columns=[*COLUMNS, "last_loss"])
 
 
 def complete(ledger: Path, name: str = "sweep") -> dict[int, tuple[Run, float | None]]:
@@ -75,18 +84,18 @@ def test_every_run_is_made_once_and_comes_back_with_the_columns_of_the_results(t
 def test_a_second_call_makes_nothing_and_returns_the_same(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
     first = grid(tiny_experiment(), ledger)
-    started = complete(ledger, "grid")
+    started = complete(ledger)
     second = grid(tiny_experiment(), ledger)
     pd.testing.assert_frame_equal(second, first, check_exact=True)
-    assert complete(ledger, "grid") == started
+    assert complete(ledger) == started
 
 
 def test_a_larger_search_makes_only_what_is_missing(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
     grid(tiny_experiment(), ledger, RUNS[:3])
-    before = complete(ledger, "grid")
+    before = complete(ledger)
     grid(tiny_experiment(), ledger)
-    after = complete(ledger, "grid")
+    after = complete(ledger)
     assert len(before) == 3
     assert before.items() <= after.items()
     assert sorted(run for run, _ in after.values()) == sorted(RUNS)
@@ -99,12 +108,12 @@ def test_a_diverged_run_is_finished_with_infinite_loss_and_not_repeated(tmp_path
     assert done["diverged"].to_dict() == {1e4: True, 2.0**-4: False}
     assert done.loc[1e4, "steps"] < 30
     grid(tiny_experiment(), tmp_path / "ledger.db", runs)
-    assert len(complete(tmp_path / "ledger.db", "grid")) == 2
+    assert len(complete(tmp_path / "ledger.db")) == 2
 
 
 def test_the_ledger_is_a_study_whose_trials_have_the_coordinates_as_parameters(tmp_path: Path) -> None:
     grid(tiny_experiment(), tmp_path / "ledger.db")
-    stored = optuna.load_study(study_name="grid", storage=f"sqlite:///{tmp_path / 'ledger.db'}")
+    stored = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'ledger.db'}")
     parameters = [Run(**trial.params) for trial in stored.get_trials(states=(TrialState.COMPLETE,))]
     assert sorted(parameters) == sorted(RUNS)
 
@@ -126,8 +135,8 @@ def test_the_folder_of_the_ledger_is_made(tmp_path: Path) -> None:
 
 def test_a_storage_url_is_taken_as_it_is(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'by-url.db'}"
-    assert len(run_search(tiny_experiment(), Grid(RUNS[:1]), url, "grid", 1)) == 1
-    assert len(complete(tmp_path / "by-url.db", "grid")) == 1
+    assert len(searched(tiny_experiment(), Grid(RUNS[:1]), url)) == 1
+    assert len(complete(tmp_path / "by-url.db")) == 1
 
 
 @pytest.mark.parametrize("workers", [0, -2])
@@ -168,7 +177,7 @@ def test_a_ledger_of_another_experiment_is_refused_by_what_differs(
         grid(tiny_experiment(**(ours | change)), ledger)
     assert f"holds another experiment ({said})" in str(raised.value)
     assert "choose another ledger" in str(raised.value)
-    assert len(complete(ledger, "grid")) == 1
+    assert len(complete(ledger)) == 1
 
 
 def test_a_ledger_that_is_a_folder_is_refused(tmp_path: Path) -> None:
@@ -193,19 +202,19 @@ def test_a_ledger_that_is_no_sqlite_file_is_refused_and_left_as_it_is(tmp_path: 
 def test_a_run_claimed_by_a_process_that_died_is_made_after_the_grace_period(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "GRACE", 1)
+    monkeypatch.setattr(ledger_module, "GRACE", 1)
     ledger = tmp_path / "ledger.db"
     grid(tiny_experiment(), ledger, RUNS[:1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         storage = optuna.storages.RDBStorage(f"sqlite:///{ledger}", heartbeat_interval=1, grace_period=1)
-        dead = optuna.load_study(study_name="grid", storage=storage).ask()
+        dead = optuna.load_study(study_name="sweep", storage=storage).ask()
     storage.record_heartbeat(dead._trial_id)
     dead.set_user_attr("run", vars(RUNS[1]))
     started = time.monotonic()
     grid(tiny_experiment(), ledger, RUNS[:3])
-    assert sorted(run for run, _ in complete(ledger, "grid").values()) == sorted(RUNS[:3])
-    assert dead.number not in complete(ledger, "grid")
+    assert sorted(run for run, _ in complete(ledger).values()) == sorted(RUNS[:3])
+    assert dead.number not in complete(ledger)
     assert time.monotonic() - started > 0.5
 
 
@@ -223,8 +232,8 @@ def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again_by_the_next
             r"seed 2: batches\(2\) fails: ArithmeticError: no second batch for seed 2 \(.*experiments.py, line \d+",
             str(told.value),
         )
-        assert sorted(run.seed for run, _ in complete(ledger, "grid").values()) == [0, 1, 3]
-        stored = optuna.load_study(study_name="grid", storage=f"sqlite:///{ledger}")
+        assert sorted(run.seed for run, _ in complete(ledger).values()) == [0, 1, 3]
+        stored = optuna.load_study(study_name="sweep", storage=f"sqlite:///{ledger}")
         assert len(stored.get_trials(states=(TrialState.FAIL,))) == calls
     assert len(grid(tiny_experiment(), ledger, runs)) == 4
 
@@ -242,13 +251,13 @@ def test_a_loop_count_of_which_every_run_fails_is_given_up_and_the_others_are_ma
     with pytest.raises(FailedRunError, match=r"6 of 12 runs are missing.* 2 failed and 4 more .* OutOfMemoryError"):
         grid(tiny_experiment(make_model=make_model, steps=2), tmp_path / "ledger.db", runs)
     assert tried.count(8) == 2
-    assert {run.loops for run, _ in complete(tmp_path / "ledger.db", "grid").values()} == {1}
-    assert len(complete(tmp_path / "ledger.db", "grid")) == 6
+    assert {run.loops for run, _ in complete(tmp_path / "ledger.db").values()} == {1}
+    assert len(complete(tmp_path / "ledger.db")) == 6
 
 
 def test_a_tuning_of_which_a_run_fails_says_so_and_ends(tmp_path: Path) -> None:
     with pytest.raises(FailedRunError, match="seed 0: batches"):
-        run_search(tiny_experiment(failing_seed=0), ProxySearch(1, (0, 1)), tmp_path / "ledger.db", "tune", 1)
+        searched(tiny_experiment(failing_seed=0), ProxySearch(1, (0, 1)), tmp_path / "ledger.db")
 
 
 # -- with worker processes
@@ -274,14 +283,55 @@ def test_a_run_that_fails_in_a_worker_leaves_the_others_alone_and_is_made_by_the
     monkeypatch.setenv(PAUSE, "0.6")
     with pytest.raises(FailedRunError, match=r"1 of 7 runs are missing.* seed 2: batches\(2\) fails: Arithmetic"):
         grid(tiny_experiment(failing_seed=2), ledger, runs, workers=2)
-    before = complete(ledger, "grid")
+    before = complete(ledger)
     assert before
     monkeypatch.setenv(PAUSE, "0")
-    monkeypatch.setattr(study, "GRACE", 1)
+    monkeypatch.setattr(ledger_module, "GRACE", 1)
     grid(tiny_experiment(), ledger, runs)
-    after = complete(ledger, "grid")
+    after = complete(ledger)
     assert before.items() <= after.items()
     assert sorted(run for run, _ in after.values()) == sorted(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failure", "cause"),
+    [
+        ("hangs", "it took longer than the limit of 12 s"),
+        ("ends its process", "its worker process ended with exit status 7: the experiment, or a library that it uses"),
+        ("is killed", r"its worker process was killed .* 3 times \(exit status -9\); try fewer workers"),
+    ],
+)
+def test_a_run_that_takes_its_worker_with_it_is_told_by_its_cause_and_the_others_are_made(
+    tmp_path: Path, failure: str, cause: str
+) -> None:
+    ledger, runs = tmp_path / "ledger.db", tuple(Run("factored", 1, 2.0**-4, seed) for seed in range(4))
+    limit = 12 if failure == "hangs" else None
+    with pytest.raises(FailedRunError, match=rf"1 of 4 runs are missing.* 1 failed; .* seed 1: {cause}"):
+        searched(tiny_experiment(1, failure), Grid(runs), ledger, workers=2, limit=limit)
+    assert sorted(run.seed for run, _ in complete(ledger).values()) == [0, 2, 3]
+    assert len(grid(tiny_experiment(), ledger, runs)) == 4
+
+
+def test_a_time_limit_below_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the time limit is -1; give seconds above 0"):
+        searched(tiny_experiment(), Grid(RUNS), tmp_path / "ledger.db", limit=-1)
+
+
+def test_a_run_that_takes_many_times_the_median_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid(tiny_experiment(steps=2), tmp_path / "ledger.db", RUNS[:1])
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.claim(RUNS[1])
+    capsys.readouterr()
+    workers_module._tell_slow(ledger)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(workers_module, "NEVER_SLOW", 0.0)
+    monkeypatch.setattr(workers_module, "SLOW", 0)
+    for told in (1, 0):
+        workers_module._tell_slow(ledger)
+        assert capsys.readouterr().err.count("times what others of its N take") == told
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,59 @@
+"""Is a ledger of this experiment? By what the experiment says of itself, and by what the start of a training shows."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from looptransfer.errors import InputError
+
+ENVIRONMENT = ("torch", "looptransfer", "machine")  # may differ where a training starts the same
+NOISE = 1e-4  # relative, of numbers that other machines and devices round otherwise
+
+
+def check_identity(shown: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Compare what the experiment of a ledger says of itself with what this one says; return what is worth telling.
+
+    Raises:
+        InputError: they differ in more than versions and machine.
+    """
+    differing = sorted(key for key in stored.keys() | given.keys() if stored.get(key) != given.get(key))
+    told = [f"{key} {stored.get(key)} there, {given.get(key)} here" for key in differing if key in ENVIRONMENT]
+    _refuse(
+        shown,
+        [f"{key}: {stored.get(key)!r} there, {given.get(key)!r} here" for key in differing if key not in ENVIRONMENT],
+    )
+    return told
+
+
+def check_probe(shown: str, moment: str, stored: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
+    """Compare two probes of one start, as `Start.probe` has them; return what is worth telling.
+
+    Args:
+        shown: the ledger.
+        moment: the start, such as "N = 2".
+        stored, measured: the probes.
+
+    Raises:
+        InputError: they differ by more than rounding.
+    """
+    noise, refused = [], []
+    for name in sorted(stored.keys() & measured.keys()):
+        there, here = stored[name], measured[name]
+        numbers = isinstance(there, float) and isinstance(here, float)
+        if there == here or (numbers and math.isnan(there) and math.isnan(here)):
+            continue
+        if numbers and math.isclose(there, here, rel_tol=NOISE):
+            noise.append(f"{name} at {moment} by {abs(there / here - 1):.1g}")
+        else:
+            values = f": {there:.6g} there, {here:.6g} here" if numbers else ""
+            refused.append(f"{name} at {moment}{values}")
+    _refuse(shown, refused)
+    return noise
+
+
+def _refuse(shown: str, differing: list[str]) -> None:
+    if differing:
+        raise InputError(
+            f"the ledger {shown} holds another experiment ({', '.join(differing)}); choose another ledger or remove "
+            "this one"
+        )
