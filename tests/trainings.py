@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from looptransfer.trials.devices import THREADS, VISIBLE
+from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Trial
 
 SEEN = "LOOPTRANSFER_TEST_SEEN"  # environment: a folder in which `placed` writes what it was given
 DRIFT = {"factored": 0.0, "sqrt": 0.5, "unscaled": 1.0}
+
+
+def new_ledger(place: str | Path) -> Ledger:
+    ledger = Ledger(place)
+    ledger.admit({"name": "a function"}, {})
+    return ledger
 
 
 def loss_of(trial: Trial) -> float:

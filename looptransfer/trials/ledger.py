@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,7 @@ from looptransfer.transfer.studies import (
     trials_of,
 )
 from looptransfer.trials.identity import check_identity, check_probe
-from looptransfer.trials.run import Outcome, Run, Trainable, Trial
+from looptransfer.trials.run import Outcome, Run
 
 HEARTBEAT, GRACE = 5.0, 30.0  # seconds between signs of life, and without one until a run is open again
 LOOK = 2.0  # seconds that one look at a count that stands still is worth, at most: the observer may have slept
@@ -221,21 +221,24 @@ class Ledger:
     # -- whose it is
 
     def admit(
-        self, trainable: Trainable, first: Trial, probes: Mapping[int, Mapping[str, Any]], target: str | None = None
+        self,
+        identity: Mapping[str, Any],
+        probes: Mapping[Run, Mapping[str, Any]],
+        probe: Callable[[Run], Mapping[str, Any]] | None = None,
+        target: str | None = None,
     ) -> None:
         """See that the study is of this training, measured by how it starts; a new study becomes it.
 
         Args:
-            trainable: what is trained.
-            first: the run whose starts `probes` holds, by N; and where a further one can be made, for when the ledger
-                knows none of those.
-            probes: as `Trainable.probe`.
+            identity: what the training says of itself, JSON values.
+            probes: how runs were seen to start, as `Trainable.probe` has it; their LR is no matter.
+            probe: starts a run, for when the ledger knows none of those.
             target: what is trained as it is called on a command line, for workers that join.
 
         Raises:
             InputError: it is of another.
         """
-        given = json.loads(json.dumps(trainable.identity()))
+        given = json.loads(json.dumps(identity))
         self._reread()  # another process may have begun it meanwhile
         if self.identity is None:
             if self._read >= 0:
@@ -249,10 +252,10 @@ class Ledger:
         assert self.identity is not None
         remarks = check_identity(self.shown, self.identity, given)
         stored = {key: value for key, value in self.attributes.items() if key.startswith(PROBE)}
-        measured = {_probe_key(replace(first, loops=count)): dict(values) for count, values in probes.items()}
-        if stored and not stored.keys() & measured.keys():
+        measured = {_probe_key(run): dict(values) for run, values in probes.items()}
+        if probe is not None and stored and not stored.keys() & measured.keys():
             key = min(stored)
-            measured[key] = dict(trainable.probe(replace(first, **json.loads(key.removeprefix(PROBE)))))
+            measured[key] = dict(probe(Run(**json.loads(key.removeprefix(PROBE)), lr=1.0)))
         for key, values in measured.items():
             if key in stored:
                 moment = f"N = {json.loads(key.removeprefix(PROBE))['loops']}"

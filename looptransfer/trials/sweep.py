@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from looptransfer.rules import RULES, Rule, check_rule
 from looptransfer.transfer.optimum import Optimum
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.studies import asked, expanded
-from looptransfer.trials.devices import here, slots
+from looptransfer.trials.devices import Slot, here, slots
 from looptransfer.trials.function import as_trainable
 from looptransfer.trials.ledger import TARGET, Ledger, runs_directory
 from looptransfer.trials.run import Run, Trainable
@@ -248,8 +248,13 @@ def open_ledger(
     first = slot.trial(Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0]), runs_directory(place))
     starts = trainable.check(first, loops, seeds, rules)
     ledger = Ledger(place)
-    ledger.admit(trainable, first, {count: start.probe() for count, start in starts.items()}, target)
+    probes = {Run(first.rule, count, first.lr, first.seed): start.probe() for count, start in starts.items()}
+    ledger.admit(trainable.identity(), probes, _prober(trainable, slot, place), target)
     return ledger, starts
+
+
+def _prober(trainable: Trainable, slot: Slot, place: str | Path) -> Callable[[Run], Mapping[str, Any]]:
+    return lambda run: trainable.probe(slot.trial(run, runs_directory(place)))
 
 
 def join(
@@ -278,8 +283,7 @@ def join(
     ledger = Ledger(storage, study, create=False)
     if ledger.identity is None:
         raise InputError(f"the study {study} of {ledger.shown} was not begun by tune or sweep; begin it by one of them")
-    first = here(slots(devices, workers)[0]).trial(Run("factored", 1, 1.0, 0), runs_directory(storage))
-    ledger.admit(trainable, first, {})
+    ledger.admit(trainable.identity(), {}, _prober(trainable, here(slots(devices, workers)[0]), storage))
     searches = Several([search_of(request) for request in ledger.requests])
     run_search(trainable, searches, ledger, workers, devices, limit, study)
     return len(ledger.finished)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from looptransfer.trials.study import run_search
 
 from looptransfer.errors import InputError
 from looptransfer.trials import devices
@@ -12,7 +11,9 @@ from looptransfer.trials.devices import THREADS, VISIBLE, Slot, available_cores,
 from looptransfer.trials.function import Function
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import Grid
+from looptransfer.trials.workers import run_search
 from tests import trainings
+from tests.trainings import new_ledger
 
 RUNS = tuple(Run("factored", 2, 2.0**-8, seed) for seed in range(6))
 
@@ -143,7 +144,7 @@ def test_worker_processes_see_their_own_devices_alone(
 ) -> None:
     monkeypatch.setenv(trainings.SEEN, str(tmp_path))
     before = dict(os.environ)
-    run_search(Function(trainings.placed), Grid(RUNS), tmp_path / "l.db", "grid", workers=2, devices=given)
+    run_search(Function(trainings.placed), Grid(RUNS), new_ledger(tmp_path / "l.db"), workers=2, devices=given)
     seen = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert len(seen) == len(RUNS)
     assert {(record["device"], record[VISIBLE]) for record in seen} == places

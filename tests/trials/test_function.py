@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from looptransfer.trials.study import run_search
 
 import looptransfer as lt
 from looptransfer.errors import FailedRunError, InputError
 from looptransfer.trials.function import CHECKED, Function, as_trainable
 from looptransfer.trials.run import Outcome, Run, Trainable, Trial
 from looptransfer.trials.search import Grid
+from looptransfer.trials.workers import run_search
 from tests import trainings
 from tests.experiments import tiny_experiment
+from tests.trainings import new_ledger
 
 LR = 2.0**-8
 
@@ -238,11 +239,13 @@ def test_a_run_that_is_made_again_finds_its_directory(tmp_path: Path) -> None:
         return float(half.read_text())
 
     def searched() -> Any:
-        return run_search(Function(resuming), Grid((Run("factored", 2, LR, 0),)), tmp_path / "l.db", "grid", workers=1)
+        ledger, run = new_ledger(tmp_path / "l.db"), Run("factored", 2, LR, 0)
+        run_search(Function(resuming), Grid([run]), ledger, workers=1)
+        return ledger.losses[run]
 
     with pytest.raises(FailedRunError, match="in the middle"):
         searched()
-    assert list(searched()["loss"]) == [trainings.loss_of(trial(tmp_path))]
+    assert searched() == trainings.loss_of(trial(tmp_path))
 
 
 def test_a_new_ledger_takes_nothing_from_the_directories_of_an_old_one(tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_a_new_ledger_takes_nothing_from_the_directories_of_an_old_one(tmp_path:
         return 2.0
 
     for _ in range(2):
-        run_search(Function(train), Grid((Run("factored", 2, LR, 0),)), ledger, "grid", workers=1)
+        run_search(Function(train), Grid([Run("factored", 2, LR, 0)]), new_ledger(ledger), workers=1)
         ledger.unlink()
     assert seen[0] != seen[1]
     assert seen[0].parts[:-2] == seen[1].parts[:-2] == (tmp_path / "l.runs").parts

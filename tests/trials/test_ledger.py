@@ -341,7 +341,7 @@ def test_a_probe_of_other_coordinates_is_made_again_at_those_that_are_known(plac
 
     with pytest.raises(InputError, match="the first batches at N = 2"):
         Ledger(place).admit(IDENTITY, {other: PROBE}, probe)
-    assert asked == [known]
+    assert [(run.rule, run.loops, run.seed) for run in asked] == [("factored", 2, 0)]
 
 
 def test_other_versions_and_machines_are_told_where_trainings_start_the_same(
