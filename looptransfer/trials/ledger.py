@@ -194,9 +194,8 @@ class Ledger:
                 return call()
             except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
                 cause = _cause(error)
-                if not isinstance(cause, (*PASSING, *also)) and not (
-                    self._is_journal() and isinstance(cause, ValueError)
-                ):
+                torn = self._is_journal() and isinstance(cause, ValueError)  # a line that is being written
+                if isinstance(cause, InputError) or not (torn or isinstance(cause, (*PASSING, *also))):
                     raise
                 why = without_secrets(str(getattr(cause, "orig", cause)), self.url).strip().partition("\n")[0]
                 left = end - time.monotonic()

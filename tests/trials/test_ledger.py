@@ -360,3 +360,9 @@ def test_requests_of_several_calls_are_kept_once_each_and_in_their_order(place: 
     for request in (*requests, requests[0]):
         ledger_at(place).ask(request)
     assert ledger_at(place).requests == requests
+
+
+def test_a_study_that_is_not_there_is_told_at_once(place: str) -> None:
+    ledger_at(place)
+    with pytest.raises(InputError, match="has no study 'others'; it has 'sweep'"):
+        Ledger(place, "others", create=False)

@@ -1,9 +1,11 @@
 import json
 import math
+import os
 import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -26,7 +28,7 @@ from looptransfer.trials.training import CHECKPOINT, HOPELESS, Training
 from tests.experiments import BATCH, FEATURES, LoopedMLP, TinyTask, squared_error, tiny_experiment
 
 LR = 2.0**-5
-NOWHERE = Path("/there/is/none")  # a run of less than a minute writes nothing
+NOWHERE = Path(tempfile.gettempdir(), f"looptransfer-{os.getpid()}")  # of this process: others test beside it
 Rules = Literal["factored", "sqrt", "unscaled"]
 
 
