@@ -301,7 +301,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", lt.ScalingWarning)
-    scale = Scale(ReferenceSize(steps=1200), seeds=(0, 1, 2, 3), lrs=tuple(2.0**-x for x in (8, 7, 6, 5)))
+    scale = Scale(ReferenceSize(steps=1200), seeds=(0, 1, 2, 3), lrs=tuple(2.0**-x for x in (10, 9, 8, 7, 6, 5)))
     started = time.monotonic()
     measure(scale, out)
     report(scale, out, time.monotonic() - started)
