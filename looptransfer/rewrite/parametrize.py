@@ -11,12 +11,14 @@ from torch import nn
 from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.analysis import Analysis, analyse
 from looptransfer.rewrite.caveats import renewed
+from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
 from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
-from looptransfer.rewrite.planner import counts, make_plan
+from looptransfer.rewrite.planner import counts, fullest, make_plan
 from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import ExampleInputs
+from looptransfer.rewrite.roles import roles_of
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
@@ -162,11 +164,23 @@ def rescale(
             "at its loop count the model has other branches than before "
             f"({', '.join(sorted(map(str, handles ^ live))[:4])}); parametrize a fresh model at that count"
         )
-    inside = {name for branch in plan.branches for name in branch.parameters}
+    analysis = fullest(draws)
+    members = _members(plan, analysis)
+    inside = frozenset[str]().union(*members.values())
     new = plan.with_counts(visits, {name: times for name, times in uses.items() if name not in inside})
-    new = replace(new, caveats=renewed(plan.caveats, new.branches))
+    branches = tuple(replace(b, parameters=tuple(sorted(members[b.handle]))) for b in new.branches)
+    roles, caveats = roles_of(inner, analysis), renewed(plan.caveats, branches)
+    new = replace(new, branches=branches, roles=roles, caveats=caveats)
     _attach(inner, new)
     return new
+
+
+def _members(plan: ScalingPlan, analysis: Analysis) -> dict[Handle, frozenset[str]]:
+    """The parameters of every branch: those that it had, and those of visits that it did not have before."""
+    before = {branch.handle: frozenset(branch.parameters) for branch in plan.branches}
+    for group in analysis.groups:
+        group.parameters |= before[group.handle]
+    return before | {group.handle: group.parameters for group in analysis.groups}
 
 
 def fold(model: nn.Module) -> None:
