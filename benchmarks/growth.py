@@ -11,6 +11,7 @@ finished runs are kept in curves.csv and not repeated. About 20 minutes on one c
 
 import argparse
 import csv
+import json
 import sys
 import time
 import warnings
@@ -238,7 +239,7 @@ def gap(first: pd.DataFrame, second: pd.DataFrame) -> str:
 
 def paired(losses: pd.Series, others: pd.Series) -> str:
     interval = t_interval(losses - others, 0.90)
-    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+    return f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
 def saving(by_arm: dict[str, pd.DataFrame], name: str) -> str:
@@ -260,7 +261,7 @@ def answer(by_arm: dict[str, pd.DataFrame]) -> str:
     cheap = f"{share:.0%} of the FLOPs, {'at most' if share <= 2 / 3 else 'more than'} the two thirds"
     if interval.low <= 0 <= interval.high:
         return f"Within noise of 8 throughout (the interval holds 0), at {cheap}."
-    worse = "worse" if interval.value > 0 else "better"
+    worse = "worse" if interval.estimate > 0 else "better"
     return f"**Not within noise**: {worse} than 8 throughout (the interval holds no 0), at {cheap}."
 
 
@@ -302,9 +303,12 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", lt.ScalingWarning)
     scale = Scale(ReferenceSize(steps=1200), seeds=(0, 1, 2, 3), lrs=tuple(2.0**-x for x in (10, 9, 8, 7, 6, 5)))
-    started = time.monotonic()
+    clock, started = out / "run.json", time.monotonic()
+    before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0
     measure(scale, out)
-    report(scale, out, time.monotonic() - started)
+    seconds = before + time.monotonic() - started  # of all calls that it took
+    clock.write_text(json.dumps({"seconds": round(seconds, 1)}) + "\n")
+    report(scale, out, seconds)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from looptransfer.audit import rescale as rescale
+    from looptransfer.audit import verify as verify
     from looptransfer.coordcheck.result import CoordCheck as CoordCheck
     from looptransfer.coordcheck.run import coord_check as coord_check
     from looptransfer.errors import InputError as InputError
@@ -20,9 +22,7 @@ if TYPE_CHECKING:
     from looptransfer.rewrite.parametrize import fold as fold
     from looptransfer.rewrite.parametrize import parametrize as parametrize
     from looptransfer.rewrite.parametrize import remove as remove
-    from looptransfer.rewrite.parametrize import rescale as rescale
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
-    from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
     from looptransfer.transfer.baseline import Baseline as Baseline
     from looptransfer.transfer.check import check as check
@@ -56,12 +56,12 @@ _HOMES = {
     "read_results": "transfer.sources",
     "reference_experiment": "reference.experiment",
     "remove": "rewrite.parametrize",
-    "rescale": "rewrite.parametrize",
+    "rescale": "audit",
     "residual": "rewrite.marker",
     "residual_multiplier": "rules",
     "sweep": "trials.sweep",
     "tune": "trials.sweep",
-    "verify": "rewrite.verify",
+    "verify": "audit",
     "write_html": "report.page",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -128,25 +128,10 @@ def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
     _attach(model, plan)
 
 
-def rescale(
+def rescale_model(
     model: nn.Module, example_inputs: ExampleInputs | None = None, *, loops: float | None = None
 ) -> ScalingPlan:
-    """Recompute the multipliers in place for the loop count that `model` has now, and return the new plan.
-
-    Needed where N changes in training. Set the loop count on the model first: its branches are traced and counted anew,
-    so that a layer outside the loop, or one that is used twice a loop, gets what a fresh model would get; the way from
-    and to one loop is open. What acts on the stream is counted too (`plan.on_stream`); make the groups anew, or set the
-    LRs. Without a call the multipliers stay as they were trained, which public evidence favours where loops are added
-    only at inference.
-
-    Args:
-        model: rewritten by `parametrize`; it may be wrapped or compiled.
-        example_inputs: as for `parametrize`.
-        loops: the new mean, where the loop count is drawn afresh in every forward.
-
-    Raises:
-        InputError: the model was not rewritten, no example inputs are given, or it has other branches at this N.
-    """
+    """Recompute the multipliers for the loop count that a model has now; see `audit.rescale`."""
     inner, plan = planned(model)
     if example_inputs is None or isinstance(example_inputs, (int, float)):
         raise InputError(
@@ -171,8 +156,23 @@ def rescale(
     branches = tuple(replace(b, parameters=tuple(sorted(members[b.handle]))) for b in new.branches)
     roles, caveats = roles_of(inner, analysis), renewed(plan.caveats, branches)
     new = replace(new, branches=branches, roles=roles, caveats=caveats)
+    _check_ranks(model, new)
     _attach(inner, new)
     return new
+
+
+def _check_ranks(model: nn.Module, plan: ScalingPlan) -> None:
+    """Refuse plans that differ between the ranks of a DDP model, on all of them; the ranks switch together."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return
+    counts: list[Any] = [None] * torch.distributed.get_world_size(model.process_group)
+    visits = {str(branch.handle): branch.visits for branch in plan.branches} | plan.on_stream
+    torch.distributed.all_gather_object(counts, visits, group=model.process_group)
+    odd = [str(rank) for rank, others in enumerate(counts) if others != counts[0]]
+    if odd:
+        raise InputError(
+            f"the loop counts of rank 0 and rank {', '.join(odd)} differ; set the same on all before rescale"
+        )
 
 
 def _members(plan: ScalingPlan, analysis: Analysis) -> dict[Handle, frozenset[str]]:

@@ -14,7 +14,7 @@ from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 Role = Literal["branch matrix", "branch vector", "per-visit part", "on stream", "embedding", "head", "outside"]
 ROLES: tuple[Role, ...] = get_args(Role)
 PLAN = "_looptransfer_plan"  # the attribute of a rewritten model
