@@ -1,3 +1,4 @@
+import runpy
 import shutil
 from pathlib import Path
 
@@ -54,3 +55,13 @@ def test_the_workflow_runs_what_is_there() -> None:
     assert "pytest test_lr_transfer.py -k bracketed" in workflow
     assert "looptransfer check results.csv --tolerance 0.4 --baseline lr-optima.json --markdown" in workflow
     assert "def test_the_stored_optima_are_still_bracketed" in (CI / "test_lr_transfer.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_muon_and_adamw_learn_with_groups_that_pass_the_audit(capsys: pytest.CaptureFixture[str]) -> None:
+    train = runpy.run_path(str(ROOT / "examples" / "muon" / "train.py"))["train"]
+    losses = train(steps=40, loops=3)
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+    table = capsys.readouterr().out
+    assert "blocks.0.attention.qkv.weight  branch matrix  muon" in table
+    assert "loop_norm.weight               on stream      adamw      0.3333" in table
