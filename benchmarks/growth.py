@@ -3,7 +3,7 @@
     python benchmarks/growth.py
 
 The reference model and corpus (2 layers, width 32, bytes), AdamW, warm-up – stable – linear decay. The LR is chosen at
-N = 1 on seeds of its own and used everywhere. When N grows, `rescale` changes ε in the live model; the optimizer goes on.
+N = 1 on seeds of its own and used everywhere. When N grows, `rescale` changes ε in the live model.
 Arms share initialisation and data by seed. Beside "8 throughout" stand the same with fewer steps, so that FLOPs can be
 compared with both runs decayed to the end. FLOPs of a step are counted by torch at every N. Writes reports/growth/;
 finished runs are kept in curves.csv and not repeated. About 20 minutes on one core.
@@ -101,14 +101,8 @@ def train(scale: Scale, name: str, arm: Arm, seed: int, lr: float) -> Iterator[d
         optimizer.zero_grad()
         flops += cost[loops]
         if (step + 1) % every == 0 or step + 1 == steps:
-            yield dict(
-                zip(
-                    COLUMNS,
-                    [name, seed, lr, step + 1, loops, (step + 1) * size.batch * size.sequence, flops]
-                    + [loss_of(model, held_out)],
-                    strict=True,
-                )
-            )
+            tokens, loss = (step + 1) * size.batch * size.sequence, loss_of(model, held_out)
+            yield dict(zip(COLUMNS, [name, seed, lr, step + 1, loops, tokens, flops, loss], strict=True))
 
 
 def loss_of(model: nn.Module, held_out: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -186,11 +180,14 @@ def report(scale: Scale, out: Path, seconds: float) -> None:
 def draw(runs: pd.DataFrame) -> Figure:
     """Held-out loss against tokens and against FLOPs, mean over seeds with their range."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axis, x, label in zip(figure.subplots(1, 2, sharey=True), ("tokens", "flops"), ("tokens", "FLOPs"), strict=True):
+    for axis, x, label in zip(
+        figure.subplots(1, 2, sharey=True), ("tokens", "flops"), ("tokens", "FLOPs"), strict=True
+    ):
         for name in ARMS:
             of_arm = runs[runs["arm"] == name].groupby("step").agg({x: "mean", "loss": ["mean", "min", "max"]})
-            axis.fill_between(of_arm[x, "mean"], of_arm["loss", "min"], of_arm["loss", "max"], color=COLOURS[name], alpha=0.2)
-            axis.plot(of_arm[x, "mean"], of_arm["loss", "mean"], color=COLOURS[name], label=name)
+            along, loss, colour = of_arm[x, "mean"], of_arm["loss"], COLOURS[name]
+            axis.fill_between(along, loss["min"], loss["max"], color=colour, alpha=0.2)
+            axis.plot(along, loss["mean"], color=colour, label=name)
         axis.set(xlabel=label, xscale="log")
         axis.grid(alpha=0.25)
     lowest = runs["loss"].min()
@@ -208,8 +205,8 @@ def words(scale: Scale, table: pd.DataFrame, ends: pd.DataFrame, lr: float, seco
     for name, arm in by_arm.items():
         share = arm["flops"].mean() / full["flops"].mean()
         lines.append(
-            f"| {name} | {arm['tokens'].iloc[0]:,} | {arm['flops'].iloc[0]:.3g} | {share:.0%} | {arm['loss'].mean():.4f} "
-            f"| {'' if name == REFERENCE else paired(arm['loss'], full['loss'])} |"
+            f"| {name} | {arm['tokens'].iloc[0]:,} | {arm['flops'].iloc[0]:.3g} | {share:.0%} "
+            f"| {arm['loss'].mean():.4f} | {'' if name == REFERENCE else paired(arm['loss'], full['loss'])} |"
         )
     equal = [
         f"- {grown} against {fixed} (equal FLOPs to {gap(by_arm[grown], by_arm[fixed])}): "
@@ -250,7 +247,8 @@ def saving(by_arm: dict[str, pd.DataFrame], name: str) -> str:
     if not losses[0] <= loss <= losses[-1]:
         return f"its loss, {loss:.4f}, is outside those of the N = 8 runs ({losses[0]:.4f} to {losses[-1]:.4f})"
     needed = float(np.exp(np.interp(loss, losses, flops)))
-    return f"N = 8 throughout needs {needed:.3g} FLOPs for its loss; it took {by_arm[name]['flops'].mean() / needed:.0%} of that"
+    share = by_arm[name]["flops"].mean() / needed
+    return f"N = 8 throughout needs {needed:.3g} FLOPs for its loss; it took {share:.0%} of that"
 
 
 def answer(by_arm: dict[str, pd.DataFrame]) -> str:
@@ -268,13 +266,14 @@ def answer(by_arm: dict[str, pd.DataFrame]) -> str:
 TEXT = """\
 # Growing the loop count in training
 
-`python benchmarks/growth.py`: {versions}; seeds {seeds}, LR chosen on seeds {tuning_seeds}; trainings took {seconds}
-on one core.
+`python benchmarks/growth.py`: {versions}; seeds {seeds}, LR chosen on seeds
+{tuning_seeds}; trainings took {seconds} on one core.
 
-{size}, AdamW, weight decay 0.1, warm-up over 5 % of the steps, linear decay to zero over the last 20 %; held-out loss in
-nats a byte. "grown" loops 1, 2, 4, 8 times from 0, 15, 30 and 55 % of the steps on, "grown late" from 0, 25, 50 and 75 %.
-One LR, {lr}, the best at N = 1 (mean loss by LR: {tuned}). FLOPs are of forward and backward, counted by
-`torch.utils.flop_counter` at every N. Intervals: 90 % t over seeds.
+{size}, AdamW, weight
+decay 0.1, warm-up over 5 % of the steps, linear decay to zero over the last 20 %; held-out loss in nats a byte. "grown"
+loops 1, 2, 4, 8 times from 0, 15, 30 and 55 % of the steps on, "grown late" from 0, 25, 50 and 75 %. One LR, {lr}, the
+best at N = 1 (mean loss by LR: {tuned}).
+FLOPs are of forward and backward, counted by `torch.utils.flop_counter` at every N. Intervals: 90 % t over seeds.
 
 {answer}
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from looptransfer.errors import PairingWarning as PairingWarning
     from looptransfer.errors import ScalingWarning as ScalingWarning
     from looptransfer.errors import VerificationError as VerificationError
-    from looptransfer.explain import Explanation as Explanation
-    from looptransfer.explain import explain as explain
+    from looptransfer.explanation import Explanation as Explanation
+    from looptransfer.explanation import explain as explain
     from looptransfer.optim import param_groups as param_groups
     from looptransfer.optim import set_lr as set_lr
     from looptransfer.reference.experiment import reference_experiment as reference_experiment
@@ -40,7 +40,7 @@ _HOMES = {
     "Baseline": "transfer.baseline",
     "CoordCheck": "coordcheck.result",
     "Experiment": "trials.experiment",
-    "Explanation": "explain",
+    "Explanation": "explanation",
     "InputError": "errors",
     "LoopedDecoder": "reference.model",
     "PairingWarning": "errors",
@@ -51,7 +51,7 @@ _HOMES = {
     "apply_plan": "rewrite.parametrize",
     "check": "transfer.check",
     "coord_check": "coordcheck.run",
-    "explain": "explain",
+    "explain": "explanation",
     "fold": "rewrite.parametrize",
     "gate": "trials.gate",
     "param_groups": "optim",

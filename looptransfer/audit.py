@@ -119,8 +119,8 @@ def _strange_groups(optimizer: torch.optim.Optimizer) -> list[str]:
     if not strange:
         return []
     return [
-        f"group {', '.join(strange[:SHOWN])} of the {type(optimizer).__name__} was not made by param_groups (it holds no "
-        f"lr_factor), as where a trainer groups the parameters itself; {MAKE} and hand it to the trainer"
+        f"group {', '.join(strange[:SHOWN])} of the {type(optimizer).__name__} was not made by param_groups (it holds "
+        f"no lr_factor), as where a trainer groups the parameters itself; {MAKE} and hand it to the trainer"
     ]
 
 
@@ -159,7 +159,9 @@ def _factor_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
         "stale N: the LR is by another number of uses a forward; "
         "rescale(model, example_inputs, optimizer=…) follows a loop count that changed"
     )
-    other_fault = f"LR factor of another size or role: was the state of another model loaded, or a factor edited? {MAKE}"
+    other_fault = (
+        f"LR factor of another size or role: was the state of another model loaded, or a factor edited? {MAKE}"
+    )
     return [*_about(stale, stale_fault), *_about(other, other_fault)]
 
 
@@ -171,8 +173,10 @@ def _setting_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
             expected["eps"] = group["base_eps"] * tensor.depth.eps
         for setting, value in expected.items():
             if not _near(float(group[setting]), value):
-                wrong[f"group {group['name']!r}: {setting} is {float(group[setting]):.6g}, planned {value:.6g}; "
-                      "it was edited by hand, or a factor was applied again (a mup optimizer on top)"] = None
+                wrong[
+                    f"group {group['name']!r}: {setting} is {float(group[setting]):.6g}, planned {value:.6g}; "
+                    "it was edited by hand, or a factor was applied again (a mup optimizer on top)"
+                ] = None
     return list(wrong)
 
 
@@ -181,7 +185,9 @@ def _tensors(model: nn.Module, groups: Sequence[Group]) -> Iterable[tuple[Group,
     for group in groups:
         kind = (group["family"], group["on_stream"])
         if kind not in known:
-            known[kind] = {id(tensor.parameter): tensor for tensor in tensors_of(model, group["family"], group["on_stream"])}
+            known[kind] = {
+                id(tensor.parameter): tensor for tensor in tensors_of(model, group["family"], group["on_stream"])
+            }
         for parameter in group["params"]:
             if id(parameter) in known[kind]:
                 yield group, known[kind][id(parameter)]
@@ -204,13 +210,13 @@ def _lr_problems(groups: Sequence[Group]) -> list[str]:
             "group['lr'] = …); give a number per group, or use looptransfer.set_lr"
         )
     elif set(widths) != {1.0} and _agree([base * width for base, width in zip(bases, widths, strict=True)]):
-        fault = f"the width factors were applied twice, as by a mup optimizer on top of param_groups: {told}; take torch's"
+        fault = f"the width factors were applied twice, as by a mup optimizer on top of ours: {told}; take torch's"
     elif _agree([base / factor for base, factor in zip(bases, factors, strict=True)]):
         fault = f"the factors were applied twice, as by a scheduler that multiplies by a group's scale: {told}"
     elif _is_floored(lrs, factors):
         fault = (
-            f"the LRs have a floor that is the same for all groups (as CosineAnnealingLR's eta_min): {told}; schedule the "
-            "base LR by looptransfer.set_lr"
+            f"the LRs have a floor that is the same for all groups (as CosineAnnealingLR's eta_min): {told}; "
+            "schedule the base LR by looptransfer.set_lr"
         )
     else:
         usual = Counter(f"{base:.6g}" for base in bases).most_common(1)[0][0]
@@ -251,5 +257,7 @@ def _state_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     for parameter, state in optimizer.state.items():
         shapes = [value.shape for value in state.values() if isinstance(value, torch.Tensor) and value.ndim]
         if shapes and parameter.shape not in shapes:
-            wrong.append(f"{names.get(id(parameter), 'a parameter')} {tuple(parameter.shape)}, state {tuple(shapes[0])}")
+            wrong.append(
+                f"{names.get(id(parameter), 'a parameter')} {tuple(parameter.shape)}, state {tuple(shapes[0])}"
+            )
     return _about(wrong, "the optimizer's state is that of a model of another size; begin with fresh state")

@@ -196,8 +196,8 @@ def family_of(optimizer: object) -> Family:
             if family is not None:
                 return family
     raise InputError(
-        f"optimizer is {optimizer!r}; factors are known for the families {', '.join(families)}: give one of these names "
-        "if its steps are of that kind, or a class whose name or base tells"
+        f"optimizer is {optimizer!r}; factors are known for the families {', '.join(families)}: give one of these "
+        "names if its steps are of that kind, or a class whose name or base tells"
     )
 
 

@@ -137,8 +137,8 @@ def state_of_another_size() -> Any:
     step(small, trained, torch.ones(4, 3))
     state = trained.state_dict()
     groups = optimizer.state_dict()["param_groups"]
-    state["state"] = {k: v for k, v in zip(range(99), state["state"].values(), strict=False)}
-    state["param_groups"] = [{**group, "params": group["params"]} for group in groups]
+    state["state"] = dict(enumerate(state["state"].values()))
+    state["param_groups"] = groups
     optimizer.load_state_dict(state)
     return large, optimizer
 
@@ -161,7 +161,9 @@ EXAMPLES = {mup_on_top: torch.ones(4, 3), state_of_another_size: torch.ones(4, 3
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
 def test_verify_names_the_fault_of_an_optimizer(plant: Callable[[], Any]) -> None:
     model, optimizer = plant()
-    with pytest.raises(lt.VerificationError, match=rf"^the optimizer does not do what the plan says:\n- .*{FAULTS[plant]}"):
+    with pytest.raises(
+        lt.VerificationError, match=rf"^the optimizer does not do what the plan says:\n- .*{FAULTS[plant]}"
+    ):
         lt.verify(model, EXAMPLES.get(plant, tokens()), optimizer=optimizer)
 
 
@@ -173,7 +175,9 @@ def warm_up(optimizer: torch.optim.Optimizer) -> Any:
 
 
 @pytest.mark.parametrize(
-    "schedule", [warm_up, lambda o: schedulers.CosineAnnealingLR(o, 7), MultipliedByScale], ids=["warm-up", "cosine", "timm"]
+    "schedule",
+    [warm_up, lambda o: schedulers.CosineAnnealingLR(o, 7), MultipliedByScale],
+    ids=["warm-up", "cosine", "timm"],
 )
 @pytest.mark.parametrize("family", ["adamw", "adam", "sgd"])
 def test_an_optimizer_of_our_groups_passes_all_along_a_schedule(

@@ -79,7 +79,10 @@ def test_base_layers_enter_the_factor() -> None:
 def test_groups_have_names_of_their_own_and_decay_nothing_by_default() -> None:
     groups = lt.param_groups(rewritten(), torch.optim.AdamW, lr=0.01)
     assert [group["name"] for group in groups] == [
-        "embedding, no decay", "branch vector, no decay", "branch matrix, no decay", "outside, no decay"
+        "embedding, no decay",
+        "branch vector, no decay",
+        "branch matrix, no decay",
+        "outside, no decay",
     ]
     assert {group["weight_decay"] for group in groups} == {0.0}
 
@@ -226,9 +229,16 @@ def named(name: str, *bases: type) -> type:
 @pytest.mark.parametrize(
     ("optimizer", "family"),
     [
-        (Plain, "adamw"), (named("FusedAdam"), "adam"), (named("PagedAdamW8bit"), "adamw"), (named("AdamATan2"), "adamw"),
-        (torch.optim.NAdam, "adam"), (torch.optim.RAdam, "adam"), (torch.optim.Adamax, "adam"),
-        (named("SGD8bit"), "sgd"), (torch.optim.Muon, "muon"), (named("Mine", named("CPUAdam")), "adam"),
+        (Plain, "adamw"),
+        (named("FusedAdam"), "adam"),
+        (named("PagedAdamW8bit"), "adamw"),
+        (named("AdamATan2"), "adamw"),
+        (torch.optim.NAdam, "adam"),
+        (torch.optim.RAdam, "adam"),
+        (torch.optim.Adamax, "adam"),
+        (named("SGD8bit"), "sgd"),
+        (torch.optim.Muon, "muon"),
+        (named("Mine", named("CPUAdam")), "adam"),
     ],
 )
 def test_the_family_is_told_by_the_class_or_its_base(optimizer: Any, family: Any) -> None:
@@ -280,8 +290,14 @@ def test_a_role_is_by_effect() -> None:
     model = Roles()
     plan = lt.parametrize(model, tokens(vocab=7))
     assert {name: plan.role(name) for name in plan.roles} == {
-        "p.a": "embedding", "p.b": "per-visit part", "p.c": "on stream", "p.d": "outside",
-        "f.weight": "branch matrix", "f.bias": "branch vector", "g.weight": "head", "g.bias": "outside",
+        "p.a": "embedding",
+        "p.b": "per-visit part",
+        "p.c": "on stream",
+        "p.d": "outside",
+        "f.weight": "branch matrix",
+        "f.bias": "branch vector",
+        "g.weight": "head",
+        "g.bias": "outside",
     }
     assert lt.ScalingPlan.from_json(plan.to_json()) == plan
 
