@@ -203,7 +203,10 @@ def _lr_problems(groups: Sequence[Group]) -> list[str]:
     if _agree(bases):
         return []
     widths = [_width_in(group) for group in groups]
-    told = f"LRs {', '.join(f'{lr:.4g}' for lr in lrs[:SHOWN])} for factors {', '.join(f'{f:.4g}' for f in factors[:SHOWN])}"
+    told = " for ".join(
+        f"{name} {', '.join(f'{value:.4g}' for value in values[:SHOWN])}"
+        for name, values in (("LRs", lrs), ("factors", factors))
+    )
     if _agree(lrs):
         fault = (
             f"one LR, {lrs[0]:.6g}, was set for all groups (OneCycleLR with one number, a floor that was reached, "
