@@ -4,12 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from looptransfer.audit import rescale as rescale
+    from looptransfer.audit import verify as verify
     from looptransfer.coordcheck.result import CoordCheck as CoordCheck
     from looptransfer.coordcheck.run import coord_check as coord_check
     from looptransfer.errors import InputError as InputError
     from looptransfer.errors import PairingWarning as PairingWarning
     from looptransfer.errors import ScalingWarning as ScalingWarning
     from looptransfer.errors import VerificationError as VerificationError
+    from looptransfer.explanation import Explanation as Explanation
+    from looptransfer.explanation import explain as explain
     from looptransfer.optim import param_groups as param_groups
     from looptransfer.optim import set_lr as set_lr
     from looptransfer.reference.experiment import reference_experiment as reference_experiment
@@ -20,9 +24,7 @@ if TYPE_CHECKING:
     from looptransfer.rewrite.parametrize import fold as fold
     from looptransfer.rewrite.parametrize import parametrize as parametrize
     from looptransfer.rewrite.parametrize import remove as remove
-    from looptransfer.rewrite.parametrize import rescale as rescale
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
-    from looptransfer.rewrite.verify import verify as verify
     from looptransfer.rules import residual_multiplier as residual_multiplier
     from looptransfer.transfer.baseline import Baseline as Baseline
     from looptransfer.transfer.check import check as check
@@ -44,6 +46,7 @@ _HOMES = {
     "CoordCheck": "coordcheck.result",
     "Experiment": "trials.experiment",
     "Function": "trials.function",
+    "Explanation": "explanation",
     "InputError": "errors",
     "LRSampler": "trials.sampler",
     "LoopedDecoder": "reference.model",
@@ -56,6 +59,7 @@ _HOMES = {
     "apply_plan": "rewrite.parametrize",
     "check": "transfer.check",
     "coord_check": "coordcheck.run",
+    "explain": "explanation",
     "fold": "rewrite.parametrize",
     "gate": "trials.gate",
     "param_groups": "optim",
@@ -64,12 +68,12 @@ _HOMES = {
     "read_results": "transfer.sources",
     "reference_experiment": "reference.experiment",
     "remove": "rewrite.parametrize",
-    "rescale": "rewrite.parametrize",
+    "rescale": "audit",
     "residual": "rewrite.marker",
     "residual_multiplier": "rules",
     "sweep": "trials.sweep",
     "tune": "trials.sweep",
-    "verify": "rewrite.verify",
+    "verify": "audit",
     "write_html": "report.page",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

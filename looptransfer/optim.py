@@ -1,83 +1,119 @@
 """Ordinary parameter groups for an ordinary optimizer, scaled as the model's plan says."""
 
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from looptransfer.checks import is_number
 from looptransfer.errors import InputError
-from looptransfer.rewrite.names import module_of, named_parameters
-from looptransfer.rewrite.plan import Branch, planned
+from looptransfer.rewrite.names import module_of, named_parameters, parameter_names
+from looptransfer.rewrite.plan import ROLES, Branch, Role, ScalingPlan, planned
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
-FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
-    torch.optim.AdamW: "adamw",
-    torch.optim.Adam: "adam",
-    torch.optim.SGD: "sgd",
-}
+# A class belongs to the first family that its name, or else the name of one of its bases, holds: a fused, 8-bit or
+# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size.
+FAMILIES: dict[Family, str] = {"muon": "muon", "adamw": "adamw|adamatan2", "adam": "adam", "sgd": "sgd(?!w)"}
+OnStream = Literal["scale", "leave"]
+DecayPolicy = Literal["coefficient", "product"]
+Group = dict[str, Any]
+NONE = DepthFactors(1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TensorFactors:
+    """The factors that the plan puts on the optimizer's settings for one parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+    family: Family  # of the optimizer that takes it
+    uses: float  # on the stream, a forward; 1 for all others, and where they are left
+    depth: DepthFactors
+    width: float  # divides the LR
+
+    @property
+    def lr(self) -> float:
+        """The factor on the LR."""
+        return self.depth.lr / (self.width * self.uses)
+
+    def weight_decay(self, policy: DecayPolicy) -> float:
+        """The factor on the weight decay."""
+        return self.depth.weight_decay * self.width if policy == "coefficient" else 1 / self.lr
 
 
 def param_groups(
     model: nn.Module,
-    optimizer: type[torch.optim.Optimizer],
+    optimizer: str | type[torch.optim.Optimizer],
     *,
     lr: float,
-    weight_decay: float = 0.0,
+    adamw_lr: float | None = None,
+    weight_decay: float | Mapping[Role, float] = 0.0,
     eps: float = 1e-8,
-    on_stream: Literal["scale", "leave"] = "scale",
-) -> list[dict[str, Any]]:
+    lr_ratio: Mapping[Role, float] | None = None,
+    on_stream: OnStream = "scale",
+    decay_policy: DecayPolicy = "coefficient",
+) -> list[Group]:
     """Parameter groups of a rewritten model for `optimizer`, by the paper's table (arXiv 2606.18524, Table 1).
 
     Parameters of the residual branches, pre-norm gains included, get LR and Adam eps × m_L^(−1/2); embedding, final
-    norm and head × 1. Norm gains and biases (one dimension or none) are not decayed. With μP (`mup.set_base_shapes` was
-    called on the model) LR and decay are also divided and multiplied by the width multiplier, as `mup.MuAdamW`,
-    `mup.MuAdam` and `mup.MuSGD` have it.
+    norm and head × 1. With μP (`mup.set_base_shapes` was called on the model) LR and decay are also divided and
+    multiplied by the width multiplier, as `mup.MuAdamW`, `mup.MuAdam` and `mup.MuSGD` have it.
+
+    Muon takes the 2-D matrices of the branches, and AdamW all else: the groups tell by `group["family"]` which
+    optimizer they are for, each with a base LR of its own. Muon's LR has no width factor: its step is right over
+    widths with torch's `adjust_lr_fn="original"`.
 
     Each group has a `name` and remembers its factor as `lr_factor`, a key that no scheduler acts on. Schedulers that
     multiply the LRs they find (torch's LambdaLR, CosineAnnealingLR with eta_min=0, timm's with lr_min=0) keep the ratio
     of the groups; one that sets LRs (OneCycleLR, a floor, `group["lr"] = …`) needs a number per group, or `set_lr`.
-    Frozen parameters are left out.
+    `verify(model, inputs, optimizer=…)` finds out. Frozen parameters are left out.
 
     Args:
         model: rewritten by `parametrize`; a wrapper such as DDP or a compiled model will do.
-        optimizer: the class, since it decides the factors: AdamW, Adam or SGD.
-        lr: base LR, absolute.
-        weight_decay: base weight decay, as that optimizer takes it.
-        eps: base Adam eps; SGD has none.
+        optimizer: "adamw", "adam", "sgd" or "muon", or a class whose own name or base tells that: a subclass, torch's
+            fused and bitsandbytes' 8-bit ones, NAdam, RAdam, Adamax, AdamATan2.
+        lr: base LR, absolute; of Muon where that is the optimizer.
+        adamw_lr: base LR of what Muon does not take, absolute.
+        weight_decay: base weight decay, as that optimizer takes it. A number decays all but norm gains and biases (one
+            dimension or none); a mapping from roles, such as {"branch matrix": 0.1}, decays those alone.
+        eps: base Adam eps; SGD has none, and Muon keeps its own.
+        lr_ratio: the user's own factors on the LR by role, such as {"embedding": 5.0}. Roles: see `plan.role`.
         on_stream: what to do with parameters that act on the stream n times a forward outside every branch (gains of
             post-norms, adapters at the loop's entry; see `plan.on_stream`) and that ε does not control: "scale" their
             LR to LR/n, or "leave" it (our extension; by `benchmarks/on_stream.py` the change that a step makes to the
             output then stays the same over N where gains are on the stream, and grows as N^0.6 to N^0.8 if left).
+        decay_policy: what stays the same over sizes: the "coefficient" of decoupled decay (the paper), or its "product"
+            with the LR, the share that each step takes off a weight (AdamW and Muon only).
 
     Raises:
-        InputError: another optimizer or word for on_stream, numbers out of range, or a model that was not rewritten.
+        InputError: an unknown optimizer, role or word, numbers out of range, or a model that was not rewritten.
     """
-    family = _family(optimizer)
-    _check_settings(lr, eps, weight_decay)
-    if on_stream not in {"leave", "scale"}:
-        raise InputError(f"on_stream is {on_stream!r}; choose scale or leave")
-    inner, plan = planned(model)
-    factors = depth_factors(plan.rule, family, plan.layers, plan.base_layers)
-    live = named_parameters(inner)
-    in_branches = {id(parameter) for branch in plan.branches for parameter in _of_branch(inner, live, branch)}
-    uses = {id(live[name]): n for name, n in plan.on_stream.items() if name in live} if on_stream == "scale" else {}
-    groups: dict[str, dict[str, Any]] = {}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        branch, decayed, width = id(parameter) in in_branches, parameter.ndim >= 2, _width_multiplier(parameter, family)
-        depth = factors if branch else DepthFactors(1.0, 1.0, 1.0)
-        times = 1 if branch else uses.get(id(parameter), 1)
-        label = _label(branch, decayed, times, width)
-        lr_factor = depth.lr / (width * times)
-        settings = {"name": label, "lr": lr * lr_factor, "lr_factor": lr_factor, "params": []}
-        decay = weight_decay * depth.weight_decay * width
-        settings["weight_decay"] = decay if decayed else 0.0
-        if family != "sgd":
-            settings["eps"] = eps * depth.eps
-        groups.setdefault(label, settings)["params"].append(parameter)
+    family = family_of(optimizer)
+    ratios = dict(lr_ratio or {})
+    _check_settings(family, lr, adamw_lr, eps, weight_decay, ratios, on_stream, decay_policy)
+    groups: dict[str, Group] = {}
+    for tensor in tensors_of(model, family, on_stream):
+        ratio = ratios.get(tensor.role, 1.0)
+        decay = _base_decay(tensor, weight_decay)
+        group: Group = {
+            "family": tensor.family,
+            "on_stream": on_stream,
+            "decay_policy": decay_policy,
+            "lr_ratio": ratio,
+            "lr_factor": tensor.lr * ratio,
+            "base_weight_decay": decay,
+            "weight_decay": decay * tensor.weight_decay(decay_policy),
+        }
+        group["lr"] = (lr if tensor.family == family else float(adamw_lr or lr)) * group["lr_factor"]
+        if tensor.family in {"adamw", "adam"}:
+            group |= {"base_eps": eps, "eps": eps * tensor.depth.eps}
+        name = name_of(tensor, group)
+        groups.setdefault(name, {"name": name, **group, "params": []})["params"].append(tensor.parameter)
     return list(groups.values())
 
 
@@ -102,25 +138,103 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             "its state was loaded from such an optimizer; make the optimizer of param_groups"
         )
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # capturable: a compiled step reads it
-            group["lr"].fill_(lr * group["lr_factor"])
-        else:
-            group["lr"] = lr * group["lr_factor"]
+        _put_lr(group, lr * group["lr_factor"])
 
 
-def _family(optimizer: type[torch.optim.Optimizer]) -> Family:
-    family = FAMILIES.get(optimizer)
-    if family is None:
-        names = ", ".join(cls.__name__ for cls in FAMILIES)
-        raise InputError(f"optimizer is {optimizer!r}; factors are known for torch.optim's {names}, given as a class")
-    return family
+def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the groups of a live optimizer the factors that the model's plan has now; the base LR and its state stay.
+
+    Parameters of one group that are to differ now are split: the new groups come last, and a scheduler that was made
+    before them does not know them.
+    """
+    for group in list(optimizer.param_groups):
+        by_id = {id(t.parameter): t for t in tensors_of(model, group["family"], group["on_stream"])}
+        parts: dict[str, tuple[TensorFactors, list[nn.Parameter]]] = {}
+        for parameter in group["params"]:
+            tensor = by_id[id(parameter)]
+            parts.setdefault(name_of(tensor, group), (tensor, []))[1].append(parameter)
+        for number, (name, (tensor, parameters)) in enumerate(parts.items()):
+            part = group if number == len(parts) - 1 else dict(group)
+            if part is not group:
+                part["lr"] = group["lr"].clone() if isinstance(group["lr"], torch.Tensor) else group["lr"]
+                optimizer.param_groups.append(part)
+            part |= {"name": name, "params": parameters}
+            _put_factors(part, tensor)
 
 
-def _label(branch: bool, decayed: bool, times: float, width: float) -> str:
-    """A group's name: all that sets it apart from the others."""
-    label = ("branches" if branch else "outside") + ("" if decayed else ", no decay")
-    label += "" if times == 1 else f", on the stream {times:g}×"
-    return label + ("" if width == 1 else f", width × {width:g}")
+def tensors_of(model: nn.Module, family: Family, on_stream: OnStream) -> Iterator[TensorFactors]:
+    """The factors on every parameter of a rewritten model that is trained."""
+    inner, plan = planned(model)
+    names, members = parameter_names(inner), _members(inner, plan)
+    for outer_name, parameter in named_parameters(model).items():
+        if not parameter.requires_grad:
+            continue
+        name, in_branch = names.get(id(parameter), outer_name), id(parameter) in members
+        role = plan.role(name) if id(parameter) in names else "outside"
+        if in_branch and name not in plan.roles:  # put there since, as LoRA does
+            role = "branch matrix" if parameter.ndim == 2 else "branch vector"
+        muons = family == "muon" and role == "branch matrix" and parameter.ndim == 2
+        taker: Family = "adamw" if family == "muon" and not muons else family
+        depth = depth_factors(plan.rule, taker, plan.layers, plan.base_layers) if in_branch else NONE
+        uses = plan.on_stream.get(name, 1) if on_stream == "scale" and role == "on stream" else 1
+        yield TensorFactors(name, parameter, role, taker, uses, depth, _width_divisor(parameter, taker))
+
+
+def family_of(optimizer: object) -> Family:
+    """The family of an optimizer's name, class or instance.
+
+    Raises:
+        InputError: none can be told; the message lists them.
+    """
+    families = get_args(Family)
+    if isinstance(optimizer, str) and optimizer in families:
+        return optimizer  # type: ignore[return-value]
+    if isinstance(optimizer, type):
+        for cls in optimizer.__mro__:
+            plain = re.sub("[^a-z0-9]", "", cls.__name__.lower())
+            family = next((family for family, pattern in FAMILIES.items() if re.search(pattern, plain)), None)
+            if family is not None:
+                return family
+    raise InputError(
+        f"optimizer is {optimizer!r}; factors are known for the families {', '.join(families)}: give one of these "
+        "names if its steps are of that kind, or a class whose name or base tells"
+    )
+
+
+def name_of(tensor: TensorFactors, group: Mapping[str, Any]) -> str:
+    """The name of a group: all that sets it apart from the others."""
+    muons = group["family"] == "muon"
+    label = tensor.role + (" (Muon)" if muons else "") + ("" if group["base_weight_decay"] else ", no decay")
+    label += "" if tensor.uses == 1 else f" {tensor.uses:g}×"
+    return label + ("" if tensor.width == 1 else f", width × {tensor.width:g}")
+
+
+def _base_decay(tensor: TensorFactors, weight_decay: float | Mapping[Role, float]) -> float:
+    if isinstance(weight_decay, Mapping):
+        return float(weight_decay.get(tensor.role, 0.0))
+    return weight_decay if tensor.parameter.ndim >= 2 else 0.0
+
+
+def _put_lr(group: Group, lr: float) -> None:
+    if isinstance(group["lr"], torch.Tensor):  # capturable: a compiled step reads it
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def _put_factors(group: Group, tensor: TensorFactors) -> None:
+    before, group["lr_factor"] = group["lr_factor"], tensor.lr * group["lr_ratio"]
+    _put_lr(group, float(group["lr"]) / before * group["lr_factor"])
+    if "initial_lr" in group:  # of torch's schedulers
+        group["initial_lr"] = group["initial_lr"] / before * group["lr_factor"]
+    group["weight_decay"] = group["base_weight_decay"] * tensor.weight_decay(group["decay_policy"])
+    if "base_eps" in group:
+        group["eps"] = group["base_eps"] * tensor.depth.eps
+
+
+def _members(inner: nn.Module, plan: ScalingPlan) -> set[int]:
+    live = named_parameters(inner)
+    return {id(parameter) for branch in plan.branches for parameter in _of_branch(inner, live, branch)}
 
 
 def _of_branch(inner: nn.Module, live: dict[str, nn.Parameter], branch: Branch) -> Iterator[nn.Parameter]:
@@ -132,25 +246,53 @@ def _of_branch(inner: nn.Module, live: dict[str, nn.Parameter], branch: Branch) 
             yield from module_of(inner, name.rpartition(".")[0]).parameters()
 
 
-def _check_settings(lr: float, eps: float, weight_decay: float) -> None:
-    for name, value, least in (
-        ("lr", lr, "above 0"),
-        ("eps", eps, "above 0"),
-        ("weight_decay", weight_decay, "from 0 up"),
+def _check_settings(
+    family: Family,
+    lr: float,
+    adamw_lr: float | None,
+    eps: float,
+    weight_decay: float | Mapping[Role, float],
+    ratios: Mapping[Role, float],
+    on_stream: str,
+    decay_policy: str,
+) -> None:
+    for name, word, words in (
+        ("on_stream", on_stream, get_args(OnStream)),
+        ("decay_policy", decay_policy, get_args(DecayPolicy)),
     ):
-        if (
-            not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value < 0
-            or (value == 0 and name != "weight_decay")
-        ):
-            raise InputError(f"{name} is {value!r}; it must be a finite number {least}")
+        if word not in words:
+            raise InputError(f"{name} is {word!r}; choose {' or '.join(words)}")
+    if decay_policy == "product" and family in {"adam", "sgd"}:
+        raise InputError(f"decay_policy is 'product', and {family} adds its decay to the gradient; take adamw or muon")
+    if (adamw_lr is None) == (family == "muon"):
+        raise InputError(
+            f"adamw_lr is {adamw_lr!r}; it is the base LR of what Muon does not take: give it with muon, and only there"
+        )
+    for name, role in [*(("weight_decay", r) for r in _roles(weight_decay)), *(("lr_ratio", r) for r in ratios)]:
+        if role not in ROLES:
+            raise InputError(f"{name} names the role {role!r}; the roles are {', '.join(ROLES)}")
+    decays = weight_decay.values() if isinstance(weight_decay, Mapping) else [weight_decay]
+    _check_numbers({"lr": [lr], "adamw_lr": [1.0 if adamw_lr is None else adamw_lr], "eps": [eps]}, positive=True)
+    _check_numbers({"lr_ratio": ratios.values()}, positive=True)
+    _check_numbers({"weight_decay": decays}, positive=False)
 
 
-def _width_multiplier(parameter: nn.Parameter, family: Family) -> float:
-    """μP's divisor of the LR (arXiv 2203.03466, Table 8, as `mup` applies it); 1 where mup set no shapes."""
+def _roles(weight_decay: float | Mapping[Role, float]) -> Iterable[str]:
+    return weight_decay if isinstance(weight_decay, Mapping) else ()
+
+
+def _check_numbers(settings: Mapping[str, Iterable[Any]], positive: bool) -> None:
+    for name, values in settings.items():
+        for value in values:
+            if not is_number(value) or value < 0 or (positive and value == 0):
+                least = "above 0" if positive else "from 0 up"
+                raise InputError(f"{name} is {value!r}; it must be a finite number {least}")
+
+
+def _width_divisor(parameter: nn.Parameter, family: Family) -> float:
+    """μP's divisor of the LR (arXiv 2203.03466, Table 8, as `mup` applies it); 1 where it set no shapes."""
     shape = getattr(parameter, "infshape", None)
-    if shape is None:
+    if shape is None or family == "muon":
         return 1.0
     if shape.ninf() == 2:
         return float(shape.fanin_fanout_mult_ratio() if family == "sgd" else shape.width_mult())

@@ -13,7 +13,7 @@ from looptransfer.checks import check_count, check_number, is_number
 from looptransfer.errors import InputError
 
 Rule = Literal["factored", "sqrt", "unscaled"]
-Family = Literal["adamw", "adam", "sgd"]
+Family = Literal["adamw", "adam", "sgd", "muon"]
 
 
 def factored(visits: float, depth_multiplier: float, lam: float) -> float:
@@ -85,7 +85,8 @@ def depth_factors(rule: Rule, family: Family, layers: int, base_layers: int) -> 
     AdamW: LR and Adam eps × m_L^(−1/2), decoupled weight decay unchanged (arXiv 2606.18524, Table 1 and appendix).
     `sqrt` takes the same factors, because they depend on L alone; `unscaled` takes none.
 
-    Adam and SGD are our extension. A branch's gradient shrinks with ε, as m_L^(−1/2), so an L2 penalty that is added to
+    Adam, SGD and Muon are our extension. Muon's step has the size that its LR says, as Adam's has, and no eps that
+    stands beside a gradient. A branch's gradient shrinks with ε, as m_L^(−1/2), so an L2 penalty that is added to
     the gradient shrinks with it; SGD's step carries that factor already, so its LR stays.
     """
     if rule == "unscaled":
@@ -95,4 +96,5 @@ def depth_factors(rule: Rule, family: Family, layers: int, base_layers: int) -> 
         "adamw": DepthFactors(lr=shrink, eps=shrink, weight_decay=1.0),
         "adam": DepthFactors(lr=shrink, eps=shrink, weight_decay=shrink),
         "sgd": DepthFactors(lr=1.0, eps=1.0, weight_decay=shrink),
+        "muon": DepthFactors(lr=shrink, eps=1.0, weight_decay=1.0),
     }[family]

@@ -57,3 +57,17 @@ def test_a_gpu_is_asked_for_in_words_where_there_is_none(
     with pytest.raises(SystemExit, match="2"):
         paper.main()
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_growth_is_measured_once_and_reported(tmp_path: Path) -> None:
+    growth = load("growth")
+    size = ReferenceSize(width=8, heads=2, layers=1, sequence=8, batch=2, steps=20)
+    tiny = growth.Scale(size, seeds=(0, 1), lrs=(0.01, 0.02), tuning_seeds=(5,), evaluations=2)
+    growth.measure(tiny, tmp_path)
+    curves = (tmp_path / "curves.csv").read_text()
+    assert [growth.loops_at(growth.GROWN, share) for share in (0, 0.15, 0.4, 0.9)] == [1, 2, 4, 8]
+    growth.measure(tiny, tmp_path)
+    assert (tmp_path / "curves.csv").read_text() == curves
+    growth.report(tiny, tmp_path, 1.0)
+    assert "growth.png" in (tmp_path / "README.md").read_text()

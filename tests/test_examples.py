@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -130,3 +131,13 @@ def test_the_script_goes_from_tune_to_a_verdict(tmp_path: Path) -> None:
 def test_the_slurm_job_is_a_script_that_bash_can_read() -> None:
     run("bash", "-n", SLURM / "sweep.sbatch")
     assert "#SBATCH --array=" in (SLURM / "sweep.sbatch").read_text()
+
+
+@pytest.mark.slow
+def test_muon_and_adamw_learn_with_groups_that_pass_the_audit(capsys: pytest.CaptureFixture[str]) -> None:
+    train = runpy.run_path(str(ROOT / "examples" / "muon" / "train.py"))["train"]
+    losses = train(steps=40, loops=3)
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+    table = capsys.readouterr().out
+    assert "blocks.0.attention.qkv.weight  branch matrix  muon" in table
+    assert "loop_norm.weight               on stream      adamw      0.3333" in table

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import looptransfer as lt
+from looptransfer.optim import family_of
 from tests.models import WIDTH, AlbertBlock, BareMLP, Looped, MLPBlock, ParallelBlock, inputs, small_decoder, tokens
 
 OPTIMIZERS = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD]
@@ -77,7 +78,12 @@ def test_base_layers_enter_the_factor() -> None:
 
 def test_groups_have_names_of_their_own_and_decay_nothing_by_default() -> None:
     groups = lt.param_groups(rewritten(), torch.optim.AdamW, lr=0.01)
-    assert [group["name"] for group in groups] == ["outside", "branches, no decay", "branches", "outside, no decay"]
+    assert [group["name"] for group in groups] == [
+        "embedding, no decay",
+        "branch vector, no decay",
+        "branch matrix, no decay",
+        "outside, no decay",
+    ]
     assert {group["weight_decay"] for group in groups} == {0.0}
 
 
@@ -183,8 +189,8 @@ def test_widths_scale_as_mups_own_optimizers_do(
 
 
 def test_groups_of_different_widths_have_different_names() -> None:
-    groups = lt.param_groups(wide((8, 16), (24, 96)), torch.optim.AdamW, lr=0.01)
-    assert {"branches, width × 3", "branches, width × 6"} <= {group["name"] for group in groups}
+    groups = lt.param_groups(wide((8, 16), (24, 96)), torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    assert {"branch matrix, width × 3", "branch matrix, width × 6"} <= {group["name"] for group in groups}
 
 
 def test_depth_and_width_factors_multiply() -> None:
@@ -209,6 +215,108 @@ def test_depth_and_width_factors_multiply() -> None:
     assert settings["g.weight"]["weight_decay"] == pytest.approx(0.4, rel=1e-15)
 
 
+# -- families
+
+
+class Plain(torch.optim.AdamW):
+    """A subclass whose name tells nothing."""
+
+
+def named(name: str, *bases: type) -> type:
+    return type(name, bases or (torch.optim.Optimizer,), {})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "family"),
+    [
+        (Plain, "adamw"),
+        (named("FusedAdam"), "adam"),
+        (named("PagedAdamW8bit"), "adamw"),
+        (named("AdamATan2"), "adamw"),
+        (torch.optim.NAdam, "adam"),
+        (torch.optim.RAdam, "adam"),
+        (torch.optim.Adamax, "adam"),
+        (named("SGD8bit"), "sgd"),
+        (torch.optim.Muon, "muon"),
+        (named("Mine", named("CPUAdam")), "adam"),
+    ],
+)
+def test_the_family_is_told_by_the_class_or_its_base(optimizer: Any, family: Any) -> None:
+    assert family_of(optimizer) == family
+    assert family_of(family) == family
+
+
+# -- roles
+
+
+def test_the_users_own_split_is_by_role() -> None:
+    model = rewritten()
+    settings = by_parameter(
+        model,
+        lt.param_groups(model, "adamw", lr=0.01, weight_decay={"branch matrix": 0.2}, lr_ratio={"embedding": 5.0}),
+    )
+    assert settings["embedding.weight"]["lr"] == pytest.approx(0.05)
+    assert {name for name, s in settings.items() if s["weight_decay"]} == {
+        name for name in settings if name.startswith("layers.") and "norm" not in name
+    }
+
+
+def test_the_product_of_lr_and_decay_may_stay_instead_of_the_coefficient() -> None:
+    model = rewritten()
+    groups = lt.param_groups(model, "adamw", lr=0.01, weight_decay=0.1, decay_policy="product")
+    decayed = [group for group in groups if group["weight_decay"]]
+    assert [group["lr"] * group["weight_decay"] for group in decayed] == pytest.approx([0.001] * len(decayed))
+    assert len({group["lr"] for group in decayed}) == 2
+
+
+class Roles(nn.Module):
+    """One parameter of every role; the names tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.ParameterDict(
+            {"a": torch.randn(7, WIDTH), "b": torch.randn(3, WIDTH), "c": torch.ones(WIDTH), "d": torch.ones(WIDTH)}
+        )
+        self.f, self.g = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.p["a"][tokens]
+        for visit in range(3):
+            x = (x + self.f(nn.functional.layer_norm(x, (WIDTH,)) * self.p["b"][visit])) * self.p["c"]
+        return self.g(x * self.p["d"])
+
+
+def test_a_role_is_by_effect() -> None:
+    model = Roles()
+    plan = lt.parametrize(model, tokens(vocab=7))
+    assert {name: plan.role(name) for name in plan.roles} == {
+        "p.a": "embedding",
+        "p.b": "per-visit part",
+        "p.c": "on stream",
+        "p.d": "outside",
+        "f.weight": "branch matrix",
+        "f.bias": "branch vector",
+        "g.weight": "head",
+        "g.bias": "outside",
+    }
+    assert lt.ScalingPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_decay": {"matrix": 0.1}}, "weight_decay names the role 'matrix'; the roles are branch matrix, "),
+        ({"lr_ratio": {"heads": 2.0}}, "lr_ratio names the role 'heads'"),
+        ({"lr_ratio": {"head": 0.0}}, "lr_ratio is 0.0; it must be a finite number above 0"),
+        ({"decay_policy": "lr"}, "decay_policy is 'lr'; choose coefficient or product"),
+        ({"adamw_lr": 0.1}, "give it with muon, and only there"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(lt.InputError, match=message):
+        lt.param_groups(rewritten(), "adamw", lr=0.01, **settings)
+
+
 # -- bad input
 
 
@@ -220,7 +328,7 @@ def test_a_model_that_was_not_rewritten_is_refused(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.Optimizer, "AdamW"])
 def test_another_optimizer_is_answered_with_the_known_ones(optimizer: Any) -> None:
-    with pytest.raises(lt.InputError, match=r"factors are known for torch\.optim's AdamW, Adam, SGD, given as a class"):
+    with pytest.raises(lt.InputError, match="factors are known for the families adamw, adam, sgd, muon: give one of"):
         lt.param_groups(rewritten(), optimizer, lr=0.01)
 
 
@@ -305,7 +413,7 @@ def test_parameters_on_the_stream_get_the_lr_by_their_uses() -> None:
     assert scale[model.blocks[0].ffn.weight] == 1
     assert {group["lr_factor"] for group in left} == {1.0}
     names = [group["name"] for group in lt.param_groups(model, torch.optim.AdamW, lr=0.1)]
-    assert "outside, no decay, on the stream 3×" in names
+    assert "on stream, no decay 3×" in names
 
 
 def test_another_word_for_on_stream_is_refused() -> None:

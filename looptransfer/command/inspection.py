@@ -37,6 +37,11 @@ def inspect_model(
         InputError: the target cannot be imported or makes no model, or the inputs are not understood; and all that
             `parametrize` refuses.
     """
+    return rewritten(target, inputs, rule=rule, base_layers=base_layers, branches=branches, layers=layers)[1]
+
+
+def rewritten(target: str, inputs: Sequence[str] = (), **settings: Any) -> tuple[nn.Module, ScalingPlan]:
+    """The model that `target` makes, rewritten, and its plan; as for `inspect_model`."""
     model, example = _make(target)
     if inputs:
         example = parse_inputs(inputs)
@@ -44,7 +49,7 @@ def inspect_model(
         raise InputError(f"{target} gives no example inputs; return (model, inputs) from it, or give --inputs: {FORMS}")
     with calls_back(f"the rewriting of {target} fails"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ScalingWarning)  # the plan shows them
-        return parametrize(model, example, rule, base_layers=base_layers, branches=branches, layers=layers)
+        return model, parametrize(model, example, **settings)
 
 
 def parse_inputs(texts: Sequence[str]) -> Any:

@@ -40,6 +40,14 @@ the line where it is added, and what is left alone. Changes nothing.
 
 FACTORY takes no arguments and returns a model, or a model and example inputs. Where the trace
 cannot tell the branches, the message says what settles it, often --branches 'layers.*.mlp'."""
+EXPLAIN = """\
+Prints what every tensor of a model gets from its optimizer: its role, each factor on the LR (loops,
+layers, width), the effective LR, eps and weight decay, and the rule with its source.
+
+  looptransfer explain looptransfer:LoopedDecoder --inputs long:2x16 --lr 3e-3
+  looptransfer explain my_project.model:make --optimizer muon --lr 0.02 --adamw-lr 3e-3 --weight-decay 0.1
+
+FACTORY is that of `looptransfer inspect`."""
 CHECK = """\
 Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains nothing.
 
@@ -218,7 +226,15 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-layers", type=int, default=1, help="L_ref, the depth you tuned at (default: 1)")
     parser.add_argument("--branches", nargs="+", metavar="NAME", help="the branches' modules, by name or glob")
     parser.add_argument("--layers", type=int, help="L, where blocks are not what should be counted")
-    parser.add_argument("--json", action="store_true", help="the plan as JSON on standard output")
+    parser.add_argument("--json", action="store_true", help="the answer as JSON on standard output")
+
+
+def _explain(parser: argparse.ArgumentParser) -> None:
+    _inspect(parser)
+    parser.add_argument("--optimizer", default="adamw", help="adamw, adam, sgd or muon (default: adamw)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="base LR (default: 0.001)")
+    parser.add_argument("--adamw-lr", type=float, metavar="LR", help="base LR of what Muon does not take")
+    parser.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="base weight decay (default: 0)")
 
 
 def _tune(parser: argparse.ArgumentParser) -> None:
@@ -300,6 +316,7 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.ArgumentParser], None], str, str
     "demo": (_demo, "", "the whole story on the embedded model and text", DEMO, ""),
     "inspect": (_inspect, "rule", "show what would be rewritten in a model", INSPECT, ""),
     "tune": (_tune, "training kept rule", "find the best LR of a proxy", TUNE, TRAINED),
+    "explain": (_explain, "rule", "show what every tensor gets from its optimizer, and why", EXPLAIN, ""),
     "sweep": (
         _sweep, "training kept", "train over loop counts and LRs, for a table of results", SWEEP, TRAINED
     ),

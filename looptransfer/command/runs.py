@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,17 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
     options = {name: getattr(arguments, name) for name in names}
     plan = inspect_model(arguments.target, arguments.inputs, **options)
     return plan.to_json() if arguments.json else str(plan), 0
+
+
+def _explain(arguments: argparse.Namespace) -> Answer:
+    from looptransfer.command.inspection import rewritten
+
+    names = ("rule", "base_layers", "branches", "layers")
+    model, _ = rewritten(arguments.target, arguments.inputs, **{name: getattr(arguments, name) for name in names})
+    lrs = {"lr": arguments.lr, "adamw_lr": arguments.adamw_lr}
+    groups = lt.param_groups(model, arguments.optimizer, **lrs, weight_decay=arguments.weight_decay)
+    explanation = lt.explain(model, groups)
+    return _json([asdict(row) for row in explanation.rows]) if arguments.json else str(explanation), 0
 
 
 def _coordcheck(arguments: argparse.Namespace) -> Answer:
@@ -257,7 +269,7 @@ def _gate(arguments: argparse.Namespace) -> Answer:
     return result.to_markdown() if arguments.markdown else str(result), result.exit_status
 
 
-def _json(values: dict[str, Any]) -> str:
+def _json(values: Any) -> str:
     return json.dumps(values, indent=2, allow_nan=False)
 
 
@@ -272,6 +284,7 @@ def _next(*arguments: object) -> str:
 RUNS: Mapping[str, Callable[[argparse.Namespace], Answer]] = {
     "demo": _demo,
     "inspect": _inspect,
+    "explain": _explain,
     "tune": _tune,
     "sweep": _sweep,
     "work": _work,

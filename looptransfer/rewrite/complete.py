@@ -7,7 +7,7 @@ to what comes out of it, there is a residual branch that was not recognised, how
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,7 +48,7 @@ def without_branches(forward: Trace, adds: list[ResidualAdd]) -> Remainder:
     paths = Paths(forward.graph, cut, recognised)
     live = [n for n in range(len(nodes)) if paths.live >> n & 1]
     joins = [join for n in live if (join := paths.join_at(n)) is not None]
-    uses = _uses(forward.graph, paths, live)
+    uses = uses_in(forward.graph, paths.reaches, live)
     acting = {name.split("+")[0] for name in forward.graph.matrices_on(live)}
     again = tuple(name for name, times in sorted(uses.items()) if times > 1 and name in acting)
     totals = functools.reduce(lambda mask, add: mask | 1 << add.total, adds, 0)
@@ -69,15 +69,18 @@ def _brings_older(paths: Paths, number: int, totals: int) -> bool:
     return bool((first ^ second) & totals) and bool(first & totals != second & totals)
 
 
-def _uses(graph: Graph, paths: Paths, live: list[int]) -> dict[str, int]:
-    """The number of times that a parameter, or one part of it, acts on what it acted on before, in the same way."""
+def uses_in(graph: Graph, reaches: Callable[[int, int], bool], live: list[int]) -> dict[str, int]:
+    """The number of times that a parameter, or one part of it, acts on what it acted on before, in the same way.
+
+    `reaches`: an earlier node, by its number, counts as a source of a later one.
+    """
     chains: defaultdict[str, list[tuple[tuple[str, int], int, int]]] = defaultdict(list)
     for number in live:
         node = graph.nodes[number]
         for name in node.parameters if node.data and node.op.name != "embedding" else ():
             offset = max((part[0] for s, part in node.slices if name in graph.nodes[s].parameters), default=0)
             use = (node.op.name, offset)
-            earlier = (n for other, old, n in reversed(chains[name]) if other == use and paths.reaches(old, number))
+            earlier = (n for other, old, n in reversed(chains[name]) if other == use and reaches(old, number))
             chains[name].append((use, number, 1 + next(earlier, 0)))
     return {name: max(n for _, _, n in uses) for name, uses in chains.items()}
 

@@ -11,7 +11,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from looptransfer.errors import InputError
@@ -19,12 +20,16 @@ from looptransfer.rewrite import marker
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.names import module_of, plain_names
 
-OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε
+OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε, as a tensor of no dimension
 MARKS = "_looptransfer_marks"  # on a module whose forward sets marks: which mark -> ε
 
 
 def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
-    """Multiply what `handle` names, from now on."""
+    """Multiply what `handle` names, from now on.
+
+    ε is a tensor on the CPU, which combines with any device and dtype as a number does. A compiled model reads it when
+    it runs, where a number would be compiled into it, so a new ε is written into the tensor that is there.
+    """
     module = module_of(model, handle.module)
     if OUTPUTS not in module.__dict__:
         try:
@@ -36,10 +41,18 @@ def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
             ) from error
         module.__dict__[OUTPUTS], module.__dict__[MARKS] = {}, {}
     if handle.mark is not None:
-        module.__dict__[MARKS][handle.mark] = multiplier
+        _write(module.__dict__[MARKS], handle.mark, multiplier)
     else:
-        module.__dict__[OUTPUTS][handle.output] = multiplier
+        _write(module.__dict__[OUTPUTS], handle.output, multiplier)
         _leave_fused_path(model, handle.module)
+
+
+def _write(multipliers: dict[Any, Tensor], key: Any, multiplier: float) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        if key in multipliers:
+            multipliers[key].fill_(multiplier)
+        else:
+            multipliers[key] = torch.tensor(multiplier, dtype=torch.float64, device="cpu")
 
 
 def clear_multipliers(model: nn.Module) -> None:
@@ -122,7 +135,7 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
     return cls.__new__(_scaled_class(cls))
 
 
-def _multiply(output: Any, index: int | str | None, multiplier: float) -> Any:
+def _multiply(output: Any, index: int | str | None, multiplier: Tensor) -> Any:
     if index is None:
         return output * multiplier
     if isinstance(output, Mapping):

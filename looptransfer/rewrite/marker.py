@@ -11,7 +11,7 @@ from torch import Tensor
 
 from looptransfer.errors import InputError
 
-Scope = tuple[dict[str, float], int]  # the multiplier per mark of one module, and the checkpoints around its forward
+Scope = tuple[dict[str, Tensor], int]  # the multiplier per mark of one module, and the checkpoints around its forward
 
 # Per thread. `scopes`: of the modules that hold marks and whose forward runs now, the innermost last. `observer`:
 # during a trace, who is told of every mark.
@@ -68,7 +68,7 @@ def observed(observer: Callable[[Tensor, str], None]) -> Iterator[None]:
         _state.observer = None
 
 
-def enter_scope(multipliers: dict[str, float]) -> tuple[Scope, ...]:
+def enter_scope(multipliers: dict[str, Tensor]) -> tuple[Scope, ...]:
     """The marks that run from now on are those of one module; returns the scopes to go back to."""
     before: tuple[Scope, ...] = getattr(_state, "scopes", ())
     _state.scopes = (*before, (multipliers, 0 if torch.compiler.is_compiling() else checkpoints()))

@@ -11,12 +11,14 @@ from torch import nn
 from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.analysis import Analysis, analyse
 from looptransfer.rewrite.caveats import renewed
+from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
 from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
-from looptransfer.rewrite.planner import counts, make_plan
+from looptransfer.rewrite.planner import counts, fullest, make_plan
 from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import ExampleInputs
+from looptransfer.rewrite.roles import roles_of
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
@@ -126,25 +128,10 @@ def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
     _attach(model, plan)
 
 
-def rescale(
+def rescale_model(
     model: nn.Module, example_inputs: ExampleInputs | None = None, *, loops: float | None = None
 ) -> ScalingPlan:
-    """Recompute the multipliers in place for the loop count that `model` has now, and return the new plan.
-
-    Needed where N changes in training. Set the loop count on the model first: its branches are traced and counted anew,
-    so that a layer outside the loop, or one that is used twice a loop, gets what a fresh model would get; the way from
-    and to one loop is open. What acts on the stream is counted too (`plan.on_stream`); make the groups anew, or set the
-    LRs. Without a call the multipliers stay as they were trained, which public evidence favours where loops are added
-    only at inference.
-
-    Args:
-        model: rewritten by `parametrize`; it may be wrapped or compiled.
-        example_inputs: as for `parametrize`.
-        loops: the new mean, where the loop count is drawn afresh in every forward.
-
-    Raises:
-        InputError: the model was not rewritten, no example inputs are given, or it has other branches at this N.
-    """
+    """Recompute the multipliers for the loop count that a model has now; see `audit.rescale`."""
     inner, plan = planned(model)
     if example_inputs is None or isinstance(example_inputs, (int, float)):
         raise InputError(
@@ -162,11 +149,38 @@ def rescale(
             "at its loop count the model has other branches than before "
             f"({', '.join(sorted(map(str, handles ^ live))[:4])}); parametrize a fresh model at that count"
         )
-    inside = {name for branch in plan.branches for name in branch.parameters}
+    analysis = fullest(draws)
+    members = _members(plan, analysis)
+    inside = frozenset[str]().union(*members.values())
     new = plan.with_counts(visits, {name: times for name, times in uses.items() if name not in inside})
-    new = replace(new, caveats=renewed(plan.caveats, new.branches))
+    branches = tuple(replace(b, parameters=tuple(sorted(members[b.handle]))) for b in new.branches)
+    roles, caveats = roles_of(inner, analysis), renewed(plan.caveats, branches)
+    new = replace(new, branches=branches, roles=roles, caveats=caveats)
+    _check_ranks(model, new)
     _attach(inner, new)
     return new
+
+
+def _check_ranks(model: nn.Module, plan: ScalingPlan) -> None:
+    """Refuse plans that differ between the ranks of a DDP model, on all of them; the ranks switch together."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return
+    counts: list[Any] = [None] * torch.distributed.get_world_size(model.process_group)
+    visits = {str(branch.handle): branch.visits for branch in plan.branches} | plan.on_stream
+    torch.distributed.all_gather_object(counts, visits, group=model.process_group)
+    odd = [str(rank) for rank, others in enumerate(counts) if others != counts[0]]
+    if odd:
+        raise InputError(
+            f"the loop counts of rank 0 and rank {', '.join(odd)} differ; set the same on all before rescale"
+        )
+
+
+def _members(plan: ScalingPlan, analysis: Analysis) -> dict[Handle, frozenset[str]]:
+    """The parameters of every branch: those that it had, and those of visits that it did not have before."""
+    before = {branch.handle: frozenset(branch.parameters) for branch in plan.branches}
+    for group in analysis.groups:
+        group.parameters |= before[group.handle]
+    return before | {group.handle: group.parameters for group in analysis.groups}
 
 
 def fold(model: nn.Module) -> None:

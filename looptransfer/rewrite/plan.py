@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Handle
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCHEMA_VERSION = 1
+Role = Literal["branch matrix", "branch vector", "per-visit part", "on stream", "embedding", "head", "outside"]
+ROLES: tuple[Role, ...] = get_args(Role)
 PLAN = "_looptransfer_plan"  # the attribute of a rewritten model
 SHOWN = 6  # names in a printed list; all of them are in the plan
 
@@ -62,6 +64,7 @@ class ScalingPlan:
     on_stream: dict[str, float] = field(
         default_factory=dict
     )  # parameters used again and again outside every branch: uses
+    roles: dict[str, Role] = field(default_factory=dict)  # of every parameter; see `role`
     caveats: tuple[str, ...] = ()
     declared: bool = False  # the user named the branches
     random_loops: bool = False  # the visits are a mean: the loop count is drawn afresh in every forward
@@ -82,6 +85,10 @@ class ScalingPlan:
     def depth_multiplier(self) -> float:
         """m_L = L / L_ref."""
         return depth_multiplier(self.layers, self.base_layers)
+
+    def role(self, name: str) -> Role:
+        """The role of a parameter; "on stream" if it acts on the stream again and again, at this N."""
+        return "on stream" if name in self.on_stream else self.roles.get(name, "outside")
 
     def with_counts(self, visits: Mapping[Handle, float], uses: Mapping[str, float]) -> "ScalingPlan":
         """The same branches visited so many times each, with the multipliers that belong to that.
@@ -257,6 +264,7 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
     data["left_alone"] = tuple(_strict(LeftAlone, left) for left in data["left_alone"])
     data["caveats"] = tuple(data["caveats"])
     data["on_stream"] = {str(name): _count(times) for name, times in data["on_stream"].items()}
+    data["roles"] = {str(name): _role(role) for name, role in data["roles"].items()}
     plan: ScalingPlan = _strict(cls, data)
     check_rule(plan.rule)
     for branch in plan.branches:
@@ -272,6 +280,13 @@ def _count(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
         raise InputError(f"on_stream holds {value!r}; it must hold numbers from 1 up")
     return value
+
+
+def _role(value: Any) -> Role:
+    if value not in ROLES:
+        raise InputError(f"roles holds {value!r}; it must hold some of {', '.join(ROLES)}")
+    role: Role = value
+    return role
 
 
 def _strict(cls: Any, data: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from looptransfer.rewrite.branches import DECLARE, Group, scaled
 from looptransfer.rewrite.caveats import find_caveats
 from looptransfer.rewrite.ends import factors, last_maps
 from looptransfer.rewrite.plan import Branch, LeftAlone, ScalingPlan
+from looptransfer.rewrite.roles import roles_of
 
 REASONS = {
     "composite": "the added branch holds residual adds of its own (an input injection or a long skip)",
@@ -52,7 +53,7 @@ def make_plan(
     Raises:
         InputError: no residual add was found, or `loops` does not fit what was traced.
     """
-    analysis = _fullest(draws)
+    analysis = fullest(draws)
     groups, graph, paths = analysis.groups, analysis.trace.graph, analysis.rest.paths
     if not groups:
         met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n, -1)]
@@ -70,6 +71,7 @@ def make_plan(
         layers=layers or analysis.layers,
         branches=tuple(_branch(model, analysis, place) for place in range(len(groups))),
         left_alone=_left_alone(analysis),
+        roles=roles_of(model, analysis),
         declared=declared,
         random_loops=loops is not None,
     ).with_counts(visits, uses)
@@ -93,7 +95,7 @@ VARIES = (
 )
 
 
-def _fullest(draws: Sequence[Analysis]) -> Analysis:
+def fullest(draws: Sequence[Analysis]) -> Analysis:
     """Of random depths the forward that shows most."""
     return max(draws, key=lambda draw: sum(draw.visits.values()))
 
@@ -110,7 +112,7 @@ def counts(
         InputError: `loops` is no number from 1 up, or does not fit what was traced.
     """
     if loops is None:
-        return _fullest(draws).visits, _fullest(draws).rest.uses
+        return fullest(draws).visits, fullest(draws).rest.uses
     if not isinstance(loops, (int, float)) or isinstance(loops, bool) or not math.isfinite(loops) or loops < 1:
         raise InputError(f"loops is {loops!r}; it must be a number from 1 up")
     visits, uses = [draw.visits for draw in draws], [draw.rest.uses for draw in draws]

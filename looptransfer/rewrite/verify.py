@@ -22,24 +22,8 @@ from looptransfer.rewrite.twin import randomise, state_kept, twin_of
 TOLERANCE = 1e-3  # relative, of a multiplier
 
 
-def verify(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
-    """Measure on the live model what reaches the stream of each branch, and return the plan if it is what it says.
-
-    One eager forward is traced, as the model stands: the constant factor between each branch's last learned map and its
-    residual add, and how often it is added. Where `model` is compiled, the compiled callable is run too, on random
-    weights that are taken out again, and must compute what the eager model does. An unproved plan is proved.
-
-    More or fewer visits than planned are an error in train mode, and accepted in eval mode (loops added at inference)
-    and where the plan was made for a random loop count.
-
-    Args:
-        model: rewritten by `parametrize`; compiled or wrapped in DDP, it is given as it is trained.
-        example_inputs: as for `parametrize`.
-
-    Raises:
-        VerificationError: the branches that disagree, each with what was planned and what was measured.
-        InputError: the model was not rewritten, or rejects the inputs.
-    """
+def verify_model(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
+    """Measure the branches of a rewritten model; see `audit.verify`."""
     inner, plan = planned(model)
     try:
         analysis = analyse(inner, example_inputs, plan.declared_modules)

@@ -1,6 +1,7 @@
 import copy
 import functools
 import json
+import operator
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import looptransfer as lt
 from looptransfer.rewrite.insert import set_multiplier
@@ -424,7 +426,7 @@ def test_a_compiled_model_that_lost_a_multiplier_on_its_way_is_caught() -> None:
 
     def careless(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
         for node in list(graph.graph.nodes):
-            if node.op == "call_function" and node.args[1:] == (pytest.approx(PLANNED),):
+            if node.target is operator.mul and node.args[1].meta["example_value"].ndim == 0:  # ε is an input
                 node.replace_all_uses_with(node.args[0])
                 graph.graph.erase_node(node)
                 break
@@ -590,6 +592,46 @@ def test_rescale_reaches_a_compiled_model(way: Callable[[nn.Module], nn.Module])
     lt.parametrize(other, tokens())
     torch.testing.assert_close(live(tokens()), other(tokens()), rtol=1e-12, atol=1e-12)
     lt.verify(live, tokens())
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["modules", "marks"])
+def test_a_new_multiplier_compiles_nothing_anew(marked: bool) -> None:
+    """The loop runs in Python and its blocks are compiled; ε is what a rescale changes for them."""
+
+    class Unrolled(nn.Module):
+        def __init__(self, loops: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.loops, self.block = loops, MarkedBlock() if marked else models.MLPBlock()
+
+        def forward(self, h: Tensor) -> Tensor:
+            for _ in range(self.loops):
+                h = self.block(h)
+            return h
+
+    counter, x = CompileCounter(), inputs(2, WIDTH)
+    model = noisy(Unrolled(2))
+    lt.parametrize(model, x)
+    model.block.compile(backend=counter)
+    model(x)  # once for inputs without gradient, once for those with
+    compilations = counter.frame_count
+    for loops in (1, 4, 8, 2):
+        model.loops = loops
+        lt.rescale(model, x)
+        fresh_model = noisy(Unrolled(loops))
+        lt.parametrize(fresh_model, x)
+        torch.testing.assert_close(model(x), fresh_model(x), rtol=1e-12, atol=1e-12)
+    assert (compilations, counter.frame_count) == (2, 2)
+
+
+class MarkedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = models.mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.f(x)
+        return x + lt.residual(branch, "f")
 
 
 class Drawn(nn.Module):

@@ -1,0 +1,266 @@
+"""A model and its live optimizer, checked together and changed together."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from looptransfer.errors import InputError, VerificationError
+from looptransfer.optim import Group, TensorFactors, follow_plan, tensors_of
+from looptransfer.rewrite.names import named_parameters
+from looptransfer.rewrite.parametrize import rescale_model
+from looptransfer.rewrite.plan import SHOWN, ScalingPlan
+from looptransfer.rewrite.record import ExampleInputs
+from looptransfer.rewrite.verify import verify_model
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+TOLERANCE = 1e-6  # relative, of a setting
+MAKE = "make the optimizer of looptransfer.param_groups(model, …)"
+
+
+def verify(model: nn.Module, example_inputs: ExampleInputs, *, optimizer: Optimizers | None = None) -> ScalingPlan:
+    """Measure on the live model what reaches the stream of each branch, and return the plan if it is what it says.
+
+    One eager forward is traced, as the model stands: the constant factor between each branch's last learned map and its
+    residual add, and how often it is added. Where `model` is compiled, the compiled callable is run too, on random
+    weights that are taken out again, and must compute what the eager model does. An unproved plan is proved.
+
+    More or fewer visits than planned are an error in train mode, and accepted in eval mode (loops added at inference)
+    and where the plan was made for a random loop count.
+
+    Args:
+        model: rewritten by `parametrize`; compiled or wrapped in DDP, it is given as it is trained.
+        example_inputs: as for `parametrize`.
+        optimizer: made of `param_groups`; several where Muon and AdamW share the model. Every trained parameter must be
+            in one group, with the factors of the plan, the LRs in the ratio of the factors, and state of its own shape.
+            Call it after the first steps too: a scheduler shows what it does only then.
+
+    Raises:
+        VerificationError: the branches, groups or parameters that disagree, each with what was planned and what is.
+        InputError: the model was not rewritten, or rejects the inputs.
+    """
+    plan = verify_model(model, example_inputs)
+    if optimizer is None:
+        return plan
+    optimizers = _listed(optimizer)
+    problems = optimizer_problems(model, optimizers)
+    if problems:
+        raise VerificationError(
+            "the optimizer does not do what the plan says:\n" + "\n".join(f"- {problem}" for problem in problems)
+        )
+    return plan
+
+
+def rescale(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    loops: float | None = None,
+    optimizer: Optimizers | None = None,
+) -> ScalingPlan:
+    """Recompute the multipliers in place for the loop count that `model` has now, and return the new plan.
+
+    Needed where N changes in training. Set the loop count on the model first: its branches are traced and counted anew,
+    so that a layer outside the loop, or one that is used twice a loop, gets what a fresh model would get; the way from
+    and to one loop is open. Nothing is compiled anew for it. Without a call the multipliers stay as they were trained,
+    which public evidence favours where loops are added only at inference.
+
+    Args:
+        model: rewritten by `parametrize`; it may be wrapped or compiled. Under DDP every rank must call, and all must
+            come to the same plan.
+        example_inputs: as for `parametrize`.
+        loops: the new mean, where the loop count is drawn afresh in every forward.
+        optimizer: made of `param_groups`, one or several: the LRs of what acts on the stream (`plan.on_stream`) follow;
+            base LR and state stay. A group whose parameters are to differ now is split, so where the growth begins at
+            one loop set LRs by `set_lr`; torch's schedulers do not know the new group.
+
+    Raises:
+        InputError: the model was not rewritten, no example inputs are given, it has other branches at this N, another
+            rank has another plan, or the optimizer was not made of `param_groups`. Then nothing was changed.
+    """
+    optimizers = [] if optimizer is None else _listed(optimizer)
+    problems = [problem for live in optimizers for problem in _strange_groups(live)]
+    problems += _membership_problems(model, optimizers) if optimizers else []
+    if problems:
+        raise InputError(problems[0])
+    plan = rescale_model(model, example_inputs, loops=loops)
+    for live in optimizers:
+        follow_plan(model, live)
+    return plan
+
+
+def optimizer_problems(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    """All that is wrong with live optimizers of a rewritten model, a sentence each."""
+    strange = [problem for optimizer in optimizers for problem in _strange_groups(optimizer)]
+    problems = [*strange, *_membership_problems(model, optimizers)]
+    for optimizer in optimizers:
+        problems += _state_problems(model, optimizer)
+        groups = [group for group in optimizer.param_groups if group["params"]]
+        if groups and not _strange_groups(optimizer):
+            problems += _factor_problems(model, groups) + _lr_problems(groups) + _setting_problems(model, groups)
+    return problems
+
+
+def _listed(optimizer: Any) -> list[torch.optim.Optimizer]:
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    if not optimizers or not all(hasattr(live, "param_groups") and hasattr(live, "state") for live in optimizers):
+        raise InputError(f"optimizer is {optimizer!r}; give an optimizer, or a list of them")
+    return optimizers
+
+
+# -- membership
+
+
+def _strange_groups(optimizer: torch.optim.Optimizer) -> list[str]:
+    strange = [str(number) for number, group in enumerate(optimizer.param_groups) if "lr_factor" not in group]
+    if not strange:
+        return []
+    return [
+        f"group {', '.join(strange[:SHOWN])} of the {type(optimizer).__name__} was not made by param_groups (it holds "
+        f"no lr_factor), as where a trainer groups the parameters itself; {MAKE} and hand it to the trainer"
+    ]
+
+
+def _membership_problems(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    times = Counter(map(id, held))
+    foreign = sum(key not in names for key in times)
+    return [
+        *_about([names[key] for key in names if key in trained and key not in times], "in no group: never trained"),
+        *_about([names[key] for key in names if times[key] > 1], "in two groups: stepped twice"),
+        *([f"{foreign} parameters of the optimizer are not the model's; {MAKE}"] if foreign else []),
+    ]
+
+
+def _about(names: list[str], fault: str) -> list[str]:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return [f"{', '.join(names[:SHOWN])}{more}: {fault}"] if names else []
+
+
+# -- factors
+
+
+def _factor_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+    stale, other = list[str](), list[str]()
+    for group, tensor in _tensors(model, groups):
+        expected = tensor.lr * group["lr_ratio"]
+        if not _near(group["lr_factor"], expected):
+            without_uses = group["lr_factor"] / expected / tensor.uses
+            on_stream = tensor.role == "on stream" or group["name"].startswith("on stream")
+            (stale if on_stream and without_uses <= 1 + TOLERANCE else other).append(
+                f"{tensor.name} (factor {group['lr_factor']:.6g}, now {expected:.6g})"
+            )
+    stale_fault = (
+        "stale N: the LR is by another number of uses a forward; "
+        "rescale(model, example_inputs, optimizer=…) follows a loop count that changed"
+    )
+    other_fault = (
+        f"LR factor of another size or role: was the state of another model loaded, or a factor edited? {MAKE}"
+    )
+    return [*_about(stale, stale_fault), *_about(other, other_fault)]
+
+
+def _setting_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+    wrong: dict[str, None] = {}
+    for group, tensor in _tensors(model, groups):
+        expected = {"weight_decay": group["base_weight_decay"] * tensor.weight_decay(group["decay_policy"])}
+        if "base_eps" in group:
+            expected["eps"] = group["base_eps"] * tensor.depth.eps
+        for setting, value in expected.items():
+            if not _near(float(group[setting]), value):
+                wrong[
+                    f"group {group['name']!r}: {setting} is {float(group[setting]):.6g}, planned {value:.6g}; "
+                    "it was edited by hand, or a factor was applied again (a mup optimizer on top)"
+                ] = None
+    return list(wrong)
+
+
+def _tensors(model: nn.Module, groups: Sequence[Group]) -> Iterable[tuple[Group, TensorFactors]]:
+    known: dict[tuple[str, str], dict[int, TensorFactors]] = {}
+    for group in groups:
+        kind = (group["family"], group["on_stream"])
+        if kind not in known:
+            known[kind] = {
+                id(tensor.parameter): tensor for tensor in tensors_of(model, group["family"], group["on_stream"])
+            }
+        for parameter in group["params"]:
+            if id(parameter) in known[kind]:
+                yield group, known[kind][id(parameter)]
+
+
+# -- LRs
+
+
+def _lr_problems(groups: Sequence[Group]) -> list[str]:
+    """The LRs of an optimizer's groups are one base LR times the factor of each; told by what else they are."""
+    lrs, factors = [float(group["lr"]) for group in groups], [float(group["lr_factor"]) for group in groups]
+    bases = [lr / factor for lr, factor in zip(lrs, factors, strict=True)]
+    if _agree(bases):
+        return []
+    widths = [_width_in(group) for group in groups]
+    told = " for ".join(
+        f"{name} {', '.join(f'{value:.4g}' for value in values[:SHOWN])}"
+        for name, values in (("LRs", lrs), ("factors", factors))
+    )
+    if _agree(lrs):
+        fault = (
+            f"one LR, {lrs[0]:.6g}, was set for all groups (OneCycleLR with one number, a floor that was reached, "
+            "group['lr'] = …); give a number per group, or use looptransfer.set_lr"
+        )
+    elif set(widths) != {1.0} and _agree([base * width for base, width in zip(bases, widths, strict=True)]):
+        fault = f"the width factors were applied twice, as by a mup optimizer on top of ours: {told}; take torch's"
+    elif _agree([base / factor for base, factor in zip(bases, factors, strict=True)]):
+        fault = f"the factors were applied twice, as by a scheduler that multiplies by a group's scale: {told}"
+    elif _is_floored(lrs, factors):
+        fault = (
+            f"the LRs have a floor that is the same for all groups (as CosineAnnealingLR's eta_min): {told}; "
+            "schedule the base LR by looptransfer.set_lr"
+        )
+    else:
+        usual = Counter(f"{base:.6g}" for base in bases).most_common(1)[0][0]
+        edited = [group["name"] for group, base in zip(groups, bases, strict=True) if f"{base:.6g}" != usual]
+        fault = f"groups edited by hand ({', '.join(map(repr, edited[:SHOWN]))}; base LR of the others {usual}): {told}"
+    return [fault]
+
+
+def _width_in(group: Group) -> float:
+    """The width multiplier in a group's factor, as its name has it."""
+    return float(group["name"].rpartition("width × ")[2]) if "width × " in group["name"] else 1.0
+
+
+def _is_floored(lrs: Sequence[float], factors: Sequence[float]) -> bool:
+    """lr = floor + rest × factor, with both above zero, for all groups."""
+    low, high = factors.index(min(factors)), factors.index(max(factors))
+    rest = (lrs[high] - lrs[low]) / (factors[high] - factors[low])
+    floor = lrs[low] - rest * factors[low]
+    planned = [floor + rest * factor for factor in factors]
+    return floor > 0 and rest > 0 and all(map(_near, lrs, planned))
+
+
+def _agree(values: Sequence[float]) -> bool:
+    return all(_near(value, values[0]) for value in values)
+
+
+def _near(value: float, expected: float) -> bool:
+    return math.isclose(value, expected, rel_tol=TOLERANCE, abs_tol=1e-30)
+
+
+# -- state
+
+
+def _state_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """State has tensors of its parameter's shape, in any optimizer of our families."""
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    wrong = []
+    for parameter, state in optimizer.state.items():
+        shapes = [value.shape for value in state.values() if isinstance(value, torch.Tensor) and value.ndim]
+        if shapes and parameter.shape not in shapes:
+            wrong.append(
+                f"{names.get(id(parameter), 'a parameter')} {tuple(parameter.shape)}, state {tuple(shapes[0])}"
+            )
+    return _about(wrong, "the optimizer's state is that of a model of another size; begin with fresh state")
