@@ -130,6 +130,8 @@ class Comparison:
                 yield f"{axis_label(self.axis)} = {finding.n}: {finding.reason}"
         yield from self.notes
         for key, (old, new) in self.differing.items():
+            if key == "code":  # another commit is why one compares; `to_dict` names both
+                continue
             yield f"made differently: {key} was {_setting(old)}, is {_setting(new)}"
 
     def _terms(self) -> str:

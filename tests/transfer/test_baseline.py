@@ -219,6 +219,13 @@ def test_a_fingerprint_that_differs_is_told_key_by_key() -> None:
     assert comparison.to_dict()["differing"] == {"steps": {"then": "250", "now": "500"}}
 
 
+def test_another_commit_is_in_the_record_and_no_line_of_the_text(before: Baseline) -> None:
+    elsewhere = replace(before, fingerprint={**before.fingerprint, "code": "0123456789ab"})
+    comparison = elsewhere.compare(check(runs()))
+    assert comparison.to_dict()["differing"]["code"]["then"] == "0123456789ab"
+    assert "made differently" not in str(comparison) + comparison.to_markdown()
+
+
 def test_the_settings_of_an_experiment_are_compared_where_both_are_known() -> None:
     table = tidy(runs())
     table.attrs["experiment"] = {"corpus_sha256": "a", "steps": 250}
