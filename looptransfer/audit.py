@@ -151,7 +151,7 @@ def _factor_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
         expected = tensor.lr * group["lr_ratio"]
         if not _near(group["lr_factor"], expected):
             without_uses = group["lr_factor"] / expected / tensor.uses
-            on_stream = tensor.role == "on stream" or group["name"].startswith("on stream")
+            on_stream = tensor.role == "on stream" or "on the stream" in group["name"]
             (stale if on_stream and without_uses <= 1 + TOLERANCE else other).append(
                 f"{tensor.name} (factor {group['lr_factor']:.6g}, now {expected:.6g})"
             )

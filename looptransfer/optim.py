@@ -31,6 +31,7 @@ class TensorFactors:
     name: str
     parameter: nn.Parameter
     role: Role
+    in_branch: bool
     family: Family  # of the optimizer that takes it
     uses: float  # on the stream, a forward; 1 for all others, and where they are left
     depth: DepthFactors
@@ -105,6 +106,7 @@ def param_groups(
             "on_stream": on_stream,
             "decay_policy": decay_policy,
             "lr_ratio": ratio,
+            "by_role": bool(ratios) or isinstance(weight_decay, Mapping),
             "lr_factor": tensor.lr * ratio,
             "base_weight_decay": decay,
             "weight_decay": decay * tensor.weight_decay(decay_policy),
@@ -177,7 +179,7 @@ def tensors_of(model: nn.Module, family: Family, on_stream: OnStream) -> Iterato
         taker: Family = "adamw" if family == "muon" and not muons else family
         depth = depth_factors(plan.rule, taker, plan.layers, plan.base_layers) if in_branch else NONE
         uses = plan.on_stream.get(name, 1) if on_stream == "scale" and role == "on stream" else 1
-        yield TensorFactors(name, parameter, role, taker, uses, depth, _width_divisor(parameter, taker))
+        yield TensorFactors(name, parameter, role, in_branch, taker, uses, depth, _width_divisor(parameter, taker))
 
 
 def family_of(optimizer: object) -> Family:
@@ -203,9 +205,11 @@ def family_of(optimizer: object) -> Family:
 
 def name_of(tensor: TensorFactors, group: Mapping[str, Any]) -> str:
     """The name of a group: all that sets it apart from the others."""
-    muons = group["family"] == "muon"
-    label = tensor.role + (" (Muon)" if muons else "") + ("" if group["base_weight_decay"] else ", no decay")
-    label += "" if tensor.uses == 1 else f" {tensor.uses:g}×"
+    label = ("branches" if tensor.in_branch else "outside") + (f", {tensor.role}" if group["by_role"] else "")
+    label += ", Muon" if group["family"] == "muon" else ""
+    decayed = group["base_weight_decay"] > 0 if group["by_role"] else tensor.parameter.ndim >= 2
+    label += "" if decayed else ", no decay"
+    label += "" if tensor.uses == 1 else f", on the stream {tensor.uses:g}×"
     return label + ("" if tensor.width == 1 else f", width × {tensor.width:g}")
 
 

@@ -79,11 +79,13 @@ def test_base_layers_enter_the_factor() -> None:
 def test_groups_have_names_of_their_own_and_decay_nothing_by_default() -> None:
     groups = lt.param_groups(rewritten(), torch.optim.AdamW, lr=0.01)
     assert [group["name"] for group in groups] == [
-        "embedding, no decay",
-        "branch vector, no decay",
-        "branch matrix, no decay",
+        "outside",
+        "branches, no decay",
+        "branches",
         "outside, no decay",
     ]
+    by_role = lt.param_groups(rewritten(), torch.optim.AdamW, lr=0.01, lr_ratio={"embedding": 5.0})
+    assert "outside, embedding, no decay" in {group["name"] for group in by_role}
     assert {group["weight_decay"] for group in groups} == {0.0}
 
 
@@ -190,7 +192,7 @@ def test_widths_scale_as_mups_own_optimizers_do(
 
 def test_groups_of_different_widths_have_different_names() -> None:
     groups = lt.param_groups(wide((8, 16), (24, 96)), torch.optim.AdamW, lr=0.01, weight_decay=0.1)
-    assert {"branch matrix, width × 3", "branch matrix, width × 6"} <= {group["name"] for group in groups}
+    assert {"branches, width × 3", "branches, width × 6"} <= {group["name"] for group in groups}
 
 
 def test_depth_and_width_factors_multiply() -> None:
@@ -413,7 +415,7 @@ def test_parameters_on_the_stream_get_the_lr_by_their_uses() -> None:
     assert scale[model.blocks[0].ffn.weight] == 1
     assert {group["lr_factor"] for group in left} == {1.0}
     names = [group["name"] for group in lt.param_groups(model, torch.optim.AdamW, lr=0.1)]
-    assert "on stream, no decay 3×" in names
+    assert "outside, no decay, on the stream 3×" in names
 
 
 def test_another_word_for_on_stream_is_refused() -> None:

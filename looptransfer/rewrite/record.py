@@ -456,6 +456,8 @@ class Recorder(SiteCounter):
         still = [t for n, t in zip(call.before, call.inputs, strict=True) if n is None or not self.nodes[n].data]
         if op.name == "div" and len(sources) == 2 and self.nodes[sources[1]].data:
             held = held[:1] if sources[0] != sources[1] and self.nodes[sources[0]].data else []
+        if isinstance(second, Tensor) and second.ndim == 0 and call.before[-1] is None and not second.is_meta:
+            second = second.item()  # a constant on a tensor, such as a multiplier of ours, is a number
         if isinstance(second, (int, float)):
             node.factor = float(second)
         elif isinstance(second, Tensor) and still and not node.parameters:

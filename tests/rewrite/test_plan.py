@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import looptransfer as lt
 from looptransfer.rewrite.plan import Branch, check_one_parameterization
 from looptransfer.trials.pairing import check_start
+from looptransfer.trials.run import Trial
 from tests import models
 from tests.experiments import LoopedMLP, tiny_experiment
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
@@ -338,6 +339,7 @@ class LateBranch(LoopedMLP):
 def test_sweeps_and_coordinate_checks_refuse_models_that_are_not_one() -> None:
     said = "N = 1 and N = 2 are not one parameterization: L 1 there, 2 here"
     with pytest.raises(lt.InputError, match=said):
-        check_start(tiny_experiment(make_model=LateBranch), (1, 2), (0,))
+        first = Trial("factored", 1, 0.01, 0, device="cpu", directory=Path("none"))
+        check_start(tiny_experiment(make_model=LateBranch), first, (1, 2), (0,))
     with pytest.raises(lt.InputError, match=said):
         lt.coord_check(tiny_experiment(make_model=LateBranch), [1, 2], steps=1)
