@@ -338,8 +338,8 @@ class LateBranch(LoopedMLP):
 
 def test_sweeps_and_coordinate_checks_refuse_models_that_are_not_one() -> None:
     said = "N = 1 and N = 2 are not one parameterization: L 1 there, 2 here"
+    first = Trial("factored", 1, 0.01, 0, device="cpu", directory=Path("none"))
     with pytest.raises(lt.InputError, match=said):
-        first = Trial("factored", 1, 0.01, 0, device="cpu", directory=Path("none"))
         check_start(tiny_experiment(make_model=LateBranch), first, (1, 2), (0,))
     with pytest.raises(lt.InputError, match=said):
         lt.coord_check(tiny_experiment(make_model=LateBranch), [1, 2], steps=1)
