@@ -1,4 +1,4 @@
-"""What every tensor of a model gets from its optimizer, and by which rule."""
+"""A table of what every tensor of a model gets from its optimizer, and by which rule."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -85,7 +85,7 @@ def trials_of(study: Any, after: int = -1, ids: Collection[int] = ()) -> list[St
 
 
 def requests_of(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was asked of a ledger, by the attributes of its study; each says its `kind`, "sweep" or "tune"."""
+    """The requests made of a ledger, by the attributes of its study; each says its `kind`, "sweep" or "tune"."""
     return [value for key, value in attributes.items() if key.startswith(REQUEST)]
 
 
@@ -105,7 +105,7 @@ def expanded(requests: Iterable[Mapping[str, Any]], finished: Mapping[Key, Mappi
 
 
 def row_of(trial: StudyTrial, identity: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a trial says of its run, and its value as the loss; in a ledger also the fingerprint of the experiment."""
+    """The row of a trial: its run, its value as the loss, and in a ledger the fingerprint of the experiment."""
     run = {**(trial.attributes.get("run") or {}), **trial.attributes.get("outcome", {})}
     origin = {} if identity is None else {"fingerprint": fingerprint(identity)}
     return {**(run or trial.attributes), "loss": trial.value, **origin}
@@ -233,7 +233,7 @@ def _opened(place: str, shown: str) -> Iterator[Any]:
 
 
 def _reader(file: Path, shown: str) -> Callable[[], sqlite3.Connection]:
-    """What opens a SQLite file for reading, once it has been looked over."""
+    """A function that opens a SQLite file for reading; the file has been looked over."""
     if not file.is_file():
         raise InputError(f"cannot read {shown}: there is no such file")  # SQLite would make it
 

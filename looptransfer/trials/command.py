@@ -118,14 +118,14 @@ class Command(Reporting):
         return f"the command {self.text!r}"
 
     def uses(self, name: str) -> bool:
-        """Whether a placeholder reaches the command."""
+        """True where a placeholder reaches the command."""
         return any(name in _placeholders(what, text) for what, text in [("", self.text), *self._variables()])
 
     def identity(self) -> dict[str, Any]:
         """The text of the command, its metric, its environment and its version."""
-        given = {"version": self.version or None, "env": dict(self.env) or None}
-        kept = {key: value for key, value in given.items() if value is not None}
-        return {"command": self.text, "metric": self.metric, **kept, "looptransfer": version("looptransfer")}
+        options = {"version": self.version or None, "env": dict(self.env) or None}
+        options = {key: value for key, value in options.items() if value is not None}
+        return {"command": self.text, "metric": self.metric, **options, "looptransfer": version("looptransfer")}
 
     def check(self, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]) -> dict[int, Any]:
         """As `Reporting.check`; a rule that cannot reach the command is refused before anything is started."""
@@ -262,9 +262,9 @@ def _from_csv(text: str, key: str, file: str) -> list[Report]:
 
 def _from_output(text: str, pattern: re.Pattern[str], file: str) -> list[Report]:
     name = next(number for number in range(1, pattern.groups + 1) if number != pattern.groupindex.get("step"))
-    found = [match for line in text.splitlines() for match in [pattern.search(line)] if match and match[name]]
+    matches = [match for line in text.splitlines() for match in [pattern.search(line)] if match and match[name]]
     with_step = "step" in pattern.groupindex
-    return [_report(match["step"] if with_step else None, match[name], "the loss", file) for match in found]
+    return [_report(match["step"] if with_step else None, match[name], "the loss", file) for match in matches]
 
 
 def _report(step: Any, loss: Any, key: str, place: str) -> Report:
@@ -280,7 +280,7 @@ def _report(step: Any, loss: Any, key: str, place: str) -> Report:
 
 
 def _news(before: list[Report], reports: list[Report]) -> tuple[list[Report], list[Report]]:
-    """What is new among the reports, all of them where the file was written anew; and the reports."""
+    """The new ones among the reports, all of them where the file was written anew; and the reports."""
     grown = reports[: len(before)] == before
     return (reports[len(before) :] if grown else reports), reports
 
@@ -300,7 +300,7 @@ def _split(text: str) -> list[str]:
 
 
 def _runs(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
-    """Whether a process still runs after a while."""
+    """True where a process still runs after a while."""
     try:
         process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:

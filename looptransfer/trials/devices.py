@@ -1,4 +1,4 @@
-"""What each worker may use: the GPUs that it sees, and as many threads that all workers together fill the cores."""
+"""The place of each worker: the GPUs that it sees, and as many threads that all workers together fill the cores."""
 
 import contextlib
 import os
@@ -74,10 +74,10 @@ def _places(devices: str | None) -> list[Slot]:
     named = [gpu for group in groups for gpu in group.split("+")]
     unknown = [gpu for gpu in named if not gpu or (visible and gpu not in visible)]
     if unknown or len(set(named)) < len(named):
-        there = ", ".join(visible) if visible else "none that torch sees"
+        choice = ", ".join(visible) if visible else "none that torch sees"
         raise InputError(
             f"devices is {devices!r}; write GPUs, each once, such as 0,1 or 0+1,2+3 (+ joins those of one worker), "
-            f"all, or cpu; there are {there}"
+            f"all, or cpu; there are {choice}"
         )
     return [Slot("cuda", group.replace("+", ",")) for group in groups]
 

@@ -1,4 +1,4 @@
-"""What a user hands in to be tuned: a model factory, batches, a loss."""
+"""An experiment, as a user hands it in to be tuned: a model factory, batches, a loss."""
 
 import json
 import platform
@@ -115,10 +115,10 @@ class Experiment:
             raise InputError(f"settings must hold JSON values only: {error}; give numbers, text and lists") from None
 
     def identity(self) -> dict[str, Any]:
-        """What makes results comparable: the settings and the versions of what ran."""
+        """The values that make results comparable: the settings and the versions of what ran."""
         leave = None if self.on_stream == "scale" else self.on_stream
         random_loops = None if self.loops is None else True
-        given = {
+        options = {
             "branches": self.branches,
             "layers": self.layers,
             "on_stream": leave,
@@ -131,7 +131,7 @@ class Experiment:
             "name": self.name,
             **{key: getattr(self, key) for key in ("steps", "warmup", "weight_decay", "clip", "lam", "base_layers")},
             "betas": list(self.betas),
-            **{key: value for key, value in given.items() if value is not None},
+            **{key: value for key, value in options.items() if value is not None},
             **self.settings,
             "torch": version("torch"),
             "looptransfer": version("looptransfer"),

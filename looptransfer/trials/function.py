@@ -102,7 +102,7 @@ class Reporting(ABC):
 def _compared(
     training: Reporting, first: Trial, loops: Sequence[int], seeds: Sequence[int], rules: Sequence[Rule]
 ) -> tuple[bool, str]:
-    """Whether seeds pair the runs, as far as was seen, and how well, in a sentence."""
+    """True where seeds pair the runs, as far as was seen; and how well, in a sentence."""
     starts = _Starts(training)
     moment = f"N = {first.loops}, LR {first.lr:.4g}, seed {first.seed}"
     if not all(map(math.isfinite, starts.of(first))):
@@ -218,7 +218,7 @@ class Function(Reporting):
         return {"name": name, **code, "looptransfer": version("looptransfer")}
 
     def reports(self, trial: Trial) -> Iterator[Report]:
-        """What the function yields, or returns."""
+        """The losses that the function yields, or returns."""
         call = f"{_named(self.function)}(run)"
         with user_code(f"{call} fails", self.function):
             result = self.function(trial)
@@ -233,7 +233,7 @@ class Function(Reporting):
                 getattr(result, "close", lambda: None)()
 
     def _next(self, result: Iterator[Any], call: str) -> Report | None:
-        """What a generator yields next, or returns in the end."""
+        """The report that a generator yields next, or returns in the end."""
         with user_code(f"{call} fails", self.function):
             try:
                 report = next(result)
@@ -280,7 +280,7 @@ def _named(function: object) -> str:
 
 
 def as_trainable(train: Any) -> Trainable:
-    """What `tune`, `sweep` and `gate` are given: something trainable as it is, or a function.
+    """The training that `tune`, `sweep` and `gate` are given: one that is trainable as it is, or a function.
 
     Raises:
         InputError: it is neither.

@@ -80,6 +80,6 @@ def _wanted(there: Sequence[int], loops: Sequence[int] | None, path: str) -> lis
 
 def _seeds(names: Iterable[str], count: int) -> list[int]:
     """The first seeds of the baseline, and new ones behind them where it has too few."""
-    there = sorted(int(name) for name in names if name.isdecimal())
-    new = range(max(there, default=-1) + 1, max(there, default=-1) + 1 + count)
-    return [*there, *new][:count]
+    stored = sorted(int(name) for name in names if name.isdecimal())
+    new = range(max(stored, default=-1) + 1, max(stored, default=-1) + 1 + count)
+    return [*stored, *new][:count]

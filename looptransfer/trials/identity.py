@@ -1,4 +1,4 @@
-"""Is a ledger of this experiment? By what the experiment says of itself, and by what the start of a training shows."""
+"""Comparison of an experiment with the one of a ledger: by what it declares, and by the start of a training."""
 
 import math
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ def check_identity(shown: str, stored: Mapping[str, Any], given: Mapping[str, An
         InputError: they differ in more than versions and machine.
     """
     differing = sorted(key for key in stored.keys() | given.keys() if stored.get(key) != given.get(key))
-    told = [f"{key} {stored.get(key)} there, {given.get(key)} here" for key in differing if key in ENVIRONMENT]
+    remarks = [f"{key} {stored.get(key)} there, {given.get(key)} here" for key in differing if key in ENVIRONMENT]
     _refuse(
         shown,
         [f"{key}: {stored.get(key)!r} there, {given.get(key)!r} here" for key in differing if key not in ENVIRONMENT],
     )
-    return told
+    return remarks
 
 
 def check_probe(shown: str, moment: str, stored: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
@@ -38,14 +38,14 @@ def check_probe(shown: str, moment: str, stored: Mapping[str, Any], measured: Ma
     """
     noise, refused = [], []
     for name in sorted(stored.keys() & measured.keys()):
-        there, here = stored[name], measured[name]
-        numbers = isinstance(there, float) and isinstance(here, float)
-        if there == here or (numbers and math.isnan(there) and math.isnan(here)):
+        old, new = stored[name], measured[name]
+        numbers = isinstance(old, float) and isinstance(new, float)
+        if old == new or (numbers and math.isnan(old) and math.isnan(new)):
             continue
-        if numbers and math.isclose(there, here, rel_tol=NOISE):
-            noise.append(f"{name} at {moment} by {abs(there / here - 1):.1g}")
+        if numbers and math.isclose(old, new, rel_tol=NOISE):
+            noise.append(f"{name} at {moment} by {abs(old / new - 1):.1g}")
         else:
-            values = f": {there:.6g} there, {here:.6g} here" if numbers else ""
+            values = f": {old:.6g} there, {new:.6g} here" if numbers else ""
             refused.append(f"{name} at {moment}{values}")
     _refuse(shown, refused)
     return noise

@@ -188,7 +188,7 @@ class Ledger:
         """
         patience = self.patience if patience is None else patience
         end, pause = time.monotonic() + patience, 0.05
-        told = time.monotonic() + 2.0  # a lock that passes at once is no news
+        tell_at: float | None = time.monotonic() + 2.0  # a lock that passes at once is no news
         while True:
             try:
                 return call()
@@ -204,8 +204,8 @@ class Ledger:
                         f"the ledger {self.shown} does not answer: {why}; finished runs are kept, and the same call "
                         "goes on from there once it does"
                     ) from error
-                if told and time.monotonic() > told:
-                    told = 0.0
+                if tell_at is not None and time.monotonic() > tell_at:
+                    tell_at = None
                     print(
                         f"looptransfer: the ledger {self.shown} does not answer: {why}; trying for {left:.0f} s more",
                         file=sys.stderr,
@@ -237,7 +237,7 @@ class Ledger:
         Raises:
             InputError: it is of another.
         """
-        given = json.loads(json.dumps(identity))
+        declared = json.loads(json.dumps(identity))
         self._reread()  # another process may have begun it meanwhile
         if self.identity is None:
             if self._read >= 0:
@@ -246,10 +246,10 @@ class Ledger:
                     "name or file"
                 )
             self._set(FOLDER, secrets.token_hex(4))
-            self._set(IDENTITY, json.dumps(given, sort_keys=True))
+            self._set(IDENTITY, json.dumps(declared, sort_keys=True))
             self._reread()
         assert self.identity is not None
-        remarks = check_identity(self.shown, self.identity, given)
+        remarks = check_identity(self.shown, self.identity, declared)
         stored = {key: value for key, value in self.attributes.items() if key.startswith(PROBE)}
         measured = {_probe_key(run): dict(values) for run, values in probes.items()}
         if probe is not None and stored and not stored.keys() & measured.keys():
@@ -426,7 +426,7 @@ PASSING = (OperationalError, InterfaceError, InternalError, sqlite3.OperationalE
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a driver said, below what Optuna made of it."""
+    """The driver's own error, below the one that Optuna raised."""
     return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
 
 

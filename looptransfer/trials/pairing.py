@@ -1,4 +1,4 @@
-"""Before any training: does a seed mean what it promises, and N?
+"""Checks before any training that a seed decides what it promises, and N the loop count.
 
 All that is concluded from a sweep rests on runs that differ in what they are said to differ in, and in nothing else.
 So the start of a training, two steps, is made at every N, and at the smallest N once more with the same seed and once

@@ -44,7 +44,7 @@ class Trial(Run):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. A diverged run has loss inf, the steps it lasted, and the last finite training loss.
+    """The outcome of a run. A diverged run has loss inf, the steps it lasted, and the last finite training loss.
 
     Layers and steps are None where the training does not say them.
     """
@@ -60,7 +60,7 @@ class Outcome:
 
 @runtime_checkable
 class Trainable(Protocol):
-    """What can be tuned and swept: an `Experiment`, a `Function` or a `Command`."""
+    """A training that can be tuned and swept: an `Experiment`, a `Function` or a `Command`."""
 
     def identity(self) -> dict[str, Any]:
         """JSON values that tell results of this training from those of others."""

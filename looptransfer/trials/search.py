@@ -1,4 +1,4 @@
-"""Which runs to make next: pure functions of the runs that are finished, so that a killed search resumes by itself."""
+"""The runs to make next: pure functions of the runs that are finished, so that a killed search resumes by itself."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -290,7 +290,7 @@ def join(
 
 
 def target_of(storage: str | Path, study: str) -> str:
-    """What a study trains, as it is called on a command line.
+    """The training of a study, as it is called on a command line.
 
     Raises:
         InputError: there is no such study, or it does not say.
@@ -332,8 +332,8 @@ def _absolute(around: TunedLR | float | None, octaves: Sequence[float], lrs: Seq
 
 def _as_known(lrs: Sequence[float], known: Collection[Run]) -> list[float]:
     """The LRs, where they are in a table already as they stand there: the seeds of one LR must be found together."""
-    there = sorted({run.lr for run in known})
-    return [next((other for other in there if math.isclose(lr, other, rel_tol=SAME_LR)), lr) for lr in lrs]
+    stored = sorted({run.lr for run in known})
+    return [next((other for other in stored if math.isclose(lr, other, rel_tol=SAME_LR)), lr) for lr in lrs]
 
 
 def _by_rule(

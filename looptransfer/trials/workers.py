@@ -111,7 +111,7 @@ def check_limit(limit: float | None) -> None:
 
 
 def _sent(trainable: Trainable, must: bool) -> bytes | None:
-    """What is trained as worker processes are sent it; None where it cannot be, unless it must."""
+    """The training as worker processes are sent it; None where it cannot be, unless it must."""
     try:
         return pickled(trainable)
     except InputError as error:
@@ -150,7 +150,7 @@ class _Todo:
         self.settled = len(self.ledger.settled)
 
     def coming(self) -> Iterable[Run]:
-        """What is neither finished nor failed nor given up."""
+        """Runs that are neither finished nor failed nor given up."""
         failures = Counter((run.rule, run.loops) for run in self.ledger.failed)
         hopeless = {group for group, times in failures.items() if times >= HOPELESS}
         if not hopeless:
@@ -390,7 +390,7 @@ def _tell_slow(ledger: Ledger) -> None:
 
 
 def _memory_kills() -> int:
-    """How many processes the kernel has killed for want of memory, where it tells."""
+    """The number of processes that the kernel has killed for want of memory, where it tells."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/sys/fs/cgroup/memory.events").read_text().splitlines():
             name, count = line.split()
