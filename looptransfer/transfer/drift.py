@@ -127,6 +127,6 @@ def room_for_regret(target: Optimum, log2_lr: float, tolerance: float) -> float:
 def _regret(target: Optimum, distance: Array) -> Array:
     """By the pooled curve, at distances from its vertex."""
     assert target.curves is not None
-    shape = target.curves.mean().to_numpy()
+    shape = np.array(target.curves.mean(), dtype=np.float64)  # a copy: from pandas 3 on its own arrays are read-only
     shape[:2] = 0.0  # the regret at the vertex, and the slope there
     return np.asarray(np.polynomial.polynomial.polyval(distance, shape))

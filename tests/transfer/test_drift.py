@@ -76,6 +76,15 @@ def test_further_away_the_regret_is_that_of_the_runs_and_beyond_them_unknown() -
     assert regret_by_seed(optimum, table, -2.9) is None
 
 
+def test_arrays_of_pandas_may_be_read_only() -> None:
+    table = bowl(-6.0, seeds=4, noise=0.01, draw=1)
+    with pd.option_context("mode.copy_on_write", True):  # as pandas 3 always has it
+        optimum = find_optimum(8, table, 0.9)
+        regret = regret_by_seed(optimum, table, -5.0)
+        assert regret is not None
+        assert regret_interval(optimum, regret, -5.0, 0.9).estimate == pytest.approx(0.1, abs=0.03)
+
+
 def test_the_interval_of_the_regret_starts_at_zero_where_the_optimum_may_be_the_lr_itself() -> None:
     table = bowl(-6.0, seeds=4, noise=0.01, draw=1)
     optimum = find_optimum(8, table, 0.9)
