@@ -1,3 +1,5 @@
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from looptransfer.trials.function import Function
+from looptransfer.trials.ledger import Ledger
 from tests.test_pytest_plugin import ROOT, run_pytest
 
 CI = ROOT / "examples" / "ci"
@@ -69,7 +73,11 @@ def test_the_workflow_runs_what_is_there() -> None:
 
 
 def run(*words: str | Path, status: tuple[int, ...] = (0,), cwd: Path | None = None) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     told = subprocess.run(
         [str(word) for word in words], check=False, cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -141,3 +149,50 @@ def test_muon_and_adamw_learn_with_groups_that_pass_the_audit(capsys: pytest.Cap
     table = capsys.readouterr().out
     assert "blocks.0.attention.qkv.weight  branch matrix  muon" in table
     assert "loop_norm.weight               on stream      adamw      0.3333" in table
+
+
+TRAIN = """
+import math, time
+
+def train(run):
+    time.sleep(1)
+    return 2 + 0.05 * (math.log2(run.lr) + 8) ** 2
+"""
+CLUSTER = f"""
+import runpy, sys, threading
+import ray
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "include_dashboard": False}})
+second = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address)
+work_everywhere = runpy.run_path({str(ROOT / "examples" / "ray" / "work.py")!r})["work_everywhere"]
+threading.Timer(10, lambda: cluster.remove_node(second, allow_graceful=False)).start()
+print("ended on", work_everywhere(sys.argv[1], "sweep", ["--workers", "1"]), "of 2 nodes")
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (pip install ray)")
+def test_a_ray_cluster_that_loses_a_node_makes_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("exp.py", TRAIN), ("cluster.py", CLUSTER)):
+        (tmp_path / name).write_text(text)
+    storage = f"journal://{tmp_path / 'runs.log'}"
+    ledger = Ledger(storage)
+    monkeypatch.syspath_prepend(tmp_path)
+    function = Function(importlib.import_module("exp").train)
+    ledger.admit(function.identity(), {}, target=f"{tmp_path / 'exp.py'}:train")
+    ledger.ask(
+        {
+            "kind": "sweep",
+            "cells": [["factored", 2, "factored"]],
+            "lrs": [0.002, 0.004],
+            "seeds": [*range(10)],
+            "without": [],
+        }
+    )
+    assert "ended on 1 of 2 nodes" in run(sys.executable, "cluster.py", storage, cwd=tmp_path)
+    ledger.refresh()
+    assert len(ledger.finished) == 20
