@@ -30,7 +30,7 @@ ABOUT = "Tune the LR of a looped Transformer at small N, carry it to large N, an
 DEMO = """\
 Tunes the LR of a small looped decoder at N = 2, sweeps around it at N = 1…16 under the
 paper's rule and two controls, and writes report.html, results.csv and verdict.json.
-About 18 minutes on two cores. Stopped at any moment, the same command goes on where it was."""
+18 to 25 minutes on two cores. Stopped at any moment, the same command goes on where it was."""
 INSPECT = """\
 Prints the plan of a model: every residual branch with its layer, its visits, its multiplier and
 the line where it is added, and what is left alone. Changes nothing.
