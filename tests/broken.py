@@ -455,9 +455,9 @@ def workers() -> Iterator[Broken]:
         yield Broken("workers", text, phrase, TRAINS, words=two, line=())
     inside = "if multiprocessing.current_process().name == 'looptransfer worker' and len(calls) > 5: "
     for code, phrase in {
-        "os._exit(0)": "ended with exit status 0 while it trained factored, N = ",
-        "os._exit(3)": "ended with exit status 3 while it trained factored, N = ",
-        "os.abort()": "ended with exit status -6 while it trained factored, N = ",
+        "os._exit(0)": "its worker process ended with exit status 0: ",
+        "os._exit(3)": "its worker process ended with exit status 3: ",
+        "os.abort()": "its worker process ended with exit status -6: ",
         "sys.exit(0)": r"runs are missing.* failed.*SystemExit: 0 \(",
         "raise ValueError('late')": r"runs are missing.* failed.*ValueError: late \(",
     }.items():
