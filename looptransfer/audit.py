@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from looptransfer.errors import InputError, VerificationError
-from looptransfer.optim import Group, TensorFactors, follow_plan, tensors_of
+from looptransfer.optim import Group, follow_plan, planned_settings, tensors_in
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.parametrize import rescale_model
 from looptransfer.rewrite.plan import SHOWN, ScalingPlan
@@ -147,8 +147,8 @@ def _about(names: list[str], fault: str) -> list[str]:
 
 def _factor_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     stale, other = list[str](), list[str]()
-    for group, tensor in _tensors(model, groups):
-        expected = tensor.lr * group["lr_ratio"]
+    for group, tensor in tensors_in(model, groups):
+        expected = planned_settings(group, tensor)["lr_factor"]
         if not _near(group["lr_factor"], expected):
             without_uses = group["lr_factor"] / expected / tensor.uses
             on_stream = tensor.role == "on stream" or "on the stream" in group["name"]
@@ -167,30 +167,14 @@ def _factor_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
 
 def _setting_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     wrong: dict[str, None] = {}
-    for group, tensor in _tensors(model, groups):
-        expected = {"weight_decay": group["base_weight_decay"] * tensor.weight_decay(group["decay_policy"])}
-        if "base_eps" in group:
-            expected["eps"] = group["base_eps"] * tensor.depth.eps
-        for setting, value in expected.items():
-            if not _near(float(group[setting]), value):
+    for group, tensor in tensors_in(model, groups):
+        for setting, value in planned_settings(group, tensor).items():
+            if setting != "lr_factor" and not _near(float(group[setting]), value):
                 wrong[
                     f"group {group['name']!r}: {setting} is {float(group[setting]):.6g}, planned {value:.6g}; "
                     "it was edited by hand, or a factor was applied again (a mup optimizer on top)"
                 ] = None
     return list(wrong)
-
-
-def _tensors(model: nn.Module, groups: Sequence[Group]) -> Iterable[tuple[Group, TensorFactors]]:
-    known: dict[tuple[str, str], dict[int, TensorFactors]] = {}
-    for group in groups:
-        kind = (group["family"], group["on_stream"])
-        if kind not in known:
-            known[kind] = {
-                id(tensor.parameter): tensor for tensor in tensors_of(model, group["family"], group["on_stream"])
-            }
-        for parameter in group["params"]:
-            if id(parameter) in known[kind]:
-                yield group, known[kind][id(parameter)]
 
 
 # -- LRs

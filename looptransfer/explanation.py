@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.optim import Group, TensorFactors, tensors_of
+from looptransfer.optim import Group, TensorFactors, tensors_in
 from looptransfer.rewrite.plan import planned
 from looptransfer.rules import Rule
 from looptransfer.text import text_table
@@ -72,15 +72,11 @@ def explain(
         InputError: the model was not rewritten, or a group was not made by `param_groups`.
     """
     _, plan = planned(model)
-    rows = {}
-    for number, group in enumerate(_groups(optimizer)):
+    groups = list(_groups(optimizer))
+    for number, group in enumerate(groups):
         if "lr_factor" not in group:
             raise InputError(f"group {number} holds no lr_factor: it was not made by looptransfer.param_groups")
-        by_id = {id(t.parameter): t for t in tensors_of(model, group["family"], group["on_stream"])}
-        for parameter in group["params"]:
-            if id(parameter) in by_id:
-                tensor = by_id[id(parameter)]
-                rows[tensor.name] = _explained(tensor, group, plan.rule)
+    rows = {tensor.name: _explained(tensor, group, plan.rule) for group, tensor in tensors_in(model, groups)}
     order = [name for name, _ in model.named_parameters()]
     return Explanation(tuple(sorted(rows.values(), key=lambda row: _place(order, row.parameter))))
 

@@ -107,13 +107,12 @@ def param_groups(
             "decay_policy": decay_policy,
             "lr_ratio": ratio,
             "by_role": bool(ratios) or isinstance(weight_decay, Mapping),
-            "lr_factor": tensor.lr * ratio,
             "base_weight_decay": decay,
-            "weight_decay": decay * tensor.weight_decay(decay_policy),
         }
-        group["lr"] = (lr if tensor.family == family else float(adamw_lr or lr)) * group["lr_factor"]
         if tensor.family in {"adamw", "adam"}:
-            group |= {"base_eps": eps, "eps": eps * tensor.depth.eps}
+            group["base_eps"] = eps
+        group |= planned_settings(group, tensor)
+        group["lr"] = (lr if tensor.family == family else float(adamw_lr or lr)) * group["lr_factor"]
         name = name_of(tensor, group)
         groups.setdefault(name, {"name": name, **group, "params": []})["params"].append(tensor.parameter)
     return list(groups.values())
@@ -182,6 +181,27 @@ def tensors_of(model: nn.Module, family: Family, on_stream: OnStream) -> Iterato
         yield TensorFactors(name, parameter, role, in_branch, taker, uses, depth, _width_divisor(parameter, taker))
 
 
+def tensors_in(model: nn.Module, groups: Iterable[Group]) -> Iterator[tuple[Group, TensorFactors]]:
+    """The factors on every parameter of the groups, in their order; what is not trained in the model is left out."""
+    by_kind: dict[tuple[str, str], dict[int, TensorFactors]] = {}
+    for group in groups:
+        family, on_stream = kind = (group["family"], group["on_stream"])
+        if kind not in by_kind:
+            by_kind[kind] = {id(tensor.parameter): tensor for tensor in tensors_of(model, family, on_stream)}
+        for parameter in group["params"]:
+            if id(parameter) in by_kind[kind]:
+                yield group, by_kind[kind][id(parameter)]
+
+
+def planned_settings(group: Group, tensor: TensorFactors) -> dict[str, float]:
+    """The settings of a group by the plan, for a tensor of it: LR factor, weight decay, and eps where it has one."""
+    settings = {
+        "lr_factor": tensor.lr * group["lr_ratio"],
+        "weight_decay": group["base_weight_decay"] * tensor.weight_decay(group["decay_policy"]),
+    }
+    return settings | ({"eps": group["base_eps"] * tensor.depth.eps} if "base_eps" in group else {})
+
+
 def family_of(optimizer: object) -> Family:
     """The family of an optimizer's name, class or instance.
 
@@ -227,13 +247,11 @@ def _put_lr(group: Group, lr: float) -> None:
 
 
 def _put_factors(group: Group, tensor: TensorFactors) -> None:
-    before, group["lr_factor"] = group["lr_factor"], tensor.lr * group["lr_ratio"]
+    before = group["lr_factor"]
+    group |= planned_settings(group, tensor)
     _put_lr(group, float(group["lr"]) / before * group["lr_factor"])
     if "initial_lr" in group:  # of torch's schedulers
         group["initial_lr"] = group["initial_lr"] / before * group["lr_factor"]
-    group["weight_decay"] = group["base_weight_decay"] * tensor.weight_decay(group["decay_policy"])
-    if "base_eps" in group:
-        group["eps"] = group["base_eps"] * tensor.depth.eps
 
 
 def _members(inner: nn.Module, plan: ScalingPlan) -> set[int]:

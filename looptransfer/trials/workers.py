@@ -209,10 +209,10 @@ def _work(
             todo.show(progress)
         run = todo.next_run()
         claim = None if run is None else ledger.claim(run)
-        if run is not None and claim is not None:
+        if claim is not None:
             if sender is not None:
                 sender.send(claim)
-            _make(ledger, claim, trainable, place.trial(run, job.directory / _folder(run)))
+            _make(ledger, claim, trainable, place.trial(claim.run, job.directory / _folder(claim.run)))
             if sender is not None:
                 sender.send(None)
         elif run is None:
