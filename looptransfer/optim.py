@@ -13,6 +13,7 @@ from looptransfer.checks import is_number
 from looptransfer.errors import InputError
 from looptransfer.rewrite.names import module_of, named_parameters, parameter_names
 from looptransfer.rewrite.plan import ROLES, Branch, Role, ScalingPlan, planned
+from looptransfer.rewrite.width import Growth, growth, width_divisor
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
 # A class belongs to the first family that its name, or else the name of one of its bases, holds: a fused, 8-bit or
@@ -62,8 +63,8 @@ def param_groups(
     """Parameter groups of a rewritten model for `optimizer`, by the paper's table (arXiv 2606.18524, Table 1).
 
     Parameters of the residual branches, pre-norm gains included, get LR and Adam eps × m_L^(−1/2); embedding, final
-    norm and head × 1. With μP (`mup.set_base_shapes` was called on the model) LR and decay are also divided and
-    multiplied by the width multiplier, as `mup.MuAdamW`, `mup.MuAdam` and `mup.MuSGD` have it.
+    norm and head × 1. With μP (`parametrize(…, base=…)`, or `mup.set_base_shapes` was called on the model) LR and decay
+    are also divided and multiplied by the width multiplier, as `mup.MuAdamW`, `mup.MuAdam` and `mup.MuSGD` have it.
 
     Muon takes the 2-D matrices of the branches, and AdamW all else: the groups tell by `group["family"]` which
     optimizer they are for, each with a base LR of its own. Muon's LR has no width factor: its step is right over
@@ -178,7 +179,8 @@ def tensors_of(model: nn.Module, family: Family, on_stream: OnStream) -> Iterato
         taker: Family = "adamw" if family == "muon" and not muons else family
         depth = depth_factors(plan.rule, taker, plan.layers, plan.base_layers) if in_branch else NONE
         uses = plan.on_stream.get(name, 1) if on_stream == "scale" and role == "on stream" else 1
-        yield TensorFactors(name, parameter, role, in_branch, taker, uses, depth, _width_divisor(parameter, taker))
+        width = width_divisor(_growth(plan, name, parameter), taker)
+        yield TensorFactors(name, parameter, role, in_branch, taker, uses, depth, width)
 
 
 def tensors_in(model: nn.Module, groups: Iterable[Group]) -> Iterator[tuple[Group, TensorFactors]]:
@@ -311,11 +313,8 @@ def _check_numbers(settings: Mapping[str, Iterable[Any]], positive: bool) -> Non
                 raise InputError(f"{name} is {value!r}; it must be a finite number {least}")
 
 
-def _width_divisor(parameter: nn.Parameter, family: Family) -> float:
-    """μP's divisor of the LR (arXiv 2203.03466, Table 8, as `mup` applies it); 1 where it set no shapes."""
-    shape = getattr(parameter, "infshape", None)
-    if shape is None or family == "muon":
-        return 1.0
-    if shape.ninf() == 2:
-        return float(shape.fanin_fanout_mult_ratio() if family == "sgd" else shape.width_mult())
-    return 1.0 / float(shape.width_mult()) if shape.ninf() == 1 and family == "sgd" else 1.0
+def _growth(plan: ScalingPlan, name: str, parameter: nn.Parameter) -> Growth:
+    """By how much each dimension grows over the base width: by the plan, or by mup's own marks."""
+    if name in plan.base_shapes:
+        return growth(plan.base_shapes[name], tuple(parameter.shape))
+    return tuple(dim.width_mult() if dim.isinf() else None for dim in getattr(parameter, "infshape", ()))

@@ -189,7 +189,8 @@ class _Runs:
         optimizer = setting.optimizer(model)
         stepped = optimizer[0] if isinstance(optimizer, tuple) else optimizer
         self.adam = isinstance(stepped, (torch.optim.Adam, torch.optim.AdamW))
-        self.width_scaled = any(hasattr(parameter, "infshape") for parameter in model.parameters())
+        marked = any(hasattr(parameter, "infshape") for parameter in model.parameters())
+        self.width_scaled = marked or bool(plan and plan.base_shapes)
         layers = plan.layers if plan else len({branch.layer for branch in branches})
         place = (rule, size.loops, size.width or setting.experiment.width, layers, seed)
         self.rows += [(*place, 0, branch.module, 0, "multiplier", branch.multiplier) for branch in branches]

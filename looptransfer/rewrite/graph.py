@@ -118,6 +118,7 @@ class Node:
     gradients_to: frozenset[int] = frozenset()  # the sources that autograd followed into it
     slices: frozenset[tuple[int, Part]] = frozenset()  # the sources of which it reads a part
     slot: int = 0  # which result of its call it is
+    contracted: int = 0  # of data multiplied with data: the numbers summed over
     call: Call | None = None  # where what it does to its sources is not known from its name
     handles: list[Handle] = field(default_factory=list)
     handed_over: dict[Handle, int] = field(default_factory=dict)  # the number of the next node then

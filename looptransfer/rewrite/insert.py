@@ -21,6 +21,7 @@ from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.names import module_of, plain_names
 
 OUTPUTS = "_looptransfer_multipliers"  # on a branch's module: which output -> ε, as a tensor of no dimension
+INPUTS = "_looptransfer_input_multipliers"  # on a read-out: 0, its first argument -> its factor over widths
 MARKS = "_looptransfer_marks"  # on a module whose forward sets marks: which mark -> ε
 
 
@@ -30,21 +31,38 @@ def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
     ε is a tensor on the CPU, which combines with any device and dtype as a number does. A compiled model reads it when
     it runs, where a number would be compiled into it, so a new ε is written into the tensor that is there.
     """
-    module = module_of(model, handle.module)
-    if OUTPUTS not in module.__dict__:
-        try:
-            module.__class__ = _scaled_class(type(module), is_parametrized(module))
-        except TypeError as error:
-            raise InputError(
-                f"module {handle.module} is a {type(module).__name__}, whose class cannot be extended ({error}); "
-                "rewrite the model before it is scripted or wrapped"
-            ) from error
-        module.__dict__[OUTPUTS], module.__dict__[MARKS] = {}, {}
+    module = _scaled(model, handle.module)
     if handle.mark is not None:
         _write(module.__dict__[MARKS], handle.mark, multiplier)
     else:
         _write(module.__dict__[OUTPUTS], handle.output, multiplier)
         _leave_fused_path(model, handle.module)
+
+
+def set_input_multiplier(model: nn.Module, name: str, multiplier: float) -> None:
+    """Multiply the first argument of a module, from now on."""
+    _write(_scaled(model, name).__dict__[INPUTS], 0, multiplier)
+
+
+def has_input_multiplier(module: nn.Module | None, multiplier: float) -> bool:
+    """The first argument of the module is multiplied so."""
+    held = module.__dict__.get(INPUTS, {}).get(0) if module is not None else None
+    return held is not None and float(held) == multiplier
+
+
+def _scaled(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name, of a class that multiplies."""
+    module = module_of(model, name)
+    if OUTPUTS not in module.__dict__:
+        try:
+            module.__class__ = _scaled_class(type(module), is_parametrized(module))
+        except TypeError as error:
+            raise InputError(
+                f"module {name} is a {type(module).__name__}, whose class cannot be extended ({error}); "
+                "rewrite the model before it is scripted or wrapped"
+            ) from error
+        module.__dict__.update({OUTPUTS: {}, INPUTS: {}, MARKS: {}})
+    return module
 
 
 def _write(multipliers: dict[Any, Tensor], key: Any, multiplier: float) -> None:
@@ -65,7 +83,7 @@ def clear_multipliers(model: nn.Module) -> None:
                 "before the model is wrapped"
             )
     for module in scaled:
-        del module.__dict__[OUTPUTS], module.__dict__[MARKS]
+        del module.__dict__[OUTPUTS], module.__dict__[INPUTS], module.__dict__[MARKS]
         module.__class__ = _plain_classes[type(module)]
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and FUSED in module.__dict__:
@@ -102,6 +120,8 @@ def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.M
     elif cls not in _scaled_classes:
 
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            for multiplier in self.__dict__[INPUTS].values():
+                args, kwargs = _multiply_first(args, kwargs, multiplier)
             marks = self.__dict__[MARKS]
             if not marks:
                 output = cls._call_impl(self, *args, **kwargs)
@@ -133,6 +153,13 @@ def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.M
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
     """An empty scaled instance, for pickle and deepcopy: a class made at run time has no name to be found by."""
     return cls.__new__(_scaled_class(cls))
+
+
+def _multiply_first(args: Any, kwargs: dict[str, Any], multiplier: Tensor) -> tuple[Any, dict[str, Any]]:
+    if args:
+        return (args[0] * multiplier, *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, kwargs | {first: kwargs[first] * multiplier}
 
 
 def _multiply(output: Any, index: int | str | None, multiplier: Tensor) -> Any:

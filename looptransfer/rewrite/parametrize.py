@@ -1,7 +1,7 @@
 """A plan put into a model, changed, moved into the weights, and taken out again."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +12,15 @@ from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.analysis import Analysis, analyse
 from looptransfer.rewrite.caveats import renewed
 from looptransfer.rewrite.graph import Handle
-from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_multiplier
+from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_input_multiplier, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
 from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
 from looptransfer.rewrite.planner import counts, fullest, make_plan
 from looptransfer.rewrite.proof import SEED, prove
-from looptransfer.rewrite.record import ExampleInputs
+from looptransfer.rewrite.record import ExampleInputs, record
 from looptransfer.rewrite.roles import roles_of
 from looptransfer.rewrite.twin import check_ties, twin_of
+from looptransfer.rewrite.width import base_shapes, check_attention, read_outs, rescale_weights
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 
 DRAWS = 7  # further forwards where random numbers steer the model
@@ -35,6 +36,7 @@ def parametrize(
     branches: Sequence[str] | None = None,
     layers: int | None = None,
     loops: float | None = None,
+    base: nn.Module | Callable[[], nn.Module] | None = None,
     preserve: bool = False,
 ) -> ScalingPlan:
     """Rewrite `model` in place so that every residual branch is multiplied as `rule` says, and return the plan.
@@ -53,6 +55,10 @@ def parametrize(
         branches: names or globs of the modules whose outputs are the branches, where the trace cannot tell.
         layers: L, where the blocks are not what should be counted.
         loops: the mean loop count, where it is drawn afresh in every forward: one trace cannot know it.
+        base: for μP over widths (arXiv 2203.03466): the model at the width where the base LR was tuned, or what makes
+            it; heads of the same size, the same layers. What differs between the two is width. The weights of `model`
+            get the scale at the start that μP gives them, so call it on fresh ones; the input of the head gets base
+            width / width; `param_groups` divides LRs. A user of `mup.set_base_shapes` leaves it out.
         preserve: divide the last map of every branch by its ε, so that the function of trained weights stays.
 
     Raises:
@@ -70,9 +76,11 @@ def parametrize(
             "weights on the meta device can take no factor; give the model its weights first, then preserve=True"
         )
     declared = None if branches is None else list(branches)
+    small = None if base is None else _base_of(model, base, meta, preserve)
+    draws = _draws(model, example_inputs, declared, meta)
     plan = make_plan(
         model,
-        _draws(model, example_inputs, declared, meta),
+        draws,
         {"rule": rule, "lam": lam, "base_layers": base_layers, "proved": not meta},
         declared=declared is not None,
         layers=layers,
@@ -81,12 +89,42 @@ def parametrize(
     )
     if preserve:
         _check_foldable(plan, "preserve=True")
+    if small is not None:
+        plan = _with_widths(model, small, example_inputs, fullest(draws), plan)
     for caveat in plan.caveats:
         warnings.warn(caveat, ScalingWarning, stacklevel=2)
     if preserve:
         _scale_last_maps(model, plan, inverse=True)
+    if small is not None:
+        rescale_weights(model, small, plan.base_shapes)
     _attach(model, plan)
     return plan
+
+
+def _base_of(model: nn.Module, base: nn.Module | Callable[[], nn.Module], meta: bool, preserve: bool) -> nn.Module:
+    """The base model, where widths can be taken from it."""
+    small = base if isinstance(base, nn.Module) else base() if callable(base) else None
+    if not isinstance(small, nn.Module):
+        raise InputError(f"base is {base!r}; give the model at its base width, or a function that makes it")
+    if meta or any(parameter.is_meta for parameter in small.parameters()):
+        raise InputError("with base=… weights get their scale, and on the meta device there are none; make them first")
+    if preserve:
+        raise InputError("preserve=True keeps trained weights, and base=… gives fresh ones their scale; choose one")
+    if any(hasattr(parameter, "infshape") for parameter in model.parameters()):
+        raise InputError("mup.set_base_shapes was called on the model, which tells its widths; leave base out")
+    return small
+
+
+def _with_widths(
+    model: nn.Module, small: nn.Module, example_inputs: ExampleInputs, analysis: Analysis, plan: ScalingPlan
+) -> ScalingPlan:
+    grown = base_shapes(model, small)
+    try:
+        graph = record(twin_of(small), example_inputs)
+    except InputError as error:
+        raise InputError(f"base: {error}") from error
+    check_attention(graph, analysis.trace.graph)
+    return replace(plan, base_shapes=grown, read_outs=read_outs(model, analysis, grown))
 
 
 def _draws(model: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None, meta: bool) -> list[Analysis]:
@@ -114,6 +152,8 @@ def _seeds(analysis: Analysis) -> range:
 
 def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
     """Put a plan into a fresh model in place: the one it was made for, built again. Nothing is traced.
+
+    Weights stay as they are: load a checkpoint's, or call `parametrize` where they are to start by width.
 
     Raises:
         InputError: the model is compiled or rewritten already, or has no module or parameter of a name in the plan.
@@ -197,8 +237,12 @@ def fold(model: nn.Module) -> None:
         raise InputError("the loop count is random, and weights cannot follow it; keep the multipliers")
     _check_foldable(plan, "fold")
     _last_maps(inner, plan)
+    _check_read_outs(inner, plan)
     remove(model)
     _scale_last_maps(inner, plan)
+    with torch.no_grad():
+        for name, factor in plan.read_outs.items():
+            named_parameters(inner)[f"{name}.weight"].mul_(factor)
 
 
 def remove(model: nn.Module) -> None:
@@ -255,6 +299,13 @@ def _check_foldable(plan: ScalingPlan, option: str) -> None:
         )
 
 
+def _check_read_outs(model: nn.Module, plan: ScalingPlan) -> None:
+    parameters = named_parameters(model)
+    for name in plan.read_outs:
+        if f"{name}.weight" not in parameters:
+            raise InputError(f"fold: {name} shares its weight or holds several, which cannot take its factor alone")
+
+
 # -- putting it in
 
 
@@ -266,6 +317,8 @@ def _attach(model: nn.Module, plan: ScalingPlan) -> None:
 def _insert(model: nn.Module, plan: ScalingPlan) -> None:
     for branch in plan.branches:
         set_multiplier(model, branch.handle, branch.multiplier)
+    for name, factor in plan.read_outs.items():
+        set_input_multiplier(model, name, factor)
 
 
 def _scale_last_maps(model: nn.Module, plan: ScalingPlan, inverse: bool = False) -> None:

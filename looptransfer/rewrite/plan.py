@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from looptransfer.checks import is_count, is_number
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier, residual_multiplier
@@ -14,7 +15,7 @@ from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Role = Literal["branch matrix", "branch vector", "per-visit part", "on stream", "embedding", "head", "outside"]
 ROLES: tuple[Role, ...] = get_args(Role)
 PLAN = "_looptransfer_plan"  # the attribute of a rewritten model
@@ -65,6 +66,8 @@ class ScalingPlan:
         default_factory=dict
     )  # parameters used again and again outside every branch: uses
     roles: dict[str, Role] = field(default_factory=dict)  # of every parameter; see `role`
+    base_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of parameters that grow with the width
+    read_outs: dict[str, float] = field(default_factory=dict)  # modules -> the factor on their input, by width
     caveats: tuple[str, ...] = ()
     declared: bool = False  # the user named the branches
     random_loops: bool = False  # the visits are a mean: the loop count is drawn afresh in every forward
@@ -158,6 +161,9 @@ class ScalingPlan:
             named = ", ".join(f"{name} ({times:g}×)" for name, times in list(self.on_stream.items())[:SHOWN])
             named += f" and {len(self.on_stream) - SHOWN} more" if len(self.on_stream) > SHOWN else ""
             notes.append(f"on stream   used again and again outside the branches, not controlled by ε: {named}")
+        if self.base_shapes:
+            factors = ", ".join(f"the input of {name} × {factor:.4g}" for name, factor in self.read_outs.items())
+            notes.append(f"width       {len(self.base_shapes)} parameters grow{factors and '; '}{factors}")
         if not self.proved:
             notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")
         return [*notes, *(f"note        {caveat}" for caveat in self.caveats)]
@@ -264,6 +270,8 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
     data["left_alone"] = tuple(_strict(LeftAlone, left) for left in data["left_alone"])
     data["caveats"] = tuple(data["caveats"])
     data["on_stream"] = {str(name): _count(times) for name, times in data["on_stream"].items()}
+    data["base_shapes"] = {str(name): _shape(shape) for name, shape in data["base_shapes"].items()}
+    data["read_outs"] = {str(name): _factor(factor) for name, factor in data["read_outs"].items()}
     data["roles"] = {str(name): _role(role) for name, role in data["roles"].items()}
     plan: ScalingPlan = _strict(cls, data)
     check_rule(plan.rule)
@@ -280,6 +288,18 @@ def _count(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
         raise InputError(f"on_stream holds {value!r}; it must hold numbers from 1 up")
     return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(is_count(size) for size in value):
+        raise InputError(f"base_shapes holds {value!r}; it must hold lists of whole numbers from 1 up")
+    return tuple(value)
+
+
+def _factor(value: Any) -> float:
+    if not is_number(value) or value <= 0:
+        raise InputError(f"read_outs holds {value!r}; it must hold finite numbers above 0")
+    return float(value)
 
 
 def _role(value: Any) -> Role:

@@ -287,6 +287,8 @@ class Recorder(SiteCounter):
             contracts = (op.relation == "product" and not op.pointwise) or op.relation == "onto"
             factors = reads[-1:] if contracts else reads  # of W @ table it is W
             node.weights_of = frozenset[str]().union(*(self._selected(call, n, tensor) for n, tensor in factors))
+        if op.relation in {"product", "onto"} and not op.pointwise and sum(nodes[n].data for n, _ in reads) > 1:
+            node.contracted = _contracted(call)
         self._note_proportion(node, call)
         amounts = sum(nodes[n].data and not nodes[n].choice for n in set(node.sources))
         node.call = call if amounts > 1 or (amounts and not node.proportional_to) else None
@@ -814,6 +816,12 @@ def _argument(position: int | str, args: Any, kwargs: Any) -> Any:
 def _sign(call: Call) -> float:
     """The factor that a sum puts on its second operand."""
     return (1.0 if call.op.name == "add" else -1.0) * float(call.kwargs.get("alpha", 1))
+
+
+def _contracted(call: Call) -> int:
+    """The numbers that a product of matrices sums over."""
+    first = call.inputs[0] if "attention" in call.op.name or len(call.inputs) == 1 else call.inputs[-2]
+    return first.shape[-1] if first.ndim else 1
 
 
 def _adds_zero(args: Any) -> bool:

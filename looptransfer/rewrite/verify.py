@@ -11,8 +11,8 @@ from looptransfer.errors import InputError, VerificationError
 from looptransfer.rewrite.analysis import analyse
 from looptransfer.rewrite.branches import Group
 from looptransfer.rewrite.ends import factors
-from looptransfer.rewrite.insert import clear_multipliers
-from looptransfer.rewrite.names import compiled_modules
+from looptransfer.rewrite.insert import clear_multipliers, has_input_multiplier
+from looptransfer.rewrite.names import compiled_modules, plain_names
 from looptransfer.rewrite.plan import PLAN, Branch, ScalingPlan, planned
 from looptransfer.rewrite.proof import SEED, all_agree, prove
 from looptransfer.rewrite.record import ExampleInputs, RejectedInputsError, call_arguments, held
@@ -31,7 +31,7 @@ def verify_model(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan
         raise
     except InputError as error:
         raise VerificationError(f"the model is no longer the one that was planned: {error}") from error
-    problems = _disagreements(plan, analysis.trace, analysis.groups, inner.training)
+    problems = _disagreements(inner, plan, analysis.trace, analysis.groups)
     meta = any(parameter.is_meta for parameter in inner.parameters())
     if compiled_modules(model) and not meta and not _compiled_agrees(model, inner, example_inputs):
         problems.append("the compiled model does not compute what the rewritten model does; compile it again")
@@ -46,7 +46,7 @@ def verify_model(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan
     return plan
 
 
-def _disagreements(plan: ScalingPlan, forward: Trace, groups: list[Group], training: bool) -> list[str]:
+def _disagreements(model: nn.Module, plan: ScalingPlan, forward: Trace, groups: list[Group]) -> list[str]:
     live = {group.handle: group for group in groups}
     problems = []
     for branch in plan.branches:
@@ -57,12 +57,18 @@ def _disagreements(plan: ScalingPlan, forward: Trace, groups: list[Group], train
         measured = _measured(branch, forward, group)
         if measured is not None:
             problems.append(f"{branch.handle}: multiplier {branch.multiplier:.6g} planned, {measured} measured")
-        if group.visits != branch.visits and training and not plan.random_loops:
+        if group.visits != branch.visits and model.training and not plan.random_loops:
             problems.append(
                 f"{branch.handle}: {branch.visits:g} visits planned, {group.visits} measured; "
                 "rescale(model, example_inputs) follows a loop count that changed in training"
             )
-    return problems + [f"{handle}: a residual branch that the plan does not know" for handle in live]
+    problems += [f"{handle}: a residual branch that the plan does not know" for handle in live]
+    modules = plain_names(model)
+    return problems + [
+        f"{name}: the factor {factor:.6g} on its input is gone (was it replaced?)"
+        for name, factor in plan.read_outs.items()
+        if not has_input_multiplier(modules.get(name), factor)
+    ]
 
 
 def _measured(branch: Branch, forward: Trace, group: Group) -> str | None:

@@ -94,7 +94,7 @@ def test_the_command_prints_the_plan_or_its_json(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.splitlines()[0].startswith("rule factored: N = 5, L = 1")
     assert main([*target, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert [branch["module"] for branch in data["branches"]] == ["f"]
 
 
