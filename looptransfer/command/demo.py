@@ -22,11 +22,11 @@ from looptransfer.rules import Rule
 from looptransfer.transfer.check import check
 from looptransfer.transfer.verdict import Verdict
 from looptransfer.trials.progress import one_story
-from looptransfer.trials.search import COARSE, REACH
 from looptransfer.trials.sweep import OCTAVES, TunedLR, sweep, tune
 
 PROXY = 2
 TUNING_SEEDS = 4  # at most
+TUNING_RUNS = 8  # as a rule
 CONTROLS: tuple[Rule, ...] = ("sqrt", "unscaled")
 
 
@@ -72,7 +72,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     verdict = check(results, transferred_lr=best.lr)
     lines = _answer(best, results, verdict, out)
     identity = experiment.identity()
-    tuned = {"loops": best.loops, "lr": best.lr, "censored": best.optimum.censored, "seeds": list(tuning)}
+    tuned = {"loops": best.loops, "lr": best.lr, "regret": best.optimum.regret, "seeds": list(tuning)}
     record = {**verdict.to_dict(), "tuned": tuned, "experiment": identity}
     trained = results.drop_duplicates(["loops", "lr", "seed", "seconds"])["seconds"].sum()  # shared runs count once
     provenance = {
@@ -96,9 +96,8 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
 
 def _weight(scale: DemoSize) -> int:
     """The sum of the loop counts of all runs, those of the tuning as they usually are; N = 1 is made for one rule."""
-    tuning = PROXY * (len(COARSE) + TUNING_SEEDS * (2 * REACH + 1))
     controls = len(CONTROLS) * scale.control_seeds * sum(loops for loops in scale.control_loops if loops > 1)
-    return tuning + len(scale.octaves) * (scale.seeds * sum(scale.loops) + controls)
+    return PROXY * TUNING_RUNS + len(scale.octaves) * (scale.seeds * sum(scale.loops) + controls)
 
 
 def _answer(best: TunedLR, results: pd.DataFrame, verdict: Verdict, out: Path) -> list[str]:

@@ -99,8 +99,9 @@ KEPT = """\
 Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was. A
 run that fails leaves the others alone, and is tried again by the same command."""
 TUNE = f"""\
-Finds the best LR of a proxy, your experiment with few loops: a coarse look with one seed, then
-half-octave steps with every seed, and the optimum with its interval over seeds.
+Finds the LR to use for a proxy, your experiment with few loops, by the fewest runs that tell, seven in
+most cases: two LRs at first, edges followed, then runs where they tell most, until the LR that it
+returns loses at most --regret to the best.
 
   looptransfer tune experiment.py --loops 2 -o best.json
   looptransfer tune --cmd 'torchrun train.py --lr {{lr}} --n {{loops}} --seed {{seed}} --rule {{rule}} --out {{dir}}' \\
@@ -239,6 +240,10 @@ def _explain(parser: argparse.ArgumentParser) -> None:
 
 def _tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loops", type=int, required=True, metavar="N", help="loop count of the proxy")
+    regret = "what the LR may lose to the best, as a share of the loss (default: 0.005)"
+    parser.add_argument("--regret", type=float, default=0.005, metavar="SHARE", help=regret)
+    precision = "go on until the optimum itself is known to so many octaves, as for a baseline"
+    parser.add_argument("--precision", type=float, metavar="OCTAVES", help=precision)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write what was found as JSON, for sweep")
 
 

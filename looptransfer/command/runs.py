@@ -116,7 +116,8 @@ def _tune(arguments: argparse.Namespace) -> Answer:
         check_writable(arguments.output, arguments.ledger)
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
     train = trainable_of(arguments)
-    best = lt.tune(train, arguments.loops, seeds, ledger, rule=arguments.rule, **_places(arguments))
+    terms = {"regret": arguments.regret, "precision": arguments.precision}
+    best = lt.tune(train, arguments.loops, seeds, ledger, rule=arguments.rule, **terms, **_places(arguments))
     if arguments.output:
         write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from looptransfer.errors import InputError
 from looptransfer.trials.run import Run
-from looptransfer.trials.search import ProxySearch
+from looptransfer.trials.search import ProxyOptimum, ProxySearch
 
 CHOSEN = "looptransfer:run"  # system attribute of a trial: its LR and its seed
 ENDED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
@@ -28,6 +28,7 @@ class LRSampler(BaseSampler):
 
         study = optuna.create_study(sampler=lt.LRSampler(seeds=4))
         study.optimize(objective, n_trials=1000)
+        study.sampler.optimum(study).lr  # by all runs; study.best_params is the run of the lowest loss
 
     A trial that fails or is pruned, as one is whose loss is nan, counts as diverged.
 
@@ -78,6 +79,10 @@ class LRSampler(BaseSampler):
         if all(run in losses for run in wanted):
             with contextlib.suppress(RuntimeError):  # it was asked by hand
                 study.stop()
+
+    def optimum(self, study: Study) -> ProxyOptimum | None:
+        """The LR to use, by the trials so far; None where all diverged or there are none."""
+        return self.search.optimum(self._wanted(study)[1])
 
     def _wanted(self, study: Study, ended: dict[Run, float] | None = None) -> tuple[Sequence[Run], dict[Run, float]]:
         """The runs that are wanted, and the losses of those that are finished, the one just ended among them."""

@@ -5,17 +5,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import pandas as pd
+import numpy as np
 
 from looptransfer.rules import Rule
-from looptransfer.transfer.optimum import Optimum, curve, find_optimum
+from looptransfer.trials.curve import Curve, curve_of
 from looptransfer.trials.run import Run
 
-COARSE = range(-12, -2, 2)  # log2(LR) of the first look: two octaves apart, from 0.00024 to 0.063
-STEP = 0.5  # octaves between LRs of the close look
-REACH = 4  # steps on either side of the best
-EXTENSIONS = 4  # how often the close look may be widened past an edge
-LIMITS = (-24, 6)  # log2(LR) where the coarse look stops following an edge
+START = (-9, -7)  # log2(LR) of the first look: 0.002 and 0.008
+LIMITS = (-24, 6)  # log2(LR) where an edge is no longer followed
+STEP = 0.5  # octaves between the LRs of the close look
+BACK = 0.5  # octaves to stay below a run that diverged
+ROUND = 2  # runs that are chosen together
+MOST = 24  # runs
+REGRET = 0.005  # share of the loss
+WALL = 0.5  # share of the lowest loss above it, at a higher LR, that counts as diverged
 
 
 Losses = Mapping[Run, float]
@@ -48,71 +51,129 @@ class Several:
 
 
 @dataclass(frozen=True)
+class ProxyOptimum:
+    """The LR to use at one loop count, by the runs of its search.
+
+    Attributes:
+        lr: absolute.
+        loss: there, in the mean.
+        regret: the upper limit of what it loses to the best LR, in the unit of the loss.
+        log2_lr: the interval of the optimum itself, in log2(LR).
+    """
+
+    lr: float
+    loss: float
+    regret: float
+    log2_lr: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class ProxySearch:
-    """The optimum of one loop count: a coarse look with one seed, then a close look with all of them."""
+    """The optimum of one loop count: two LRs two octaves apart, edges followed, then two runs a round where they help
+    most, until the LR that would be returned loses little enough to the best.
+
+    Attributes:
+        regret: how much that is, as a share of the loss; of its upper limit.
+        precision: octaves; instead, half the width that the optimum's interval may have.
+    """
 
     loops: int
     seeds: tuple[int, ...]
     rule: Rule = "factored"
+    regret: float = REGRET
+    precision: float | None = None
     confidence: float = 0.9
 
     def wanted(self, done: Losses) -> Sequence[Run]:
-        coarse = [self._run(log2, self.seeds[0]) for log2 in self._coarse(done)]
-        if not _all_done(coarse, done):
-            return coarse
-        best = self._best(coarse, done)
-        return coarse + [self._run(log2, seed) for log2 in self._close(best, done) for seed in self.seeds]
+        runs = [self._run(log2, self.seeds[0]) for log2 in START]
+        while len(runs) < MOST and all(run in done for run in runs):
+            more = self._more({run: done[run] for run in runs})
+            if not more:
+                break
+            runs += more
+        return runs
 
-    def optimum(self, done: Losses, confidence: float) -> Optimum:
-        """The fitted optimum of the runs of this N and rule."""
-        return find_optimum(self.loops, self._table(done), confidence)
+    def optimum(self, done: Losses) -> ProxyOptimum | None:
+        """The LR to return after these runs; None where all diverged."""
+        stable = _stable(done)
+        if not stable:
+            return None
+        curve = self._curve(done)
+        place = _best_place(curve, _highest(done))
+        lowest, best = min(stable.values()), float(curve.grid[place])
+        loss = lowest + float(curve.mean[place])
+        return ProxyOptimum(2.0**best, loss, curve.regret(place, self.confidence), curve.interval(self.confidence))
 
-    def _table(self, done: Losses) -> pd.DataFrame:
-        rows = [
-            (run.lr, run.seed, loss) for run, loss in done.items() if (run.rule, run.loops) == (self.rule, self.loops)
+    def _more(self, done: Losses) -> list[Run]:
+        """The next runs, given those so far; none where they suffice."""
+        stable, looks = _stable(done), sorted({math.log2(run.lr) for run in done})
+        if not stable:
+            return [self._run(looks[0] - 2, self.seeds[0])] if looks[0] > LIMITS[0] else []
+        best = math.log2(min(stable, key=lambda run: stable[run]).lr)
+        if best in (looks[0], looks[-1]) and LIMITS[0] < best < LIMITS[1]:
+            further = best + 2 if best == looks[-1] else best - 2
+            return [self._run(min(max(further, LIMITS[0]), LIMITS[1]), self.seeds[0])]
+        optimum = self.optimum(done)
+        assert optimum is not None
+        low, high = optimum.log2_lr
+        enough = optimum.regret <= self.regret * abs(optimum.loss)
+        if enough if self.precision is None else high - low <= 2 * self.precision:
+            return []
+        return self._helpful(done)
+
+    def _helpful(self, done: Losses) -> list[Run]:
+        """Two runs after which the curve near its optimum is known best, as far as the model goes."""
+        curve, highest = self._curve(done), _highest(done)
+        place = _best_place(curve, highest)
+        near = np.arange(-2.5, 3, STEP) + round(float(curve.grid[place]) / STEP) * STEP
+        used = sorted({run.seed for run in done}, key=self.seeds.index)
+        runs = [
+            run
+            for log2 in near[(near >= LIMITS[0]) & (near <= LIMITS[1])]
+            for seed in [*used, *self.seeds[len(used) :][:1]]
+            if log2 < _lowest_diverged(done) and (run := self._run(float(log2), seed)) not in done
         ]
-        return curve(pd.DataFrame(rows, columns=["lr", "seed", "loss"])) if rows else pd.DataFrame()
+        points = np.array([math.log2(run.lr) for run in runs]), np.array([run.seed for run in runs])
+        return [runs[number] for number in curve.helpful(place, points, ROUND)]
+
+    def _curve(self, done: Losses) -> Curve:
+        stable = _stable(done)
+        looks = [math.log2(run.lr) for run in stable]
+        top = min(max(looks) + 1, _lowest_diverged(done) - BACK)
+        grid = np.arange(4 * (min(looks) - 1), 4 * top + 1) / 4
+        return curve_of(looks, [run.seed for run in stable], list(stable.values()), grid)
 
     def _run(self, log2: float, seed: int) -> Run:
         return Run(self.rule, self.loops, 2.0**log2, seed)
 
-    def _coarse(self, done: Losses) -> list[int]:
-        """The coarse LRs, followed outwards while the best is an edge."""
-        looks = list(COARSE)
-        while _all_done([self._run(log2, self.seeds[0]) for log2 in looks], done):
-            best = round(math.log2(self._best([self._run(log2, self.seeds[0]) for log2 in looks], done).lr))
-            if best == looks[0] and best > LIMITS[0]:
-                looks.insert(0, best - 2)
-            elif best == looks[-1] and best < LIMITS[1]:
-                looks.append(best + 2)
-            else:
-                break
-        return looks
 
-    def _best(self, runs: Iterable[Run], done: Losses) -> Run:
-        return min(runs, key=lambda run: done[run])
-
-    def _close(self, best: Run, done: Losses) -> list[float]:
-        """LRs half an octave apart around the best, widened while the optimum lies on an edge of them.
-
-        Each widening is decided by the LRs that were looked at before it and by no others, so that it stands whatever
-        the runs that it brings will show.
-        """
-        low, high = -REACH, REACH
-        for _ in range(EXTENSIONS):
-            looks = [math.log2(best.lr) + STEP * k for k in range(low, high + 1)]
-            runs = {self._run(log2, seed) for log2 in looks for seed in self.seeds}
-            if not _all_done(runs, done):
-                break
-            why = self.optimum({run: done[run] for run in runs}, self.confidence).censored
-            if why == "low edge":
-                low -= 2
-            elif why == "high edge":
-                high += 2
-            else:
-                break
-        return [math.log2(best.lr) + STEP * k for k in range(low, high + 1)]
+def _stable(done: Losses) -> dict[Run, float]:
+    """The runs to the left of the lowest LR at which one diverged."""
+    edge = _lowest_diverged(done)
+    return {run: loss for run, loss in done.items() if math.log2(run.lr) < edge}
 
 
-def _all_done(runs: Iterable[Run], done: Losses) -> bool:
-    return all(run in done for run in runs)
+def _lowest_diverged(done: Losses) -> float:
+    """The lowest log2(LR) at which a run diverged, or ended as high above the best as one that did."""
+    edge = min((run.lr for run, loss in done.items() if not math.isfinite(loss)), default=math.inf)
+    below = {run: loss for run, loss in done.items() if run.lr < edge}
+    if below:
+        best = min(below, key=lambda run: below[run])
+        wall = below[best] + WALL * abs(below[best])
+        edge = min([edge, *(run.lr for run, loss in below.items() if run.lr > best.lr and loss > wall)])
+    return math.log2(edge)
+
+
+def _highest(done: Losses) -> float:
+    """The highest log2(LR) that may be returned: one that was run, and where higher ones diverge, one that was run
+    twice or lies half an octave below.
+    """
+    *others, highest = sorted(math.log2(run.lr) for run in _stable(done))
+    edge = _lowest_diverged(done)
+    if edge == math.inf:
+        return highest
+    return min(max([highest - BACK, *others]), edge - BACK)
+
+
+def _best_place(curve: Curve, highest: float) -> int:
+    return int(np.where(curve.grid <= highest, curve.mean, math.inf).argmin())

@@ -10,58 +10,69 @@ from typing import Any
 
 import pandas as pd
 
+from looptransfer.checks import check_number
 from looptransfer.errors import FailedRunError, InputError
 from looptransfer.rules import RULES, Rule, check_rule
-from looptransfer.transfer.optimum import Optimum
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.studies import asked, expanded
 from looptransfer.trials.devices import Slot, here, slots
 from looptransfer.trials.function import as_trainable
 from looptransfer.trials.ledger import TARGET, Ledger, runs_directory
 from looptransfer.trials.run import Run, Trainable
-from looptransfer.trials.search import COARSE, Grid, ProxySearch, Search, Several
+from looptransfer.trials.search import REGRET, START, Grid, ProxyOptimum, ProxySearch, Search, Several
 from looptransfer.trials.workers import check_limit, run_search
 
 LEDGER = "looptransfer.db"
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
-SCHEMA = 1  # of a tuned LR as JSON
+SCHEMA = 2  # of a tuned LR as JSON
 SAME_LR = 1e-6  # relative distance below which two LRs are one
 
 
 @dataclass(frozen=True)
 class TunedLR:
-    """The best base LR of a proxy model, absolute, with the t-interval over seeds that `optimum` holds.
+    """The base LR to use, by the runs of a proxy model.
 
-    Where no optimum could be fitted, `lr` is the best one that was run and `optimum.censored` says why. `experiment` is
-    the identity of what was trained.
+    Attributes:
+        optimum: that LR, its loss, the upper limit of its regret and the interval of the optimum.
+        loops: N of the proxy.
+        results: one row per run.
+        asked: the regret that was asked for, as a share of the loss; None where a precision was.
+        experiment: the identity of what was trained.
     """
 
-    lr: float
+    optimum: ProxyOptimum
     loops: int
-    optimum: Optimum
     results: pd.DataFrame = field(repr=False, compare=False)
     rule: Rule = "factored"
+    asked: float | None = REGRET
     experiment: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def lr(self) -> float:
+        """The base LR, absolute."""
+        return self.optimum.lr
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: what was found, and the seeds and the identity of the experiment it was found with."""
-        interval = self.optimum.log2_lr
+        """JSON values: the optimum, and the seeds and the identity of the experiment it was found with."""
         return {
             "schema_version": SCHEMA,
             "loops": self.loops,
-            "lr": self.lr,
             "rule": self.rule,
-            "log2_lr": asdict(interval) if interval else None,
-            "censored": self.optimum.censored,
+            **asdict(self.optimum),
             "seeds": sorted(int(seed) for seed in self.results["seed"].unique()),
             "experiment": dict(self.experiment),
         }
 
     def __str__(self) -> str:
-        interval = self.optimum.log2_lr
-        if interval is None:
-            return f"best LR run at N = {self.loops}: {self.lr:.4g} (no fitted optimum: {self.optimum.censored})"
-        return f"best LR at N = {self.loops}: {self.lr:.4g} [{2**interval.low:.4g}, {2**interval.high:.4g}]"
+        low, high = (2**end for end in self.optimum.log2_lr)
+        share = self.optimum.regret / (abs(self.optimum.loss) or 1.0)
+        text = (
+            f"best LR at N = {self.loops}: {self.lr:.4g} [{low:.4g}, {high:.4g}]; it loses at most {100 * share:.2g} % "
+            f"of the loss to the best, by {len(self.results)} runs"
+        )
+        if self.asked is None or share <= self.asked:
+            return text
+        return f"{text}; {100 * self.asked:g} % was asked for: runs of equal LR differ too much, or every LR is as good"
 
 
 def tune(
@@ -74,8 +85,13 @@ def tune(
     devices: str | None = None,
     limit: float | None = None,
     target: str | None = None,
+    regret: float = REGRET,
+    precision: float | None = None,
 ) -> TunedLR:
-    """Find the LR optimum of the proxy with `loops` loops: a coarse look, then half-octave steps with every seed.
+    """Find the LR to use for the proxy with `loops` loops, by the fewest runs that tell: seven in most cases.
+
+    Two LRs at first, edges followed, then two runs a round where they tell most, until the LR that is returned loses
+    little enough to the best, by the upper limit of its regret (reports/search/). 24 runs at most.
 
     Args:
         train: what is trained: a function, train(run) -> loss in nats, or one that yields (step, loss) as it goes,
@@ -92,34 +108,39 @@ def tune(
             one, "cpu" none.
         limit: seconds that a run may take; one that takes longer counts as failed.
         target: what is trained as it is called on a command line, for workers that join.
+        regret: what the LR may lose to the best, as a share of the loss.
+        precision: octaves; to know the optimum itself, as for a baseline: half the width that its interval may have.
 
     Raises:
         InputError: as `Trainable.check`, `Ledger` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
     chosen = _seeds(seeds)
+    check_number("regret", regret)
+    if precision is not None:
+        check_number("precision", precision)
     if len(chosen) < 2:
         raise InputError(f"seeds is {seeds!r}; give two or more, since one cannot tell noise from an optimum")
     check_rule(rule)
     check_limit(limit)
     trainable = as_trainable(train)
-    lr = 2.0 ** COARSE[len(COARSE) // 2]
+    lr = 2.0 ** START[0]
     starts = [Run(rule, count, lr, seed) for count in _loop_counts([loops]) for seed in chosen]
     study, begun = open_ledger(trainable, starts, ledger, workers, devices, target)
     stored = _stored_rule(begun.get(loops), rule)
-    search = ProxySearch(loops, chosen, stored)
-    study.ask({"kind": "tune", "loops": loops, "seeds": list(chosen), "rule": stored})
+    request = {"kind": "tune", "loops": loops, "seeds": list(chosen), "rule": stored}
+    request |= {"regret": regret, "precision": precision}
+    search = _proxy_search(request)
+    study.ask(request)
     run_search(trainable, search, study, workers, devices, limit, f"tune at N = {loops}")
     losses = {run: study.losses[run] for run in search.wanted(study.losses)}
     rows = [{**study.finished[run], "rule": rule} for run in losses]
     results = pd.DataFrame(rows, columns=[*COLUMNS, "last_loss"])
-    optimum = search.optimum(losses, search.confidence)
-    if optimum.log2_lr is not None:
-        return TunedLR(2.0**optimum.log2_lr.estimate, loops, optimum, results, rule, trainable.identity())
-    mean = results.groupby("lr")["loss"].mean()
-    if not math.isfinite(mean.min()):
+    optimum = search.optimum(losses)
+    if optimum is None:
         raise InputError(f"every run at N = {loops} diverged; the experiment does not train at any LR tried")
-    return TunedLR(float(str(mean.idxmin())), loops, optimum, results, rule, trainable.identity())
+    asked = regret if precision is None else None
+    return TunedLR(optimum, loops, results, rule, asked, trainable.identity())
 
 
 def read_tuned(path: str | Path) -> dict[str, Any]:
@@ -225,8 +246,13 @@ def _table(ledger: Ledger, request: Mapping[str, Any]) -> pd.DataFrame:
 def search_of(request: Mapping[str, Any]) -> Search:
     """The search by which a request is met."""
     if request["kind"] == "tune":
-        return ProxySearch(request["loops"], tuple(request["seeds"]), request["rule"])
+        return _proxy_search(request)
     return Grid({Run(*stored): None for _, stored in asked(request)})  # type: ignore[arg-type]
+
+
+def _proxy_search(request: Mapping[str, Any]) -> ProxySearch:
+    terms = request["regret"], request["precision"]
+    return ProxySearch(request["loops"], tuple(request["seeds"]), request["rule"], *terms)
 
 
 def open_ledger(

@@ -307,7 +307,7 @@ def test_an_lr_that_was_tuned_on_another_experiment_is_used_with_a_warning(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     identity = experiments.tiny_experiment(steps=7).identity()
-    record = {"schema_version": 1, "lr": 0.03, "loops": 1, "experiment": {**identity, "\x1b[31m\n::error::x": 1}}
+    record = {"schema_version": 2, "lr": 0.03, "loops": 1, "experiment": {**identity, "\x1b[31m\n::error::x": 1}}
     Path("best.json").write_text(json.dumps(record))
     assert run("sweep", "--loops 1 --around best.json --octaves=0 --seeds 1 --workers 1 -o results.csv") == 0
     said = capsys.readouterr().err
@@ -369,7 +369,7 @@ TUNE = "tune --loops 1 --workers 1"
         ("sweep --loops 1 --around none.json -o new.csv", "none.json: No such file"),
         ("sweep --loops 1 --around there.csv -o new.csv", "there.csv is not JSON"),
         ("sweep --loops 1 --around verdict.json -o new.csv", "verdict.json holds no tuned LR"),
-        ("sweep --loops 1 --around other.json -o new.csv", "other.json has schema_version 2, not 1"),
+        ("sweep --loops 1 --around other.json -o new.csv", "other.json has schema_version 1, not 2"),
         ("sweep --loops 1 --around 0.1 --octaves=1,x -o new.csv", "--octaves is '1,x'"),
         ("sweep --loops 1 --around 0.1 --octaves=1,1 -o new.csv", "octaves is [1.0, 1.0]"),
         ("sweep --loops 1 --lrs 0.1 --append none.csv", "cannot read none.csv: No such file"),
@@ -390,7 +390,7 @@ def test_bad_input_to_tune_and_sweep_ends_with_2_and_names_the_fault(
     header = ",".join(COLUMNS)
     Path("there.csv").write_text("loops,lr,loss\n1,0.1,2\n")
     Path("verdict.json").write_text('{"schema_version": 1, "transferred_lr": 0.1}')
-    Path("other.json").write_text('{"schema_version": 2, "lr": 0.1, "loops": 1, "experiment": {}}')
+    Path("other.json").write_text('{"schema_version": 1, "lr": 0.1, "loops": 1, "experiment": {}}')
     Path("empty.csv").touch()
     Path("binary.csv").write_bytes(b"\xff\x00\xfe")
     Path("short.csv").write_text(f"{header}\nfactored,1,1\n")
