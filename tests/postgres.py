@@ -57,7 +57,7 @@ def why_not() -> str:
     if _tools() is None:
         return "no PostgreSQL server is installed (Debian: apt-get install postgresql)"
     if importlib.util.find_spec("psycopg") is None:
-        return "psycopg is not installed (pip install 'looptransfer[postgresql]')"
+        return "psycopg is not installed (pip install 'psycopg[binary]')"
     if os.geteuid() == 0 and _user() is None:
         return "a PostgreSQL server does not run as root, and there is no user postgres or nobody"
     return ""

@@ -71,3 +71,15 @@ def test_growth_is_measured_once_and_reported(tmp_path: Path) -> None:
     assert (tmp_path / "curves.csv").read_text() == curves
     growth.report(tiny, tmp_path, 1.0)
     assert "growth.png" in (tmp_path / "README.md").read_text()
+
+
+def test_ways_to_choose_an_lr_are_measured_on_the_same_losses() -> None:
+    search = load("search")
+    surface = search.Surface("bowl", "smooth", lambda log2: 3 + 0.1 * (log2 + 8) ** 2, search.white(0.002, 1, 0.1))
+    draw = search.Draw(surface, 1, 1.0)
+    log2, loss = draw.best()
+    assert (log2, loss) == (pytest.approx(-7, abs=0.01), pytest.approx(3, abs=1e-4))
+    choices = {way: choose(draw) for way, choose in search.WAYS.items() if not way.startswith("Optuna")}
+    assert all(draw.mean(choice.log2) - loss < 0.05 for choice in choices.values())
+    assert choices["`tune`"].trainings < choices["grid, 8 LRs × 3 seeds"].trainings == 24
+    assert len(list(search.held_out())) > 30

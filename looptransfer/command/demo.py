@@ -27,7 +27,6 @@ from looptransfer.trials.sweep import OCTAVES, TunedLR, sweep, tune
 PROXY = 2
 TUNING_SEEDS = 4  # at most
 TUNING_RUNS = 8  # as a rule
-CONTROLS: tuple[Rule, ...] = ("sqrt", "unscaled")
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,16 @@ class DemoSize:
     size: ReferenceSize
     loops: tuple[int, ...]
     seeds: int
+    controls: tuple[Rule, ...]
     control_loops: tuple[int, ...]
     control_seeds: int
     octaves: tuple[float, ...]
 
 
-FULL = DemoSize(ReferenceSize(), (1, 2, 4, 8, 16), 6, (1, 4, 16), 3, OCTAVES)
-QUICK = DemoSize(ReferenceSize(layers=1, steps=100), (1, 4, 16), 3, (1, 4, 16), 3, (-2.25, -1.5, -0.75, 0.0, 0.75))
+FULL = DemoSize(ReferenceSize(), (1, 2, 4, 8, 16), 6, ("sqrt", "unscaled"), (1, 4, 16), 3, OCTAVES)
+QUICK = DemoSize(
+    ReferenceSize(layers=1, steps=100), (1, 4, 16), 3, ("unscaled",), (1, 4, 16), 3, (-2.25, -1.5, -0.75, 0.0, 0.75)
+)
 
 
 def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = None) -> list[str]:
@@ -67,7 +69,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
         best = tune(experiment, PROXY, tuning, ledger, devices="cpu")
         swept = partial(sweep, experiment, around=best, octaves=scale.octaves, ledger=ledger, devices="cpu")
         judged = swept(scale.loops, seeds=seeds)
-        controls = swept(scale.control_loops, rules=CONTROLS, seeds=control)
+        controls = swept(scale.control_loops, rules=scale.controls, seeds=control)
     results = pd.concat([judged, controls], ignore_index=True)
     verdict = check(results, transferred_lr=best.lr)
     lines = _answer(best, results, verdict, out)
@@ -96,7 +98,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
 
 def _weight(scale: DemoSize) -> int:
     """The sum of the loop counts of all runs, those of the tuning as they usually are; N = 1 is made for one rule."""
-    controls = len(CONTROLS) * scale.control_seeds * sum(loops for loops in scale.control_loops if loops > 1)
+    controls = len(scale.controls) * scale.control_seeds * sum(loops for loops in scale.control_loops if loops > 1)
     return PROXY * TUNING_RUNS + len(scale.octaves) * (scale.seeds * sum(scale.loops) + controls)
 
 

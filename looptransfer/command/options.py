@@ -99,8 +99,8 @@ KEPT = """\
 Finished runs are kept in the ledger: stopped at any moment, the same command goes on where it was. A
 run that fails leaves the others alone, and is tried again by the same command."""
 TUNE = f"""\
-Finds the LR to use for a proxy, your experiment with few loops, by the fewest runs that tell, seven in
-most cases: two LRs at first, edges followed, then runs where they tell most, until the LR that it
+Finds the LR to use for a proxy, your experiment with few loops, by the fewest runs that tell, about
+eight: two LRs at first, edges followed, then runs where they tell most, until the LR that it
 returns loses at most --regret to the best.
 
   looptransfer tune experiment.py --loops 2 -o best.json

@@ -249,7 +249,7 @@ def _parquet(data: bytes, shown: str) -> pd.DataFrame:
     try:
         from pyarrow.parquet import ParquetFile  # noqa: PLC0415
     except ImportError:
-        raise InputError("reading Parquet needs pyarrow; run: pip install 'looptransfer[parquet]'") from None
+        raise InputError("reading Parquet needs pyarrow; run: pip install pyarrow") from None
     with _blaming(shown, "a Parquet table"):
         table = ParquetFile(io.BytesIO(data)).read()
         unique([(name, None) for name in table.column_names])

@@ -88,7 +88,7 @@ def tune(
     regret: float = REGRET,
     precision: float | None = None,
 ) -> TunedLR:
-    """Find the LR to use for the proxy with `loops` loops, by the fewest runs that tell: seven in most cases.
+    """Find the LR to use for the proxy with `loops` loops, by the fewest runs that tell: about eight.
 
     Two LRs at first, edges followed, then two runs a round where they tell most, until the LR that is returned loses
     little enough to the best, by the upper limit of its regret (reports/search/). 24 runs at most.

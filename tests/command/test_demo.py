@@ -10,7 +10,13 @@ from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.transfer.results import COLUMNS
 
 TINY = demo.DemoSize(
-    ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12), (1, 2), 3, (1, 2), 2, (-2, -1, 0, 1)
+    ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12),
+    (1, 2),
+    3,
+    ("sqrt", "unscaled"),
+    (1, 2),
+    2,
+    (-2, -1, 0, 1),
 )
 
 
