@@ -437,6 +437,50 @@ def rewrite_what_is_sharded_already(rank: int, port: int) -> None:
     torch.testing.assert_close(model(tokens()), plain_decoder()(tokens()), rtol=1e-12, atol=1e-12)
 
 
+class SideInputs(nn.Module):
+    """Layers whose context, condition and first input reach the branches from the side, by matrices they do not own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.condition, self.context, self.values = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for _ in range(3):
+            for layer in self.layers:
+                scale = torch.tanh(self.condition(first.mean(1, keepdim=True)))
+                mixed = F.scaled_dot_product_attention(x, self.context(first), self.values(first))
+                x = x + scale * layer(F.layer_norm(x + mixed * scale, (WIDTH,)))
+        return torch.as_tensor(self.head(F.layer_norm(x, (WIDTH,))))
+
+
+def rewritten_side_inputs() -> nn.Module:
+    model = SideInputs().double()
+    lt.parametrize(model, inputs(2, 5, WIDTH))
+    return model
+
+
+def group_by_parameter(model: nn.Module) -> dict[str, tuple[str, float]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = lt.param_groups(model, torch.optim.AdamW, lr=0.01)
+    return {
+        names[id(parameter)].removeprefix("module.").removeprefix("_orig_mod."): (group["name"], group["lr"])
+        for group in groups
+        for parameter in group["params"]
+    }
+
+
+def group_what_is_wrapped(rank: int, port: int) -> None:
+    start(rank, port)
+    model = rewritten_side_inputs()
+    plain = group_by_parameter(model)
+    assert group_by_parameter(nn.parallel.DistributedDataParallel(model)) == plain
+    assert group_by_parameter(sharded(model)) == plain
+
+
 def one_of_two(rank: int, work: Callable[[int, int], None], port: int) -> None:
     work(rank, port)
     torch.distributed.barrier()
@@ -450,6 +494,21 @@ def in_two_processes(work: Callable[[int, int], None]) -> None:
 @pytest.mark.slow
 def test_ddp_trains_as_one_process_does() -> None:
     in_two_processes(train_with_ddp)
+
+
+def test_what_reaches_branches_from_the_side_is_in_their_groups_compiled_or_not() -> None:
+    model = rewritten_side_inputs()
+    plain = group_by_parameter(model)
+    assert {name for name, (group, _) in plain.items() if not group.startswith("branch")} == {
+        "head.weight",
+        "head.bias",
+    }
+    assert group_by_parameter(torch.compile(model, backend="eager")) == plain
+
+
+@pytest.mark.slow
+def test_groups_are_the_same_under_ddp_and_fsdp2() -> None:
+    in_two_processes(group_what_is_wrapped)
 
 
 @pytest.mark.slow
