@@ -24,9 +24,11 @@ def inspect_model(
     inputs: Sequence[str] = (),
     *,
     rule: Rule = "factored",
+    lam: float = 1.0,
     base_layers: int = 1,
     branches: Sequence[str] | None = None,
     layers: int | None = None,
+    loops: float | None = None,
 ) -> ScalingPlan:
     """The plan for the model that `target`, "package.module:factory" or "path/to/file.py:factory", makes.
 
@@ -37,7 +39,8 @@ def inspect_model(
         InputError: the target cannot be imported or makes no model, or the inputs are not understood; and all that
             `parametrize` refuses.
     """
-    return rewritten(target, inputs, rule=rule, base_layers=base_layers, branches=branches, layers=layers)[1]
+    settings = {"rule": rule, "lam": lam, "base_layers": base_layers, "branches": branches, "layers": layers}
+    return rewritten(target, inputs, **settings, loops=loops)[1]
 
 
 def rewritten(target: str, inputs: Sequence[str] = (), **settings: Any) -> tuple[nn.Module, ScalingPlan]:

@@ -225,6 +225,10 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
         help="example inputs: float:2x16x32, long:2x16, bool:2x16 or a number; NAME=… for a keyword argument",
     )
     parser.add_argument("--base-layers", type=int, default=1, help="L_ref, the depth you tuned at (default: 1)")
+    parser.add_argument(
+        "--lam", type=float, default=1.0, metavar="X", help="λ, the strength of all branches (default: 1)"
+    )
+    parser.add_argument("--loops", type=float, metavar="N", help="the mean of a loop count that is drawn at random")
     parser.add_argument("--branches", nargs="+", metavar="NAME", help="the branches' modules, by name or glob")
     parser.add_argument("--layers", type=int, help="L, where blocks are not what should be counted")
     parser.add_argument("--json", action="store_true", help="the answer as JSON on standard output")

@@ -47,21 +47,24 @@ def _demo(arguments: argparse.Namespace) -> Answer:
 def _inspect(arguments: argparse.Namespace) -> Answer:
     from looptransfer.command.inspection import inspect_model
 
-    names = ("rule", "base_layers", "branches", "layers")
-    options = {name: getattr(arguments, name) for name in names}
-    plan = inspect_model(arguments.target, arguments.inputs, **options)
+    plan = inspect_model(arguments.target, arguments.inputs, **_settings(arguments))
     return plan.to_json() if arguments.json else str(plan), 0
 
 
 def _explain(arguments: argparse.Namespace) -> Answer:
     from looptransfer.command.inspection import rewritten
 
-    names = ("rule", "base_layers", "branches", "layers")
-    model, _ = rewritten(arguments.target, arguments.inputs, **{name: getattr(arguments, name) for name in names})
+    model, _ = rewritten(arguments.target, arguments.inputs, **_settings(arguments))
     lrs = {"lr": arguments.lr, "adamw_lr": arguments.adamw_lr}
     groups = lt.param_groups(model, arguments.optimizer, **lrs, weight_decay=arguments.weight_decay)
     explanation = lt.explain(model, groups)
     return _json([asdict(row) for row in explanation.rows]) if arguments.json else str(explanation), 0
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `parametrize`."""
+    names = ("rule", "lam", "base_layers", "branches", "layers", "loops")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _coordcheck(arguments: argparse.Namespace) -> Answer:

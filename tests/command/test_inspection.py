@@ -88,6 +88,14 @@ def test_a_target_that_makes_no_model_is_refused_with_what_to_do(target: str, me
         inspect_model(target)
 
 
+def test_lambda_and_a_mean_loop_count_are_those_of_parametrize(capsys: pytest.CaptureFixture[str]) -> None:
+    target = ["inspect", f"{HERE}:with_inputs"]
+    assert main([*target, "--lam", "2"]) == 0
+    assert "λ = 2" in capsys.readouterr().out
+    assert main([*target, "--loops", "4"]) == 2
+    assert "loops is 4, and the branches were visited 5 times" in capsys.readouterr().err
+
+
 def test_the_command_prints_the_plan_or_its_json(capsys: pytest.CaptureFixture[str]) -> None:
     target = ["inspect", f"{HERE}:with_inputs"]
     assert main(target) == 0
