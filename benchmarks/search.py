@@ -331,8 +331,8 @@ def report(results: pd.DataFrame, tuned: pd.DataFrame, times: int, seconds: floa
 
 `python -m benchmarks.search --times {times}` wrote this in {seconds:.0f} core-s besides the trainings, with
 numpy {np.__version__}, Optuna {optuna.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores,
-{platform.machine()}. Losses are simulated; `benchmarks/search.py` says how. Regret: what the mean loss at the chosen LR is
-above the lowest, in % of it; 1000 where the choice diverges. Optuna's Gaussian process is measured on one draw of a
+{platform.machine()}. Losses are simulated; `benchmarks/search.py` says how. Regret: what the mean loss at the chosen LR
+is above the lowest, in % of it; 1000 where the choice diverges. Optuna's Gaussian process is measured on one draw of a
 surface, the others on {times}.
 
 **What falls short.** The regret that `tune` tells as its upper limit (90 %) holds for {limit:.0f} % of the held-out
