@@ -15,6 +15,7 @@ START = (-9, -7)  # log2(LR) of the first look: 0.002 and 0.008
 LIMITS = (-24, 6)  # log2(LR) where an edge is no longer followed
 STEP = 0.5  # octaves between the LRs of the close look
 BACK = 0.5  # octaves to stay below a run that diverged
+MARGIN = 0.25  # octaves to stay below the highest LR that did not, since the cliff of another seed is elsewhere
 ROUND = 2  # runs that are chosen together
 MOST = 24  # runs
 REGRET = 0.005  # share of the loss
@@ -165,14 +166,12 @@ def _lowest_diverged(done: Losses) -> float:
 
 
 def _highest(done: Losses) -> float:
-    """The highest log2(LR) that may be returned: one that was run, and where higher ones diverge, one that was run
-    twice or lies half an octave below.
-    """
+    """The highest log2(LR) that may be returned: one that was run, or lies below such a one where higher ones diverge."""
     *others, highest = sorted(math.log2(run.lr) for run in _stable(done))
     edge = _lowest_diverged(done)
     if edge == math.inf:
         return highest
-    return min(max([highest - BACK, *others]), edge - BACK)
+    return min(max([highest - BACK, *(log2 - MARGIN for log2 in others)]), edge - BACK)
 
 
 def _best_place(curve: Curve, highest: float) -> int:
