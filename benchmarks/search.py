@@ -3,9 +3,9 @@
     python -m benchmarks.search [--times 3] [--out reports/search]
 
 `shaped` are the surfaces on which the search was shaped, `held out` those by which nothing was chosen but `MARGIN`,
-after a choice that diverged on one of 144 cliffs. Each is drawn `--times` times, its optimum moved by up to three octaves.
-Real ones are smoothed means over the seeds of reports/demo/results.csv and reports/paper/layers.csv, a seed's deviation
-from them a random mixture of those measured.
+after a choice that diverged on one of 144 cliffs. Each is drawn `--times` times, its optimum moved by up to three
+octaves. Real ones are smoothed means over the seeds of reports/demo/results.csv and reports/paper/layers.csv, a
+seed's deviation from them a random mixture of those measured.
 Optuna's Gaussian process takes seconds a choice, and is measured on the first draw of the held-out surfaces alone.
 """
 

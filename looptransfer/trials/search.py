@@ -166,7 +166,7 @@ def _lowest_diverged(done: Losses) -> float:
 
 
 def _highest(done: Losses) -> float:
-    """The highest log2(LR) that may be returned: one that was run, or lies below such a one where higher ones diverge."""
+    """The highest log2(LR) that may be returned: one that was run, or where higher ones diverge, one below it."""
     *others, highest = sorted(math.log2(run.lr) for run in _stable(done))
     edge = _lowest_diverged(done)
     if edge == math.inf:
