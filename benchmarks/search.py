@@ -293,7 +293,6 @@ def live() -> pd.DataFrame:
                 "N of the proxy": float(loops),
                 "seeds": f"{seeds[0]} to {seeds[-1]}",
                 "trainings": float(len(tuned.results)),
-                "core-s": tuned.results["seconds"].sum(),
                 "LR": tuned.lr,
                 "regret told %": 100 * tuned.optimum.regret / tuned.optimum.loss,
                 "regret at N = 16 %": 100 * (target.mean(float(np.log2(tuned.lr))) - best) / best,
