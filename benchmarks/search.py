@@ -92,7 +92,7 @@ def real(path: str, keys: Sequence[str]) -> Iterator[Surface]:
         table = group.pivot_table(index="lr", columns="seed", values="loss", aggfunc="first")
         table = table[np.isfinite(table).all(axis=1)]
         if 0 < table.mean(axis=1).to_numpy().argmin() < len(table) - 1:
-            yield measured(f"{Path(path).stem} {key}", np.log2(table.index.to_numpy()), table.to_numpy())
+            yield measured(" ".join([Path(path).stem, *map(str, key)]), np.log2(table.index.to_numpy()), table.to_numpy())
 
 
 def measured(name: str, x: np.ndarray, losses: np.ndarray) -> Surface:
@@ -282,7 +282,7 @@ def live() -> pd.DataFrame:
     """The reference model tuned at small N: the bill against a grid of 8 LRs × 3 seeds at N = 16, and what the LR loses
     there, on the smoothed means of reports/demo/results.csv.
     """
-    target = next(surface for surface in real(DEMO, ["rule", "loops"]) if "'factored', 16" in surface.name)
+    target = next(surface for surface in real(DEMO, ["rule", "loops"]) if "factored 16" in surface.name)
     best = min(target.mean(log2) for log2 in np.linspace(-12, -2, 2001))
     rows = []
     for loops, seeds in itertools.product((1, 2), ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))):
