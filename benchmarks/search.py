@@ -92,7 +92,8 @@ def real(path: str, keys: Sequence[str]) -> Iterator[Surface]:
         table = group.pivot_table(index="lr", columns="seed", values="loss", aggfunc="first")
         table = table[np.isfinite(table).all(axis=1)]
         if 0 < table.mean(axis=1).to_numpy().argmin() < len(table) - 1:
-            yield measured(" ".join([Path(path).stem, *map(str, key)]), np.log2(table.index.to_numpy()), table.to_numpy())
+            name = " ".join([Path(path).stem, *map(str, key)])
+            yield measured(name, np.log2(table.index.to_numpy()), table.to_numpy())
 
 
 def measured(name: str, x: np.ndarray, losses: np.ndarray) -> Surface:
