@@ -116,15 +116,15 @@ def _added_together(groups: list[Group]) -> list[list[Group]]:
     return parts
 
 
-def all_agree(rewritten: list[Tensor], expected: list[Tensor], model: nn.Module) -> bool:
-    """Two runs gave the same but for rounding: within 1e-4 of the norm in float32, 6 % in bfloat16."""
+def all_agree(rewritten: list[Tensor], expected: list[Tensor], model: nn.Module, double: float = 1e-8) -> bool:
+    """Two runs gave the same but for rounding: within 1e-4 of the norm in float32, 6 % in bfloat16, `double` in double."""
     if len(rewritten) != len(expected):
         return False
     dtypes = {tensor.dtype for tensor in [*rewritten, *model.parameters()] if tensor.is_floating_point()}
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         dtypes.add(torch.bfloat16)
     coarsest = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-    room = 1e-8 if coarsest < 1e-12 else max(8 * coarsest, 1e-4)
+    room = double if coarsest < 1e-12 else max(8 * coarsest, 1e-4)
     return all(_agree(a, b, room) for a, b in zip(rewritten, expected, strict=True))
 
 

@@ -20,6 +20,7 @@ from looptransfer.rewrite.trace import Trace
 from looptransfer.rewrite.twin import randomise, state_kept, twin_of
 
 TOLERANCE = 1e-3  # relative, of a multiplier
+COMPILED = 1e-5  # share of the norm; inductor's float64 functions are not float64 throughout on every CPU
 
 
 def verify_model(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
@@ -102,14 +103,14 @@ def _compiled_agrees(model: nn.Module, inner: nn.Module, example_inputs: Example
 
     with _random_weights(inner):
         compiled, eager = run(), eagerly()
-        if all_agree(compiled, eager, inner):
+        if all_agree(compiled, eager, inner, COMPILED):
             return True
         if not inner.training:
             return False
         modes = [(module, module.training) for module in model.modules()]
         model.eval()  # compiled and eager code draw different random numbers for dropout
         try:
-            return all_agree(run(), eagerly(), inner)
+            return all_agree(run(), eagerly(), inner, COMPILED)
         finally:
             for module, mode in modes:
                 module.training = mode
