@@ -286,7 +286,7 @@ def live() -> pd.DataFrame:
     target = next(surface for surface in real(DEMO, ["rule", "loops"]) if "factored 16" in surface.name)
     best = min(target.mean(log2) for log2 in np.linspace(-12, -2, 2001))
     rows = []
-    for loops, seeds in itertools.product((1, 2), ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))):
+    for loops, seeds in itertools.product((1, 2), ((0, 1, 2, 3),)):
         with TemporaryDirectory() as folder:
             tuned = tune(reference_experiment(), loops, seeds, Path(folder, "ledger.db"), devices="cpu")
         rows.append(

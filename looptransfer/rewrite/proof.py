@@ -117,7 +117,7 @@ def _added_together(groups: list[Group]) -> list[list[Group]]:
 
 
 def all_agree(rewritten: list[Tensor], expected: list[Tensor], model: nn.Module, double: float = 1e-8) -> bool:
-    """Two runs gave the same but for rounding: within 1e-4 of the norm in float32, 6 % in bfloat16, `double` in double."""
+    """Two runs gave the same but for rounding: within 1e-4 of the norm in float32, 6 % in bfloat16, else `double`."""
     if len(rewritten) != len(expected):
         return False
     dtypes = {tensor.dtype for tensor in [*rewritten, *model.parameters()] if tensor.is_floating_point()}
