@@ -209,7 +209,7 @@ def _training(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="smaller, within three minutes; may end inconclusive")
+    parser.add_argument("--quick", action="store_true", help="smaller, 100 steps, one control; may end inconclusive")
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to write (default: demo)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="first seed, from 0 up (default: 0)")
     parser.add_argument("--text", metavar="FILE_OR_DIR", help="your own text (default: Python's standard library)")
