@@ -82,13 +82,17 @@ class LRSampler(BaseSampler):
 
     def optimum(self, study: Study) -> ProxyOptimum | None:
         """The LR to use, by the trials so far; None where all diverged or there are none."""
-        return self.search.optimum(self._wanted(study)[1])
+        return self.search.optimum(_losses(study))
 
     def _wanted(self, study: Study, ended: dict[Run, float] | None = None) -> tuple[Sequence[Run], dict[Run, float]]:
         """The runs that are wanted, and the losses of those that are finished, the one just ended among them."""
-        trials = [trial for trial in study.get_trials(deepcopy=False, states=ENDED) if CHOSEN in trial.system_attrs]
-        losses = {_run_of(trial): _loss(study, trial.state, trial.values) for trial in trials} | (ended or {})
+        losses = _losses(study) | (ended or {})
         return self.search.wanted(losses), losses
+
+
+def _losses(study: Study) -> dict[Run, float]:
+    trials = [trial for trial in study.get_trials(deepcopy=False, states=ENDED) if CHOSEN in trial.system_attrs]
+    return {_run_of(trial): _loss(study, trial.state, trial.values) for trial in trials}
 
 
 def _run_of(trial: FrozenTrial) -> Run:

@@ -97,13 +97,12 @@ class ProxySearch:
     def optimum(self, done: Losses) -> ProxyOptimum | None:
         """The LR to return after these runs; None where all diverged."""
         stable = _stable(done)
-        if not stable:
-            return None
-        curve = self._curve(done)
-        place = _best_place(curve, _highest(done))
-        lowest, best = min(stable.values()), float(curve.grid[place])
-        loss = lowest + float(curve.mean[place])
-        return ProxyOptimum(2.0**best, loss, curve.regret(place, self.confidence), curve.interval(self.confidence))
+        return self._optimum(stable, *_fit(done)) if stable else None
+
+    def _optimum(self, stable: Losses, curve: Curve, place: int) -> ProxyOptimum:
+        loss = min(stable.values()) + float(curve.mean[place])
+        regret, interval = curve.regret(place, self.confidence), curve.interval(self.confidence)
+        return ProxyOptimum(2.0 ** float(curve.grid[place]), loss, regret, interval)
 
     def _more(self, done: Losses) -> list[Run]:
         """The next runs, given those so far; none where they suffice."""
@@ -114,35 +113,27 @@ class ProxySearch:
         if best in (looks[0], looks[-1]) and LIMITS[0] < best < LIMITS[1]:
             further = best + 2 if best == looks[-1] else best - 2
             return [self._run(min(max(further, LIMITS[0]), LIMITS[1]), self.seeds[0])]
-        optimum = self.optimum(done)
-        assert optimum is not None
+        curve, place = _fit(done)
+        optimum = self._optimum(stable, curve, place)
         low, high = optimum.log2_lr
         enough = optimum.regret <= self.regret * abs(optimum.loss)
         if enough if self.precision is None else high - low <= 2 * self.precision:
             return []
-        return self._helpful(done)
+        return self._helpful(done, curve, place)
 
-    def _helpful(self, done: Losses) -> list[Run]:
+    def _helpful(self, done: Losses, curve: Curve, place: int) -> list[Run]:
         """Two runs after which the curve near its optimum is known best, as far as the model goes."""
-        curve, highest = self._curve(done), _highest(done)
-        place = _best_place(curve, highest)
+        edge = _lowest_diverged(done)
         near = np.arange(-2.5, 3, STEP) + round(float(curve.grid[place]) / STEP) * STEP
         used = sorted({run.seed for run in done}, key=self.seeds.index)
         runs = [
             run
             for log2 in near[(near >= LIMITS[0]) & (near <= LIMITS[1])]
             for seed in [*used, *self.seeds[len(used) :][:1]]
-            if log2 < _lowest_diverged(done) and (run := self._run(float(log2), seed)) not in done
+            if log2 < edge and (run := self._run(float(log2), seed)) not in done
         ]
         points = np.array([math.log2(run.lr) for run in runs]), np.array([run.seed for run in runs])
         return [runs[number] for number in curve.helpful(place, points, ROUND)]
-
-    def _curve(self, done: Losses) -> Curve:
-        stable = _stable(done)
-        looks = [math.log2(run.lr) for run in stable]
-        top = min(max(looks) + 1, _lowest_diverged(done) - BACK)
-        grid = np.arange(4 * (min(looks) - 1), 4 * top + 1) / 4
-        return curve_of(looks, [run.seed for run in stable], list(stable.values()), grid)
 
     def _run(self, log2: float, seed: int) -> Run:
         return Run(self.rule, self.loops, 2.0**log2, seed)
@@ -174,5 +165,11 @@ def _highest(done: Losses) -> float:
     return min(max([highest - BACK, *(log2 - MARGIN for log2 in others)]), edge - BACK)
 
 
-def _best_place(curve: Curve, highest: float) -> int:
-    return int(np.where(curve.grid <= highest, curve.mean, math.inf).argmin())
+def _fit(done: Losses) -> tuple[Curve, int]:
+    """The curve by the runs that did not diverge, one at least, and the place on its grid of the LR to return."""
+    stable = _stable(done)
+    looks = [math.log2(run.lr) for run in stable]
+    top = min(max(looks) + 1, _lowest_diverged(done) - BACK)
+    grid = np.arange(4 * (min(looks) - 1), 4 * top + 1) / 4
+    curve = curve_of(looks, [run.seed for run in stable], list(stable.values()), grid)
+    return curve, int(np.where(grid <= _highest(done), curve.mean, math.inf).argmin())
