@@ -3,7 +3,7 @@
     python benchmarks/gate_faults.py [--out reports/gate] [--ledgers build/gate-faults] [--workers N]
 
 A fault is a change of the code that trains: of the model, of the rewrite, of the optimizer's groups, of the schedule or
-of the data. The project is the reference model at the size of the demo, whose optima reports/demo/results.csv holds,
+of the data. The project is the reference model at its usual size, whose optima reports/sweep/results.csv holds,
 and a deeper one, which is first swept. Then, fault by fault: `verify` on the model at the target N, the coordinate
 check, the cheap mode (`lt.gate`), and the full check (a sweep, compared with the baseline). An hour and a half on two
 cores. Every finished run is in a ledger, every finished fault in faults.json: stopped, the same command goes on.
@@ -37,7 +37,7 @@ from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.trials import training
 from looptransfer.trials.gate import gate
 
-DEMO = Path("reports/demo/results.csv")
+SWEEP = Path("reports/sweep/results.csv")
 CHEAP_SEEDS = 6  # as `lt.gate` takes by default
 FULL_SEEDS = 4
 COORDINATES: dict[str, Any] = {"loops": [1, 4, 16], "steps": 2, "seeds": 3}
@@ -59,11 +59,11 @@ class Project:
 
     @property
     def lrs(self) -> list[float]:
-        """Seven, 0.75 octave apart, as in the demo."""
+        """Seven, 0.75 octave apart, as in that sweep."""
         return [float(f"{2.0 ** (self.middle + 0.75 * step):.6g}") for step in range(-3, 4)]
 
 
-LOOPED = Project("looped", layers=2, base_layers=2, loops=(2, 16), middle=-7.1038)  # about those of the demo
+LOOPED = Project("looped", layers=2, base_layers=2, loops=(2, 16), middle=-7.1038)  # about those of that sweep
 DEEP = Project("deep", layers=4, base_layers=1, loops=(1, 2), middle=-6.0)  # its branches have an LR of their own
 
 
@@ -274,9 +274,9 @@ PASSED, CAUGHT = {"passed", "HOLDS", "PASSES"}, {"refused", "warned", "MOVED", "
 
 
 def stored_optima(project: Project, ledgers: Path, workers: int) -> lt.Baseline:
-    """The optima without fault: those of the demo's table, or of a sweep of the same LRs and four seeds."""
+    """The optima without fault: those of that table, or of a sweep of the same LRs and four seeds."""
     if project is LOOPED:
-        runs = lt.read_results(DEMO)
+        runs = lt.read_results(SWEEP)
     else:
         ledger = ledgers / f"{project.name}.db"
         runs = lt.sweep(
@@ -332,8 +332,8 @@ def report(told: list[dict[str, Any]], seconds: float) -> str:
         f"{'; '.join(counts)}. {len(named)} of {len({one['fault'] for one in planted})} are named by some gate. "
         "INCONCLUSIVE names no fault but is no pass: its exit status is 3.",
         "",
-        "The reference model at the size of the demo; looped: " + _words(LOOPED) + "; deep: " + _words(DEEP) + ".",
-        f"Stored optima: 7 LRs 0.75 octave apart; of looped from {DEMO}, of deep {FULL_SEEDS} seeds.",
+        "The reference model at its usual size; looped: " + _words(LOOPED) + "; deep: " + _words(DEEP) + ".",
+        f"Stored optima: 7 LRs 0.75 octave apart; of looped from {SWEEP}, of deep {FULL_SEEDS} seeds.",
         f"Coordinate check: {_settings(COORDINATES)}. Cheap mode: 3 LRs, {CHEAP_SEEDS} seeds. Full check: 7 LRs 0.75 "
         f"octave apart, {FULL_SEEDS} seeds, by the optima of its own fit. Runs of unchanged code repeat those of the",
         "baseline where their seeds are the same; the controls have others, which is harder.",

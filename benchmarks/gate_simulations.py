@@ -66,7 +66,7 @@ def main() -> None:
         "",
         *(__doc__ or "").strip().splitlines()[4:],
         "",
-        "Noise in units of that of reports/demo; octaves that the optimum at N = 16 moved; shares of the times in",
+        "Noise in units of that of reports/sweep; octaves that the optimum at N = 16 moved; shares of the times in",
         "which the sweep gave an optimum to store (`of`). `moved` at 0 is the false-alarm rate.",
         "",
         table(frame),

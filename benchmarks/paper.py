@@ -4,7 +4,7 @@
 
 Writes into reports/paper/ (the GPU's into reports/paper/gpu/): CSV files with what was measured, a figure for each,
 README.md. All figures are drawn from the CSV files alone. The sweeps over L have ledgers and go on where they were; the
-sweep over N is that of the demo (reports/demo/results.csv). Takes some twenty minutes of one core.
+sweep over N is that of reports/sweep/. Takes some twenty minutes of one core.
 """
 
 import argparse
@@ -44,7 +44,8 @@ from looptransfer.transfer.optimum import Interval, t_interval
 from looptransfer.trials.hooks import Batch, held_out_loss, token_loss
 
 ROOT = Path(__file__).parent.parent
-DEMO, REPORT = ROOT / "reports" / "demo", ROOT / "reports" / "paper"
+SWEEP, REPORT = ROOT / "reports" / "sweep" / "results.csv", ROOT / "reports" / "paper"
+TUNED = 0.014018893858763969  # the LR of that sweep, found at N = 2
 RULES: tuple[Rule, ...] = ("unscaled", "sqrt", "factored")
 EPSILON = {"unscaled": "ε = 1", "sqrt": "ε = 1/√N", "factored": "ε = 1/N"}
 STYLE = dict(zip(("factored", "sqrt", "unscaled"), RULE_STYLES, strict=False))
@@ -84,7 +85,7 @@ class Scale:
 
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 SCALES = {
-    # 2^-6.35 lies in the basin that the demo finds at N = 2 with the same sizes
+    # 2^-6.35 lies in the basin that reports/sweep/ finds at N = 2 with the same sizes
     "cpu": Scale(64, 4, POWERS, 16, 10, 10, 1e-3, ReferenceSize(), 2**-6.35, (2, 4, 8), (1, 2, 4), 2, 3),
     "gpu": Scale(
         512, 8, POWERS, 16, 10, 10, 1e-3, ReferenceSize(width=256, heads=8, sequence=128, batch=64, steps=1000),
@@ -585,8 +586,7 @@ def misses(fitted: pd.DataFrame, stack: str, statistic: str, step: int) -> str:
 
 def sweep_sections(out: Path) -> list[Section]:
     """Figure 4."""
-    transferred = json.loads((DEMO / "verdict.json").read_text())["transferred_lr"]
-    over_n = lt.check(lt.read_results(DEMO / "results.csv"), transferred_lr=transferred)
+    over_n = lt.check(lt.read_results(SWEEP), transferred_lr=TUNED)
     over_l = over_layers(pd.read_csv(out / "layers.csv"))
     draw_sweep(over_n, out, "4_loops")
     draw_sweep(over_l, out, "4_layers")
@@ -605,7 +605,7 @@ def sweep_sections(out: Path) -> list[Section]:
         Section(
             "4a. LR sweeps by N",
             ("4_loops_curves.png", "4_loops_optima.png"),
-            "[the demo's results.csv](../demo/results.csv), not trained again here",
+            "[results.csv](../sweep/README.md), not trained again here",
             "under 1/N the best LR stays put over N = 1 to 8, under 1/√N it moves, read off by eye from one seed a "
             "point; at N = 8 1/N is better by 0.025 nats.",
             f"drift in octaves per doubling of N: {drifts}; at N = {largest} and each rule's best LR, 1/N is better "
@@ -713,11 +713,11 @@ Made by `{run["command"]}` in {wall:.0f} minutes, of which {cpu:.0f} minutes of 
   matrices start √(768/width) larger than 0.02, so that branches are as large beside the embedding as at the paper's
   width. By `lt.coord_check`; the lines are geometric means over seeds, the range over seeds is shaded, intervals are
   {CONFIDENCE:.0%} t-intervals over seeds, and dotted lines have the theory's slope through N = {LARGE}.
-- **Figure 4**: `lt.check` on the sweep of the demo, and on a sweep over L of {scale.long_seeds} seeds at
+- **Figure 4**: `lt.check` on the sweep of reports/sweep/, and on a sweep over L of {scale.long_seeds} seeds at
   N = {scale.layers_loops}; shaded is the range over seeds, stars are fitted optima.
 - **Figures 5 and 6**: {scale.long_seeds} seeds, the reference experiment (width {size.width}, L = {size.layers},
-  {size.steps} steps, the standard library's sources) at the base LR {scale.long_lr:.4g}, near the demo's optimum under
-  1/N. Shaded is the range over seeds.
+  {size.steps} steps, the standard library's sources) at the base LR {scale.long_lr:.4g}, near the optimum
+  of reports/sweep/ under 1/N. Shaded is the range over seeds.
 
 ## Fitted exponents
 

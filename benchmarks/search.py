@@ -4,7 +4,7 @@
 
 `shaped` are the surfaces on which the search was shaped, `held out` those by which nothing was chosen but `MARGIN`,
 after a choice that diverged on one of 144 cliffs. Each is drawn `--times` times, its optimum moved by up to three
-octaves. Real ones are smoothed means over the seeds of reports/demo/results.csv and reports/paper/layers.csv, a
+octaves. Real ones are smoothed means over the seeds of reports/sweep/results.csv and reports/paper/layers.csv, a
 seed's deviation from them a random mixture of those measured.
 Optuna's Gaussian process takes seconds a choice, and is measured on the first draw of the held-out surfaces alone.
 """
@@ -32,7 +32,7 @@ from looptransfer.trials.sweep import tune
 Mean = Callable[[float], float]
 Noise = Callable[[float, np.random.Generator, np.random.Generator], float]  # LR, draws of the seed, draws of the run
 SEEDS = (0, 1, 2, 3)
-DEMO = "reports/demo/results.csv"
+SWEEP = "reports/sweep/results.csv"
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def flat(place: float) -> float:
 
 
 def shaped() -> Iterator[Surface]:
-    yield from real(DEMO, ["rule", "loops"])
+    yield from real(SWEEP, ["rule", "loops"])
     for deviation, height in itertools.product((0.003, 0.01, 0.025), (0.02, 0.06, 0.15)):
         noise = white(deviation, 2, 0.3)
         size = f"{height} ± {deviation}"
@@ -281,9 +281,9 @@ def measure(times: int) -> pd.DataFrame:
 
 def live() -> pd.DataFrame:
     """The reference model tuned at small N: the bill against a grid of 8 LRs × 3 seeds at N = 16, and what the LR loses
-    there, on the smoothed means of reports/demo/results.csv.
+    there, on the smoothed means of reports/sweep/results.csv.
     """
-    target = next(surface for surface in real(DEMO, ["rule", "loops"]) if "factored 16" in surface.name)
+    target = next(surface for surface in real(SWEEP, ["rule", "loops"]) if "factored 16" in surface.name)
     best = min(target.mean(log2) for log2 in np.linspace(-12, -2, 2001))
     rows = []
     for loops in (1, 2):
@@ -353,7 +353,7 @@ There is no LR range test beside it, and no live trainings of another model than
 ## The tuning bill, in live trainings
 
 The reference model of `looptransfer demo`, tuned at small N. Against it stands a grid of 8 LRs × 3 seeds at N = 16, by
-visits of the looped layers; the regret at N = 16 is on the smoothed means of reports/demo/results.csv.
+visits of the looped layers; the regret at N = 16 is on the smoothed means of reports/sweep/results.csv.
 
 {markdown(tuned)}
 """

@@ -3,7 +3,7 @@
     python benchmarks/verdict_simulations.py [--sweeps 2000] [--workers 2] [--out reports/verdict]
 
 Writes cells.csv (a row per cell), README.md (what they say), coverage.png and power.png. The noise is drawn from a
-model whose variances and correlations are those of the runs in reports/demo/results.csv.
+model whose variances and correlations are those of the runs in reports/sweep/results.csv.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from looptransfer.transfer.optimum import curve, find_optimum
 from looptransfer.transfer.verdict import Terms
 
 Array = NDArray[np.float64]
-REAL = Path("reports/demo/results.csv")
+REAL = Path("reports/sweep/results.csv")
 TERMS = Terms("loops", None, 0.20, 0.02, 0.90)
-CURVATURE = 0.06  # nats per octave squared, as in reports/demo
+CURVATURE = 0.06  # nats per octave squared, as in reports/sweep
 SEED = 20261124
 
 

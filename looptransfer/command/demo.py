@@ -1,4 +1,7 @@
-"""The whole story on the reference experiment: tune at N = 2, carry the LR to N = 16, judge, report."""
+"""The whole story on the reference experiment: tune at N = 2, carry the LR to N = 16, judge, report.
+
+Beside the verdict stands the coordinate check, which trains a few steps only and says why the optimum stays.
+"""
 
 import io
 import json
@@ -7,12 +10,17 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
+from looptransfer.coordcheck.result import CoordCheck
+from looptransfer.coordcheck.run import coord_check
 from looptransfer.errors import InputError
 from looptransfer.files import write_file
 from looptransfer.reference.experiment import ReferenceSize, reference_experiment
@@ -20,38 +28,61 @@ from looptransfer.report.figures import plot_curves, plot_optima
 from looptransfer.report.page import write_html
 from looptransfer.rules import Rule
 from looptransfer.transfer.check import check
+from looptransfer.transfer.optimum import t_interval_of_runs
 from looptransfer.transfer.verdict import Verdict
+from looptransfer.trials.experiment import Experiment
 from looptransfer.trials.progress import one_story
-from looptransfer.trials.sweep import OCTAVES, TunedLR, sweep, tune
+from looptransfer.trials.sweep import TunedLR, sweep, tune
 
 PROXY = 2
 TUNING_SEEDS = 4  # at most
 TUNING_RUNS = 8  # as a rule
+COORDINATE_LOOPS, COORDINATE_SEEDS = (1, 2, 4, 8, 16), 4
 
 
 @dataclass(frozen=True)
 class DemoSize:
-    """The extent of the demo. The rule that is judged has the most seeds, since FLAT needs them (reports/verdict/)."""
+    """The extent of the demo. The rule that is judged has the most seeds, since FLAT needs them (reports/verdict/).
+
+    Attributes:
+        octaves: LRs of the judged rule, from the tuned one.
+        control_octaves: LRs of the controls at the largest N, lower, where their optima go; at N = 1, where all rules
+            are one, they have those of the judged rule.
+    """
 
     size: ReferenceSize
     loops: tuple[int, ...]
+    octaves: tuple[float, ...]
     seeds: int
     controls: tuple[Rule, ...]
-    control_loops: tuple[int, ...]
+    control_octaves: tuple[float, ...]
     control_seeds: int
-    octaves: tuple[float, ...]
 
 
-FULL = DemoSize(ReferenceSize(), (1, 2, 4, 8, 16), 6, ("sqrt", "unscaled"), (1, 4, 16), 3, OCTAVES)
-QUICK = DemoSize(
-    ReferenceSize(layers=1, steps=100), (1, 4, 16), 3, ("unscaled",), (1, 4, 16), 3, (-2.25, -1.5, -0.75, 0.0, 0.75)
+FULL = DemoSize(
+    ReferenceSize(held_out=8_192),
+    loops=(1, 4, 16),
+    octaves=(-2.25, -1.5, -0.75, 0.0, 0.75),
+    seeds=4,
+    controls=("sqrt", "unscaled"),
+    control_octaves=(-3.0, -2.25, -1.5, 0.0),
+    control_seeds=3,
+)
+QUICK = DemoSize(  # the control says what the tuned LR gives without the rule, and no more
+    ReferenceSize(layers=1, steps=100, held_out=8_192),
+    loops=(1, 4, 16),
+    octaves=(-2.0, -1.0, 0.0, 1.0),
+    seeds=4,
+    controls=("unscaled",),
+    control_octaves=(0.0,),
+    control_seeds=4,
 )
 
 
 def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = None) -> list[str]:
-    """Run the demo into the folder `out` and return the answer in five lines.
+    """Run the demo into the folder `out` and return the answer in a few lines.
 
-    Written are report.html, its two figures as PNG, results.csv, verdict.json and ledger.db.
+    Written are report.html, its two figures as PNG, coordinates.html, results.csv, verdict.json and ledger.db.
 
     Interrupted, it goes on where it was when run again with the same options.
 
@@ -67,12 +98,15 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     tuning, control = seeds[:TUNING_SEEDS], seeds[: scale.control_seeds]
     with one_story("demo", _weight(scale)):
         best = tune(experiment, PROXY, tuning, ledger, devices="cpu")
-        swept = partial(sweep, experiment, around=best, octaves=scale.octaves, ledger=ledger, devices="cpu")
-        judged = swept(scale.loops, seeds=seeds)
-        controls = swept(scale.control_loops, rules=scale.controls, seeds=control)
-    results = pd.concat([judged, controls], ignore_index=True)
+        swept = partial(sweep, experiment, around=best, ledger=ledger, devices="cpu")
+        judged = swept(scale.loops, octaves=scale.octaves, seeds=seeds)
+        compared = partial(swept, seeds=control, rules=scale.controls)
+        start = compared(scale.loops[:1], octaves=scale.octaves)
+        target = compared(scale.loops[-1:], octaves=scale.control_octaves)
+    results = pd.concat([judged, start, target], ignore_index=True)
     verdict = check(results, transferred_lr=best.lr)
-    lines = _answer(best, results, verdict, out)
+    coordinates = _coordinates(experiment, scale.controls)
+    lines = _answer(best, results, verdict, coordinates)
     identity = experiment.identity()
     tuned = {"loops": best.loops, "lr": best.lr, "regret": best.optimum.regret, "seeds": list(tuning)}
     record = {**verdict.to_dict(), "tuned": tuned, "experiment": identity}
@@ -88,38 +122,55 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     }
     write_file(out / "results.csv", results.to_csv(index=False))
     write_file(out / "verdict.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
-    write_html(verdict, out / "report.html", summary=lines[:-1], provenance=provenance)
+    write_html(verdict, out / "report.html", summary=lines, provenance=provenance)
+    write_html(coordinates, out / "coordinates.html", provenance=provenance)
     for name, figure in {"curves": plot_curves(verdict), "optima": plot_optima(verdict)}.items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=150)
         write_file(out / f"{name}.png", picture.getvalue())
-    return lines
+    return [*lines, f"Report: {out / 'report.html'}"]
 
 
 def _weight(scale: DemoSize) -> int:
     """The sum of the loop counts of all runs, those of the tuning as they usually are; N = 1 is made for one rule."""
-    controls = len(scale.controls) * scale.control_seeds * sum(loops for loops in scale.control_loops if loops > 1)
-    return PROXY * TUNING_RUNS + len(scale.octaves) * (scale.seeds * sum(scale.loops) + controls)
+    judged = len(scale.octaves) * scale.seeds * sum(scale.loops)
+    controls = len(scale.control_octaves) * scale.control_seeds * len(scale.controls) * scale.loops[-1]
+    return PROXY * TUNING_RUNS + judged + controls
 
 
-def _answer(best: TunedLR, results: pd.DataFrame, verdict: Verdict, out: Path) -> list[str]:
-    """The five lines at the end."""
-    largest = int(results["loops"].max())
+def _coordinates(experiment: Experiment, controls: Sequence[Rule]) -> CoordCheck:
+    """The coordinate check, in this process on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a sweep's workers: at these sizes more threads take longer
+    try:
+        return coord_check(experiment, COORDINATE_LOOPS, ["factored", *controls], seeds=COORDINATE_SEEDS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _answer(best: TunedLR, results: pd.DataFrame, verdict: Verdict, coordinates: CoordCheck) -> list[str]:
+    """The answer, a line each: the LR, what becomes of it at large N beside the controls, and what it cost."""
     answers = ", ".join(f"{rule} {judged.answer}" for rule, judged in verdict.rules.items())
-    regrets = ", ".join(f"{rule} {judged.regret or 'not known'}" for rule, judged in verdict.rules.items())
-    proxy = float(best.results["seconds"].sum())
-    judged = results[(results["rule"] == verdict.rule) & ~results["diverged"]]
-    at_target = float(judged.loc[judged["loops"] == largest, "seconds"].mean())
-    at_proxy = float(best.results.loc[~best.results["diverged"], "seconds"].mean())
-    target = proxy * at_target / at_proxy
+    told = [difference for difference in verdict.differences if difference.drift is not None]
     return [
         f"Tuned LR: {best}",
+        f"At N = {results['loops'].max()} that LR: {', '.join(_at_target(best, results, verdict))}",
         f"Verdict over N: {answers}",
-        f"Regret of that LR at N = {largest}, nats: {regrets}",
-        f"Cost of tuning: {proxy:.0f} core-s at N = {best.loops}; the same runs at N = {largest} would take about "
-        f"{target:.0f} core-s, {target / proxy:.1f}× as much",
-        f"Report: {out / 'report.html'}",
+        *(f"{title}: {numbers}" for title, numbers in map(verdict.difference_text, told)),
+        f"Coordinate check: {coordinates.rule} {coordinates.answer}",
+        f"Cost of tuning: {best.results['seconds'].sum():.0f} core-s at N = {best.loops}",
     ]
+
+
+def _at_target(best: TunedLR, results: pd.DataFrame, verdict: Verdict) -> Iterator[str]:
+    """The loss of the tuned LR at the largest N under each rule; of a control its excess, paired by seed."""
+    target = results[(results["loops"] == results["loops"].max()) & np.isclose(results["lr"], best.lr)]
+    losses = target.pivot(index="seed", columns="rule", values="loss").dropna()
+    judged = verdict.judged
+    yield f"{verdict.rule} loss {losses[verdict.rule].mean():.3f} nats, regret {judged.regret or 'not known'}"
+    for control in losses.columns.drop(verdict.rule):
+        excess = t_interval_of_runs(losses[control] - losses[verdict.rule], verdict.confidence)
+        yield f"{control} {excess} nats more"
 
 
 def _check_writable(out: Path) -> None:

@@ -28,8 +28,9 @@ your LR:      looptransfer tune experiment.py --loops 2 -o best.json
 your results: looptransfer check results.csv"""
 ABOUT = "Tune the LR of a looped Transformer at small N, carry it to large N, and check that it holds."
 DEMO = """\
-Tunes the LR of a small looped decoder at N = 2, sweeps around it at N = 1…16 under the
-paper's rule and two controls, and writes report.html, results.csv and verdict.json.
+Tunes the LR of a small looped decoder at N = 2, sweeps around it at N = 1, 4 and 16 under the
+paper's rule and at N = 16 under controls, watches the residual stream over N, and writes
+report.html, coordinates.html, results.csv and verdict.json.
 18 to 25 minutes on two cores. Stopped at any moment, the same command goes on where it was."""
 INSPECT = """\
 Prints the plan of a model: every residual branch with its layer, its visits, its multiplier and
@@ -119,8 +120,11 @@ Trains at every loop count, LR and seed around the LR that was tuned, and writes
 {TRAINING}
 {KEPT}"""
 GATE = f"""\
-Trains at half, once and twice the stored LR optimum, at the smallest and the largest stored N with a
-few seeds, and says whether the optimum still lies between: a check for every commit.
+Says whether stored LR optima still hold: a check for every commit, at the smallest and the largest stored N.
+
+First two of the stored runs of each are made again, of one seed at about half and once the stored LR. Where they give
+the losses that they gave, but for float noise, the optimum holds. Elsewhere half, once and twice the stored LR are
+trained with a few seeds, and the optimum should still lie between.
 
   looptransfer check results.csv --baseline {OPTIMA} --update-baseline
   looptransfer gate experiment.py --baseline {OPTIMA}
@@ -318,7 +322,7 @@ def _gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loops", metavar="N,N,…", help="which of the stored N (default: the smallest and the largest)"
     )
-    parser.add_argument("--seeds", type=int, default=6, help="how many (default: 6)")
+    parser.add_argument("--seeds", type=int, default=6, help="how many, where a loss differs (default: 6)")
 
 
 COMMANDS: Mapping[str, tuple[Callable[[argparse.ArgumentParser], None], str, str, str, str]] = {

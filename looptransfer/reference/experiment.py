@@ -11,13 +11,12 @@ from looptransfer.reference.corpus import Corpus, load_corpus
 from looptransfer.reference.model import LoopedDecoder
 from looptransfer.trials.experiment import Experiment
 
-HELD_OUT_TOKENS = 32_768
 HELD_OUT_BATCH = 2_048  # tokens
 
 
 @dataclass(frozen=True)
 class ReferenceSize:
-    """Sizes of the reference experiment."""
+    """Sizes of the reference experiment; `sequence` and `held_out` in tokens, `batch` in sequences."""
 
     width: int = 32
     heads: int = 2
@@ -25,6 +24,7 @@ class ReferenceSize:
     sequence: int = 32
     batch: int = 16
     steps: int = 250
+    held_out: int = 32_768
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Task:
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         sequence = self.size.sequence
-        windows = self.corpus().held_out_windows(HELD_OUT_TOKENS // sequence, sequence)
+        windows = self.corpus().held_out_windows(self.size.held_out // sequence, sequence)
         for start in range(0, len(windows), HELD_OUT_BATCH // sequence):
             yield _split(windows[start : start + HELD_OUT_BATCH // sequence])
 
@@ -69,7 +69,7 @@ def reference_experiment(size: ReferenceSize | None = None, text: str | None = N
         warmup=0.5,
         base_layers=size.layers,
         width=size.width,
-        settings={**vars(size), "held_out_tokens": HELD_OUT_TOKENS, "corpus_sha256": task.corpus().digest},
+        settings={**vars(size), "corpus_sha256": task.corpus().digest},
     )
 
 

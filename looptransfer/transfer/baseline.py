@@ -13,10 +13,10 @@ from looptransfer.errors import InputError
 from looptransfer.files import MOST_BYTES, open_file, write_file
 from looptransfer.records import parse_json, record_of, value_of
 from looptransfer.transfer.bracket import bracket_optimum
-from looptransfer.transfer.comparison import TOLERANCE, Comparison, compare_optimum, not_told_by_loss
+from looptransfer.transfer.comparison import TOLERANCE, Comparison, Finding, compare_optimum, not_told_by_loss
 from looptransfer.transfer.optimum import Optimum, curves
 from looptransfer.transfer.provenance import differing, fingerprint_of
-from looptransfer.transfer.stored import KEY, StoredOptimum, renamed
+from looptransfer.transfer.stored import KEY, StoredOptimum, losses_of, renamed
 from looptransfer.transfer.verdict import LOSS, NATS, Verdict
 
 SCHEMA_VERSION = 1
@@ -55,8 +55,12 @@ class Baseline:
             reason = verdict.judged.optima[0].censored
             raise InputError(f"no optimum of rule {verdict.rule!r} is known ({reason}), so there is nothing to store")
         optima = {
-            name: tuple(StoredOptimum.of(optimum, verdict.confidence) for optimum in judged.optima)
+            name: tuple(
+                StoredOptimum.of(optimum, verdict.confidence, losses_of(runs[runs[verdict.axis] == optimum.n]))
+                for optimum in judged.optima
+            )
             for name, judged in verdict.rules.items()
+            for runs in [verdict.runs[verdict.runs["rule"] == name]]
         }
         return cls(
             verdict.axis,
@@ -174,8 +178,9 @@ class Baseline:
         loss_tolerance: float | None,
         confidence: float,
         counts: Sequence[int] | None = None,
+        confirmed: Mapping[int, Finding] | None = None,
     ) -> Comparison:
-        """Judge runs at `stored_lrs` of some N, a tidy table of one rule.
+        """Judge runs at `stored_lrs` of some N, a tidy table of one rule, but for those that are `confirmed` already.
 
         Every N of `counts`, or every N in the table where none are given, has a finding; one that was not run whole is
         INCONCLUSIVE. The tolerance of the loss is by default the baseline's.
@@ -187,18 +192,23 @@ class Baseline:
         """
         stored = self.of_rule(rule)
         loss_tolerance = self.loss_tolerance if loss_tolerance is None else loss_tolerance
-        tables = curves(runs, self.axis)
+        tables, known = curves(runs, self.axis), confirmed or {}
         findings = [
-            bracket_optimum(stored[n], tables.get(n, pd.DataFrame()), loss_tolerance, confidence)
+            known.get(n) or bracket_optimum(stored[n], tables.get(n, pd.DataFrame()), loss_tolerance, confidence)
             for n in (tables if counts is None else counts)
         ]
+        method = "Half, once and twice the stored LR"
+        if known:
+            method = "Stored runs made again" + (
+                ", else half, once and twice the stored LR" if len(known) < len(findings) else ""
+            )
         changes = differing(self.fingerprint, fingerprint_of(runs, self.axis))
         return Comparison(
             self.path,
             rule,
             self.axis,
             self.unit,
-            "Half, once and twice the stored LR",
+            method,
             BRACKET,
             loss_tolerance,
             confidence,

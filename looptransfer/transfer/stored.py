@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ from looptransfer.transfer.results import LARGEST, MOST
 
 OCTAVES = 1000.0  # log2 of an LR, in size, that is believed
 KEY = "at"  # of N in the file
+Losses = Mapping[str, Mapping[str, float | None]]  # by LR, as text, and seed; None where a run diverged
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class StoredOptimum:
         log2_lr_by_seed: one vertex per seed, whose mean is the estimate.
         loss: fitted, at the optimum, with its interval over seeds.
         loss_by_seed: the fitted loss of each seed at the optimum of all.
+        losses: of the runs themselves, by LR and seed.
     """
 
     n: int
@@ -31,6 +33,7 @@ class StoredOptimum:
     log2_lr_by_seed: Mapping[str, float] | None = None
     loss: Interval | None = None
     loss_by_seed: Mapping[str, float] | None = None
+    losses: Losses = field(default_factory=dict)
 
     @property
     def lr(self) -> float:
@@ -39,14 +42,16 @@ class StoredOptimum:
         return float(2.0**self.log2_lr.estimate)
 
     @classmethod
-    def of(cls, optimum: Optimum, confidence: float) -> "StoredOptimum":
-        """The part of an optimum that is remembered."""
+    def of(cls, optimum: Optimum, confidence: float, losses: Losses | None = None) -> "StoredOptimum":
+        """The part of an optimum that is remembered, with the losses of its runs."""
         if optimum.log2_lr is None or optimum.by_seed is None:
             return cls(optimum.n, optimum.censored)
-        losses = loss_at_optimum(optimum)
+        fitted = loss_at_optimum(optimum)
         vertices = {str(seed): float(vertex) for seed, vertex in optimum.by_seed.items()}
-        loss_by_seed = {str(seed): float(loss) for seed, loss in losses.items()}
-        return cls(optimum.n, None, optimum.log2_lr, vertices, t_interval(losses, confidence), loss_by_seed)
+        loss_by_seed = {str(seed): float(loss) for seed, loss in fitted.items()}
+        return cls(
+            optimum.n, None, optimum.log2_lr, vertices, t_interval(fitted, confidence), loss_by_seed, losses or {}
+        )
 
     def check(self) -> None:
         """Refuse by a ValueError what no optimum can be."""
@@ -57,6 +62,7 @@ class StoredOptimum:
             _check_interval("loss", self.loss, self.loss_by_seed, LARGEST)
             if (self.log2_lr_by_seed or {}).keys() != (self.loss_by_seed or {}).keys():
                 raise ValueError(f"the seeds of {self.n} differ between log2_lr_by_seed and loss_by_seed")
+        _check_losses(self.losses)
 
 
 def renamed(fields: Mapping[str, Any], name: str, other: str) -> dict[str, Any]:
@@ -64,10 +70,31 @@ def renamed(fields: Mapping[str, Any], name: str, other: str) -> dict[str, Any]:
     return {other: fields[name], **{key: value for key, value in fields.items() if key != name}}
 
 
+def losses_of(runs: pd.DataFrame) -> Losses:
+    """The losses of a tidy table of one rule and N, by LR and seed."""
+    losses: dict[str, dict[str, float | None]] = {}
+    for lr, seed, loss in runs.sort_values("lr")[["lr", "seed", "loss"]].itertuples(index=False):
+        losses.setdefault(repr(float(lr)), {})[str(seed)] = float(loss) if math.isfinite(loss) else None
+    return losses
+
+
 def loss_at_optimum(optimum: Optimum) -> pd.Series:
     """The fitted loss per seed at the vertex of all seeds."""
     assert optimum.log2_lr is not None
     return optimum.loss(optimum.log2_lr.estimate)
+
+
+def _check_losses(losses: Losses) -> None:
+    for lr, by_seed in losses.items():
+        try:
+            number = float(lr)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise ValueError(f"losses has the LR {lr!r:.60}, not a finite number above 0")
+        largest = max((abs(loss) for loss in by_seed.values() if loss is not None), default=0.0)
+        if largest >= LARGEST:
+            raise ValueError(f"losses {lr} holds {largest:g}, not between {-LARGEST:g} and {LARGEST:g}")
 
 
 def _check_interval(name: str, interval: Interval | None, by_seed: Mapping[str, float] | None, most: float) -> None:

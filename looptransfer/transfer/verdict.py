@@ -210,10 +210,15 @@ class Verdict(Terms):
             lines += [f"  to settle it: {advice}"] if advice else []
             lines += [f"    {line}" for line in runs]
         for difference in self.differences:
-            lines.append(f"{difference.control} minus {self.rule}, paired by seed:")
-            drift, regret = difference.drift or "unknown", self.regret_text(difference.regret)
-            lines.append(f"  drift {drift} octaves per doubling, regret {regret} {self.unit}")
+            title, numbers = self.difference_text(difference)
+            lines += [f"{title}:", f"  {numbers}"]
         return "\n".join(map(plain, [*lines, *(f"note: {note}" for note in self.notes), self._foot]))
+
+    def difference_text(self, difference: Difference) -> tuple[str, str]:
+        """What is compared, and its numbers."""
+        drift, regret = difference.drift or "unknown", self.regret_text(difference.regret)
+        numbers = f"drift {drift} octaves per doubling, regret {regret} {self.unit}"
+        return f"{difference.control} minus {self.rule}, paired by seed", numbers
 
     def to_markdown(self) -> str:
         """The verdict as Markdown with every foreign word escaped, such as for the step summary of a CI run."""

@@ -1,6 +1,7 @@
-"""The cheap mode of the gate: a few short trainings that confirm, at every commit, that stored optima still hold."""
+"""The gate: a few short trainings that confirm, at every commit, that stored optima still hold."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,13 +12,74 @@ from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
 from looptransfer.transfer.bracket import stored_lrs
-from looptransfer.transfer.comparison import Comparison
+from looptransfer.transfer.comparison import Comparison, Finding
+from looptransfer.transfer.repeats import Repeat, confirmed, is_noise, is_same, is_small, largest_gap, runs_to_repeat
 from looptransfer.transfer.results import COLUMNS, tidy
+from looptransfer.transfer.stored import StoredOptimum
 from looptransfer.trials.function import as_trainable
 from looptransfer.trials.run import Run
-from looptransfer.trials.search import Grid
+from looptransfer.trials.search import Losses
 from looptransfer.trials.sweep import open_ledger
 from looptransfer.trials.workers import run_search
+
+
+@dataclass(frozen=True)
+class GateSearch:
+    """Stored runs made again; where a loss differs, a control; where float noise does not explain it, the bracket.
+
+    Attributes:
+        seeds: of the bracket.
+        loss_tolerance: in the unit of the loss.
+    """
+
+    optima: Sequence[StoredOptimum]
+    rule: Rule
+    seeds: Sequence[int]
+    loss_tolerance: float
+
+    def wanted(self, done: Losses) -> Sequence[Run]:
+        """The runs of all optima, those of the largest N first."""
+        return [
+            run for stored in sorted(self.optima, key=lambda stored: -stored.n) for run in self._of(stored, done)[0]
+        ]
+
+    def bracket(self, stored: StoredOptimum) -> list[Run]:
+        """Half, once and twice the stored LR."""
+        return [Run(self.rule, stored.n, lr, seed) for lr in stored_lrs(stored) for seed in self.seeds]
+
+    def confirmed(self, done: Losses) -> dict[int, Finding]:
+        """The findings, by N, on the optima whose stored runs gave their losses again."""
+        findings = {}
+        for stored in self.optima:
+            if self._of(stored, done)[1]:
+                repeats = runs_to_repeat(stored)
+                findings[stored.n] = confirmed(stored, repeats, self._gap(repeats, done))
+        return findings
+
+    def _of(self, stored: StoredOptimum, done: Losses) -> tuple[list[Run], bool]:
+        """The runs of an optimum, and whether they confirm it."""
+        repeats = runs_to_repeat(stored)
+        if not repeats:
+            return self.bracket(stored), False
+        runs = [self._run(repeat) for repeat in repeats]
+        if not done.keys() >= set(runs):
+            return runs, False
+        gap, control = self._gap(repeats, done), replace(runs[-1], lr=repeats[-1].control_lr)
+        if is_same(gap, repeats):
+            return runs, True
+        if not is_small(gap, self.loss_tolerance):
+            return [*runs, *self.bracket(stored)], False
+        if control not in done:
+            return [*runs, control], False
+        if is_noise(gap, done[control] - done[runs[-1]]):
+            return [*runs, control], True
+        return [*runs, control, *self.bracket(stored)], False
+
+    def _run(self, repeat: Repeat) -> Run:
+        return Run(self.rule, repeat.n, repeat.lr, repeat.seed)
+
+    def _gap(self, repeats: Sequence[Repeat], done: Losses) -> float:
+        return largest_gap(repeats, [done[self._run(repeat)] for repeat in repeats])
 
 
 def gate(
@@ -33,13 +95,17 @@ def gate(
     devices: str | None = None,
     limit: float | None = None,
 ) -> Comparison:
-    """Train at half, once and twice the stored LR optimum of some N, and say whether the optimum is still bracketed.
+    """Train a few times around the stored LR optimum of some N, and say whether it holds.
+
+    First a few of the stored runs are made again, one seed at about half and once the stored LR: where their losses are
+    the same, or differ by no more than float noise explains, the optimum holds. Elsewhere half, once and twice the
+    stored LR are trained with `seeds` seeds, and the optimum should still lie between.
 
     Args:
         train: what is trained, as `tune` takes it.
         baseline: stored optima, or their file.
         loops: which of the stored N; default the smallest and the largest.
-        seeds: how many, two at least; the first ones of the baseline, so that they are paired with it.
+        seeds: how many for the bracket, two at least; the first of the baseline, so that they are paired with it.
         rule: the scaling rule.
         ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
         workers, devices, limit: as `tune` takes them.
@@ -58,23 +124,29 @@ def gate(
     if seeds < 2:
         raise InputError(f"seeds is {seeds}; give two or more, since one cannot tell noise from a shift")
     stored = stored_in.fitted(rule)
-    wanted = _wanted(list(stored), loops, stored_in.path)
-    chosen = _seeds({seed for at in wanted for seed in stored[at].loss_by_seed or ()}, seeds)
-    runs = [Run(rule, at, lr, seed) for at in wanted for lr in stored_lrs(stored[at]) for seed in chosen]
+    counts = _counts(list(stored), loops, stored_in.path)
+    chosen = _seeds({seed for n in counts for seed in stored[n].loss_by_seed or ()}, seeds)
+    tolerance = stored_in.loss_tolerance if loss_tolerance is None else loss_tolerance
+    search = GateSearch([stored[n] for n in counts], rule, chosen, tolerance)
     with TemporaryDirectory(prefix="looptransfer-") as folder:
-        study, _ = open_ledger(experiment, runs, ledger or Path(folder, "gate.db"), workers, devices)
-        run_search(experiment, Grid(runs), study, workers, devices, limit, called="gate")
-    table = tidy(pd.DataFrame([study.finished[run] for run in runs], columns=COLUMNS))
+        first = list(search.wanted({}))
+        every = [*first, *(run for n in counts for run in search.bracket(stored[n]))]
+        study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), workers, devices)
+        run_search(experiment, search, study, workers, devices, limit, called="gate")
+    holding = search.confirmed(study.losses)
+    bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n])]
+    table = tidy(pd.DataFrame([study.finished[run] for run in bracket or first], columns=COLUMNS))
     table.attrs["experiment"] = experiment.identity()
-    return stored_in.bracket(table, rule, loss_tolerance, confidence, wanted)
+    return stored_in.bracket(table, rule, tolerance, confidence, counts, holding)
 
 
-def _wanted(there: Sequence[int], loops: Sequence[int] | None, path: str) -> list[int]:
+def _counts(stored: Sequence[int], loops: Sequence[int] | None, path: str) -> list[int]:
+    """The loop counts to look at, of those that are stored."""
     if loops is None:
-        return sorted({there[0], there[-1]})
-    missing = [at for at in loops if at not in there]
+        return sorted({stored[0], stored[-1]})
+    missing = [n for n in loops if n not in stored]
     if missing or not loops:
-        raise InputError(f"{path} has no optimum of N = {missing or loops}; choose from {', '.join(map(str, there))}")
+        raise InputError(f"{path} has no optimum of N = {missing or loops}; choose from {', '.join(map(str, stored))}")
     return sorted(set(loops))
 
 

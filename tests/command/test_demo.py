@@ -10,25 +10,35 @@ from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.transfer.results import COLUMNS
 
 TINY = demo.DemoSize(
-    ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12),
-    (1, 2),
-    3,
-    ("sqrt", "unscaled"),
-    (1, 2),
-    2,
-    (-2, -1, 0, 1),
+    ReferenceSize(width=16, layers=1, sequence=16, batch=4, steps=12, held_out=1024),
+    loops=(1, 2),
+    octaves=(-2, -1, 0, 1),
+    seeds=3,
+    controls=("sqrt", "unscaled"),
+    control_octaves=(-1, 0),
+    control_seeds=2,
 )
 
 
 @pytest.mark.slow
-def test_demo_writes_its_three_files_and_ends_with_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_writes_its_files_and_ends_with_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "QUICK", TINY)
     lines = demo.run_demo(tmp_path, quick=True)
     results = pd.read_csv(tmp_path / "results.csv")
     verdict = json.loads((tmp_path / "verdict.json").read_text())
-    assert len(lines) == 5
+    starts = [
+        "Tuned LR: ",
+        "At N = 2 that LR: ",
+        "Verdict over N: ",
+        "Coordinate check: ",
+        "Cost of tuning: ",
+        "Report: ",
+    ]
+    assert all(any(line.startswith(start) for line in lines) for start in starts)
+    assert "unscaled " in lines[1]
+    assert "data:image/svg+xml;base64," in (tmp_path / "coordinates.html").read_text()
     assert list(results) == COLUMNS
-    assert len(results) == 2 * 4 * (3 + 2 * 2)
+    assert len(results) == 2 * 4 * 3 + 2 * 2 * (4 + 2)
     assert verdict["experiment"]["corpus_sha256"]
     assert not any("seconds" in key for key in verdict)
     assert "data:image/svg+xml;base64," in (tmp_path / "report.html").read_text()

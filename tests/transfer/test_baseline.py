@@ -66,6 +66,15 @@ def test_a_baseline_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert (stored.fingerprint["layers"], stored.fingerprint["seeds"]) == ("2", "0, 1, 2, 3")
 
 
+def test_a_baseline_keeps_the_loss_of_every_run_by_lr_and_seed() -> None:
+    table = runs()
+    table.loc[(table["lr"] > 0.1) & (table["seed"] == 3), "loss"] = np.inf
+    stored = baseline(table).of_rule("factored")[4].losses
+    assert {float(lr) for lr in stored} == set(table["lr"])
+    for row in table[table["loops"] == 4].itertuples():
+        assert stored[repr(row.lr)][str(row.seed)] == (row.loss if np.isfinite(row.loss) else None)
+
+
 def test_nothing_is_stored_where_no_optimum_is_known() -> None:
     with pytest.raises(InputError, match="high edge"):
         baseline(runs().query("lr < 2**-7"))
@@ -121,6 +130,15 @@ def test_a_file_that_is_no_baseline_is_refused(tmp_path: Path, content: bytes | 
         (("rules", "factored", 0, "log2_lr_by_seed"), {"0": 1e9, "1": 1e9}, "between -1000 and 1000"),
         (("rules", "factored", 0, "loss_by_seed"), {"7": 2.0, "8": 2.0}, "its mean over seeds"),
         (("rules", "factored", 0, "loss_by_seed"), {"7": 1.0, "8": None}, "loss_by_seed 8 is 'None'"),
+        (("rules", "factored", 0, "losses"), [], "losses is"),
+        (
+            ("rules", "factored", 0, "losses"),
+            {"much": {"0": 1.0}},
+            "losses has the LR 'much', not a finite number above 0",
+        ),
+        (("rules", "factored", 0, "losses"), {"-1": {"0": 1.0}}, "losses has the LR '-1'"),
+        (("rules", "factored", 0, "losses"), {"0.1": {"0": "1"}}, "losses 0.1 0 is '1', not a finite number"),
+        (("rules", "factored", 0, "losses"), {"0.1": {"0": 1e300}}, "losses 0.1 holds"),
         (("rules", "factored", 0), 5, ""),
     ],
 )

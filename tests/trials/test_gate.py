@@ -3,15 +3,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from looptransfer.command.cli import main
 from looptransfer.errors import InputError
 from looptransfer.transfer.baseline import Baseline
 from looptransfer.transfer.optimum import Interval
+from looptransfer.transfer.results import tidy
 from looptransfer.transfer.sources import read_results
-from looptransfer.transfer.stored import StoredOptimum
-from looptransfer.trials.gate import gate
-from tests.experiments import tiny_experiment
+from looptransfer.transfer.stored import StoredOptimum, losses_of
+from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.gate import GateSearch, gate
+from looptransfer.trials.sweep import sweep
+from tests.experiments import WIDTH, TinyTask, tiny_experiment
 
 
 def optimum(at: int, log2_lr: float, seeds: str = "012") -> StoredOptimum:
@@ -43,6 +48,77 @@ def test_an_experiment_that_differs_from_the_stored_one_is_told() -> None:
     made_by = {"experiment": {**{k: str(v) for k, v in tiny_experiment().identity().items()}, "steps": "31"}}
     told = gate(tiny_experiment(), replace(STORED, fingerprint=made_by), loops=[1], seeds=2, workers=1)
     assert told.differing["experiment steps"] == ("31", "30")
+
+
+# -- stored runs made again
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Baseline:
+    """Optima at an LR of 2^-5 for N = 1, 2, 4, with the losses of runs of the tiny experiment."""
+    ledger = tmp_path_factory.mktemp("swept") / "runs.db"
+    runs = tidy(sweep(tiny_experiment(), [1, 2, 4], lrs=[2.0**-6, 2.0**-5], seeds=3, ledger=ledger, workers=2))
+    optima = [replace(optimum(n, -5), losses=losses_of(table)) for n, table in runs.groupby("loops")]
+    return replace(STORED, optima={"factored": tuple(optima)})
+
+
+class Permuted(TinyTask):
+    """The same function, whose hidden units stand in another order: other sums, the same code in all that matters."""
+
+    def make_model(self, loops: int) -> nn.Module:
+        model = super().make_model(loops)
+        order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(0))
+        first, _, last = model.block
+        with torch.no_grad():
+            first.weight.copy_(first.weight[order])
+            first.bias.copy_(first.bias[order])
+            last.weight.copy_(last.weight[:, order])
+        return model
+
+
+def made_by(task: TinyTask, **changes: Any) -> Experiment:
+    return replace(tiny_experiment(), make_model=task.make_model, **changes)
+
+
+def test_unchanged_code_costs_two_runs_of_an_optimum(swept: Baseline, tmp_path: Path) -> None:
+    told = gate(tiny_experiment(), swept, ledger=tmp_path / "gate.db", workers=1)
+    assert told.answer == "HOLDS"
+    assert len(read_results(tmp_path / "gate.db")) == 4
+    assert "Stored runs made again;" in str(told)
+    assert all("seed 0 gives the stored losses again" in finding.reason for finding in told.findings)
+
+
+def test_code_that_sums_in_another_order_costs_three(swept: Baseline, tmp_path: Path) -> None:
+    told = gate(made_by(Permuted()), swept, ledger=tmp_path / "gate.db", workers=1)
+    assert told.answer == "HOLDS"
+    assert "Stored runs made again;" in str(told)
+    assert len(read_results(tmp_path / "gate.db")) <= 6
+
+
+def test_code_that_trains_otherwise_is_looked_at_by_the_bracket(swept: Baseline, tmp_path: Path) -> None:
+    told = gate(made_by(TinyTask(), lam=3.0), swept, ledger=tmp_path / "gate.db", workers=1, seeds=3)
+    assert "Half, once and twice the stored LR;" in str(told)
+    assert all(finding.seeds == 3 for finding in told.findings)
+
+
+def test_only_the_n_that_differs_is_looked_at_by_the_bracket(swept: Baseline, tmp_path: Path) -> None:
+    optima = {at.n: at for at in swept.optima["factored"]}
+    other = {
+        lr: {seed: loss and loss + 0.5 for seed, loss in by_seed.items()} for lr, by_seed in optima[4].losses.items()
+    }
+    changed = replace(swept, optima={"factored": (optima[1], replace(optima[4], losses=other))})
+    told = gate(tiny_experiment(), changed, ledger=tmp_path / "gate.db", workers=1, seeds=2)
+    assert [finding.seeds for finding in told.findings] == [1, 2]
+    assert "Stored runs made again, else half, once and twice the stored LR;" in str(told)
+
+
+def test_a_killed_gate_goes_on_with_the_runs_that_are_left(swept: Baseline) -> None:
+    search = GateSearch([swept.fitted("factored")[4]], "factored", [0, 1], 0.02)
+    first = list(search.wanted({}))
+    assert len(first) == 2
+    assert list(search.wanted({first[0]: 1.0})) == first
+    done = {run: loss + 0.5 for run, loss in zip(first, [1.0, 1.0], strict=True)}
+    assert set(search.wanted(done)) == {*first, *search.bracket(search.optima[0])}
 
 
 @pytest.mark.parametrize(
