@@ -5,7 +5,7 @@
 A commit puts the hidden units of every MLP into another order: the same function, the same training, other sums. Every
 other one is gated as on another machine: its processes use PyTorch's kernels without AVX. Each is gated against the
 optima that the untouched code stored. Told are trainings and CPU seconds beside those of the full check, which is the
-sweep that made the baseline. Half an hour on two cores.
+sweep that made the baseline.
 """
 
 import argparse
@@ -146,14 +146,7 @@ def main() -> None:
         told = []
         for answer in answers(jobs, arguments.workers):
             told.append(answer)
-            print(
-                answer["commit"],
-                answer["machine"],
-                answer["answer"],
-                answer["trainings"],
-                answer["seconds"],
-                flush=True,
-            )
+            print({name: value for name, value in answer.items() if name != "words"}, flush=True)
     record = {"full": full, "answers": sorted(told, key=lambda row: row["commit"])}
     (arguments.out / "refactors.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     text = report(record["answers"], full, arguments.steps)

@@ -18,6 +18,14 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
         return False
 
 
+def is_numeral(text: str, low: float = -math.inf, high: float = math.inf) -> bool:
+    """The text of a finite number strictly between two others."""
+    try:
+        return is_number(float(text), low, high)
+    except ValueError:
+        return False
+
+
 def is_count(value: Any, least: int = 1) -> bool:
     """A whole number from `least` up."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -10,14 +10,13 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from looptransfer.coordcheck.result import CoordCheck
 from looptransfer.coordcheck.run import coord_check
@@ -30,7 +29,7 @@ from looptransfer.rules import Rule
 from looptransfer.transfer.check import check
 from looptransfer.transfer.optimum import t_interval_of_runs
 from looptransfer.transfer.verdict import Verdict
-from looptransfer.trials.experiment import Experiment
+from looptransfer.trials.hooks import one_thread
 from looptransfer.trials.progress import one_story
 from looptransfer.trials.sweep import TunedLR, sweep, tune
 
@@ -105,7 +104,8 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
         target = compared(scale.loops[-1:], octaves=scale.control_octaves)
     results = pd.concat([judged, start, target], ignore_index=True)
     verdict = check(results, transferred_lr=best.lr)
-    coordinates = _coordinates(experiment, scale.controls)
+    with one_thread():
+        coordinates = coord_check(experiment, COORDINATE_LOOPS, ["factored", *scale.controls], seeds=COORDINATE_SEEDS)
     lines = _answer(best, results, verdict, coordinates)
     identity = experiment.identity()
     tuned = {"loops": best.loops, "lr": best.lr, "regret": best.optimum.regret, "seeds": list(tuning)}
@@ -136,16 +136,6 @@ def _weight(scale: DemoSize) -> int:
     judged = len(scale.octaves) * scale.seeds * sum(scale.loops)
     controls = len(scale.control_octaves) * scale.control_seeds * len(scale.controls) * scale.loops[-1]
     return PROXY * TUNING_RUNS + judged + controls
-
-
-def _coordinates(experiment: Experiment, controls: Sequence[Rule]) -> CoordCheck:
-    """The coordinate check, in this process on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a sweep's workers: at these sizes more threads take longer
-    try:
-        return coord_check(experiment, COORDINATE_LOOPS, ["factored", *controls], seeds=COORDINATE_SEEDS)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _answer(best: TunedLR, results: pd.DataFrame, verdict: Verdict, coordinates: CoordCheck) -> list[str]:

@@ -74,21 +74,20 @@ def _coordcheck(arguments: argparse.Namespace) -> Answer:
     home = Path.cwd()  # the user's file may change it
     for path in filter(None, (arguments.html, arguments.output)):
         write_file(path, None)  # before the training
-    import torch
-
     from looptransfer.command.targets import load_experiment
+    from looptransfer.trials.hooks import one_thread
 
-    torch.set_num_threads(1)  # as in a sweep's workers: at these sizes more threads take longer
     started = time.perf_counter()
-    result = lt.coord_check(
-        load_experiment(arguments.experiment),
-        loops=loops,
-        rules=arguments.rules and [rule.strip() for rule in arguments.rules.split(",")],
-        steps=arguments.steps,
-        seeds=seeds,
-        lr=arguments.lr,
-        tolerance=arguments.tolerance,
-    )
+    with one_thread():
+        result = lt.coord_check(
+            load_experiment(arguments.experiment),
+            loops=loops,
+            rules=arguments.rules and [rule.strip() for rule in arguments.rules.split(",")],
+            steps=arguments.steps,
+            seeds=seeds,
+            lr=arguments.lr,
+            tolerance=arguments.tolerance,
+        )
     if arguments.html:
         provenance = {
             "experiment": arguments.experiment,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from looptransfer.checks import is_number
+from looptransfer.checks import is_numeral
 from looptransfer.transfer.results import OF_A_RUN
 
 GIT = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "--no-optional-locks"]  # runs no hook
@@ -34,7 +34,7 @@ def fingerprint_of(runs: pd.DataFrame, axis: str) -> dict[str, Any]:
         values = sorted(finite[name].dropna().map(str).unique())
         if name == "fingerprint" and values:
             origin[name] = ", ".join(values)
-        elif len(values) == 1 and _is_numeral(values[0]):
+        elif len(values) == 1 and is_numeral(values[0]):
             origin[name] = values[0]
     origin["seeds"] = ", ".join(sorted(runs["seed"].map(str).unique()))
     origin["lrs"] = ", ".join(f"{lr:.4g}" for lr in np.sort(runs["lr"].unique()))
@@ -69,10 +69,3 @@ def code_version(folder: str | Path = ".") -> str | None:
 def _git(folder: str | Path, *command: str) -> bytes:
     line = [*GIT, "-C", str(folder), *command]
     return subprocess.run(line, capture_output=True, check=True, timeout=GIT_SECONDS, stdin=subprocess.DEVNULL).stdout
-
-
-def _is_numeral(text: str) -> bool:
-    try:
-        return is_number(float(text))
-    except ValueError:
-        return False

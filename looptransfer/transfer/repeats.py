@@ -15,8 +15,8 @@ from looptransfer.transfer.stored import StoredOptimum
 ULP = 2.0**-23  # of a float32, relative
 OCTAVES = (-1.0, 0.0)  # from the optimum: where a run is made again
 SAME = 8 * ULP  # relative difference of two losses that needs no explanation
-NOISE = 8.0  # times what the control differs that float noise explains (reports/gate/)
-SHARE = 0.1  # of the tolerance of the loss that it explains at most
+NOISE = 8.0  # times what the control differs that float noise explains: chosen, to be measured by gate_refactors.py
+SHARE = 0.1  # of the tolerance of the loss that it explains at most: chosen as well
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from looptransfer.checks import is_numeral
 from looptransfer.transfer.optimum import Interval, Optimum, t_interval
 from looptransfer.transfer.results import LARGEST, MOST
 
@@ -86,11 +87,7 @@ def loss_at_optimum(optimum: Optimum) -> pd.Series:
 
 def _check_losses(losses: Losses) -> None:
     for lr, by_seed in losses.items():
-        try:
-            number = float(lr)
-        except ValueError:
-            number = math.nan
-        if not 0 < number < math.inf:
+        if not is_numeral(lr, 0):
             raise ValueError(f"losses has the LR {lr!r:.60}, not a finite number above 0")
         largest = max((abs(loss) for loss in by_seed.values() if loss is not None), default=0.0)
         if largest >= LARGEST:
