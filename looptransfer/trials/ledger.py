@@ -204,14 +204,15 @@ class Ledger:
                         f"the ledger {self.shown} does not answer: {why}; finished runs are kept, and the same call "
                         "goes on from there once it does"
                     ) from error
-                if tell_at is not None and time.monotonic() > tell_at:
+                wait = min(pause * random.uniform(0.5, 1.5), max(left, 0.01))
+                if tell_at is not None and time.monotonic() + wait > tell_at:
                     tell_at = None
                     print(
                         f"looptransfer: the ledger {self.shown} does not answer: {why}; trying for {left:.0f} s more",
                         file=sys.stderr,
                         flush=True,
                     )
-                time.sleep(min(pause * random.uniform(0.5, 1.5), max(left, 0.01)))
+                time.sleep(wait)
                 pause = min(2 * pause, 5.0)
 
     def _is_journal(self) -> bool:
