@@ -124,8 +124,8 @@ def test_three_lines_rewrite_the_script_and_without_them_it_trains_as_before(tmp
 def test_the_script_goes_from_tune_to_a_verdict(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "looptransfer"]
     words = "--lr {lr} --loops {loops} --seed {seed} --rule {rule} --out {dir}"
-    command = f"{shlex.join(RANKS)} {shlex.quote(str(SCRIPT))} {words} {TOY}"
-    train = ["--cmd", command, "--metric", "{dir}/log.jsonl:val_loss", "--workers", "1", "--seeds", "2"]
+    command = f"{shlex.join([sys.executable, str(SCRIPT)])} {words} {TOY}"
+    train = ["--cmd", command, "--metric", "{dir}/log.jsonl:val_loss", "--workers", "2", "--seeds", "2"]
     told = run(*program, "tune", *train, "--loops", "2", "-o", "best.json", cwd=tmp_path)
     assert re.search(r"best LR.* at N = 2: [\d.]+", told)
     assert 1e-4 < json.loads((tmp_path / "best.json").read_text())["lr"] < 1

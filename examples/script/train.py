@@ -132,6 +132,12 @@ def main() -> None:
     args = arguments()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # without torchrun: one rank
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone())
+    train(args)
+    dist.barrier()  # a rank that ends while gloo still holds its last tensors aborts
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace) -> None:
     rank = dist.get_rank()
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     train_data, held_out = corpus()
@@ -182,7 +188,6 @@ def main() -> None:
                 kept = {"step": step + 1, "model": model.state_dict(), "optimizers": [o.state_dict() for o in ours]}
                 torch.save(kept, checkpoint.with_suffix(".new"))
                 checkpoint.with_suffix(".new").replace(checkpoint)
-    dist.destroy_process_group()
 
 
 def alone() -> dict[str, object]:

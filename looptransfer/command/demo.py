@@ -61,7 +61,7 @@ class DemoSize:
 FULL = DemoSize(
     ReferenceSize(held_out=8_192),
     loops=(1, 4, 16),
-    octaves=(-2.25, -1.5, -0.75, 0.0, 0.75),
+    octaves=(-1.5, -0.75, 0.0, 0.75, 1.5),
     seeds=4,
     controls=("sqrt", "unscaled"),
     control_octaves=(-3.0, -2.25, -1.5, 0.0),

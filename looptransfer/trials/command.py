@@ -31,7 +31,7 @@ LOG = "output.log"  # standard output and error of a command, in its run's direc
 STDOUT = "stdout:"
 PLACEHOLDERS = ("loops", "lr", "seed", "rule", "dir", "device")
 NEEDED = ("loops", "lr", "seed")
-SHOWN = 10  # lines of a log that failed
+SHOWN = 40  # lines of a log that failed: torchrun's own end, and the error before it
 LOOK_EVERY = 0.2  # seconds between looks at what a command has written, longer where a look takes long
 LOOKING = 0.05  # share of the time that looks may take
 

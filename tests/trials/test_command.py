@@ -232,11 +232,11 @@ def test_success_without_a_loss_is_none(tmp_path: Path) -> None:
 
 
 def test_the_end_of_the_log_is_shown_where_it_fails(tmp_path: Path) -> None:
-    text = "for k in range(30): print('line', k)\nraise ValueError('too small')"
+    text = "for k in range(60): print('line', k)\nraise ValueError('too small')"
     with pytest.raises(InputError, match=r"ended with exit status 1; the end of .*output\.log:") as caught:
         trained(tmp_path, text)
     shown = str(caught.value).splitlines()
-    assert len(shown) == 11
+    assert len(shown) == 41
     assert shown[-1] == "  | ValueError: too small"
     assert "line 0\n" in log_of(tmp_path)
 
