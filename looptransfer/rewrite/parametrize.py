@@ -14,8 +14,9 @@ from looptransfer.rewrite.caveats import renewed
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_input_multiplier, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
-from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
+from looptransfer.rewrite.plan import PLAN, ScalingPlan, holds_saved_plan, planned
 from looptransfer.rewrite.planner import counts, fullest, make_plan
+from looptransfer.rewrite.pretrained import carry, drop, forget_saved_plan, saved_plan
 from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import ExampleInputs, record
 from looptransfer.rewrite.roles import roles_of
@@ -69,6 +70,11 @@ def parametrize(
         ScalingWarning: the model does something that the rule was not derived for; each is in `plan.caveats`.
     """
     _check_model(model)
+    if holds_saved_plan(model):
+        raise InputError(
+            "the config of the model holds the plan that its weights were trained with; call "
+            "looptransfer.apply_plan(model), and rescale where the loop count is another"
+        )
     _check_settings(rule, lam, base_layers, branches, layers)
     meta = any(parameter.is_meta for parameter in model.parameters())
     if meta and preserve:
@@ -150,15 +156,24 @@ def _seeds(analysis: Analysis) -> range:
     return range(DRAWS if analysis.trace.graph.chance_steers else 0)
 
 
-def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
+def apply_plan(model: nn.Module, plan: ScalingPlan | None = None) -> ScalingPlan:
     """Put a plan into a fresh model in place: the one it was made for, built again. Nothing is traced.
 
     Weights stay as they are: load a checkpoint's, or call `parametrize` where they are to start by width.
 
+    Args:
+        model: built again, or read by Hugging Face's `from_pretrained`.
+        plan: None takes the one that `save_pretrained` wrote into the config.
+
+    Returns:
+        The plan.
+
     Raises:
-        InputError: the model is compiled or rewritten already, or has no module or parameter of a name in the plan.
+        InputError: the model is compiled or rewritten already, or has no module or parameter of a name in the plan; no
+            plan is given and the config holds none.
     """
     _check_model(model)
+    plan = saved_plan(model) if plan is None else plan
     modules, parameters = plain_names(model), named_parameters(model)
     for branch in plan.branches:
         missing = [name for name in branch.parameters if name not in parameters]
@@ -166,6 +181,8 @@ def apply_plan(model: nn.Module, plan: ScalingPlan) -> None:
         if missing:
             raise InputError(f"the plan names {missing[0]}, which this {type(model).__name__} does not have")
     _attach(model, plan)
+    forget_saved_plan(model)
+    return plan
 
 
 def rescale_model(
@@ -255,6 +272,7 @@ def remove(model: nn.Module) -> None:
     """
     inner, _ = planned(model)
     clear_multipliers(inner)
+    drop(inner)
     delattr(inner, PLAN)
 
 
@@ -311,6 +329,7 @@ def _check_read_outs(model: nn.Module, plan: ScalingPlan) -> None:
 
 def _attach(model: nn.Module, plan: ScalingPlan) -> None:
     _insert(model, plan)
+    carry(model, plan)
     setattr(model, PLAN, plan)
 
 

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 2
 Role = Literal["branch matrix", "branch vector", "per-visit part", "on stream", "embedding", "head", "outside"]
 ROLES: tuple[Role, ...] = get_args(Role)
 PLAN = "_looptransfer_plan"  # the attribute of a rewritten model
+IN_CONFIG = "looptransfer_plan"  # the attribute of the config that `from_pretrained` read with the weights
 SHOWN = 6  # names in a printed list; all of them are in the plan
 
 
@@ -116,6 +117,39 @@ class ScalingPlan:
         visits = {branch.handle: branch.visits for branch in self.branches}
         return replace(self, rule=rule).with_counts(visits, self.on_stream)
 
+    def part(self, prefix: str) -> "ScalingPlan":
+        """The plan of one submodule, by the names that it gives its own."""
+        begin = f"{prefix}." if prefix else ""
+
+        def inside(name: str) -> bool:
+            return name.startswith(begin)
+
+        def own(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name.removeprefix(begin) for name in names if inside(name))
+
+        def named(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name.removeprefix(begin): value for name, value in values.items() if inside(name)}
+
+        branches = tuple(
+            replace(
+                b,
+                layer=b.layer.removeprefix(begin),
+                module=b.module.removeprefix(begin),
+                parameters=own(b.parameters),
+                last_map=own(b.last_map),
+            )
+            for b in self.branches
+            if inside(b.module)
+        )
+        return replace(
+            self,
+            branches=branches,
+            on_stream=named(self.on_stream),
+            roles=named(self.roles),
+            base_shapes=named(self.base_shapes),
+            read_outs=named(self.read_outs),
+        )
+
     def to_json(self) -> str:
         """The plan as text, to be kept beside a checkpoint; `from_json` reads it back and `apply_plan` uses it."""
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, ensure_ascii=False)
@@ -182,7 +216,16 @@ def planned(model: "nn.Module") -> "tuple[nn.Module, ScalingPlan]":
         )
     if parts:
         return parts[0], parts[0].__dict__[PLAN]
+    if holds_saved_plan(model):
+        raise InputError(
+            "the model was not rewritten, and its config holds a plan: call looptransfer.apply_plan(model)"
+        )
     raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
+
+
+def holds_saved_plan(model: "nn.Module") -> bool:
+    """A config in the model holds the plan that its weights were trained with, and nobody has applied it."""
+    return any(hasattr(getattr(module, "config", None), IN_CONFIG) for module in model.modules())
 
 
 def check_one_parameterization(plans: Mapping[int, ScalingPlan], parameters: Mapping[int, Container[str]]) -> None:
