@@ -151,6 +151,29 @@ def test_muon_and_adamw_learn_with_groups_that_pass_the_audit(capsys: pytest.Cap
     assert "loop_norm.weight               on stream      adamw      0.3333" in table
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["albert", "llama"])
+def test_trainer_is_tuned_and_swept_and_its_checkpoint_loads_as_it_was_trained(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    text = (ROOT / "examples" / "huggingface" / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 60
+    smaller = {'"max_steps": 60': '"max_steps": 6', "loops=1, seeds=2": "loops=1, seeds=2, regret=0.5, workers=1"}
+    smaller |= {
+        f'seeds=2, ledger="{name}.db")))': f'seeds=2, ledger="{name}.db", workers=1)))',
+        "[-2, -1, 0, 1, 2]": "[0]",
+    }
+    for written, run_here in smaller.items():
+        assert written in text
+        text = text.replace(written, run_here)
+    (tmp_path / f"{name}.py").write_text(text)
+    told = run(sys.executable, f"{name}.py", cwd=tmp_path)
+    assert "INCONCLUSIVE" in told
+    losses = re.search(r"held-out loss (\S+) as trained, (\S+) as loaded", told)
+    assert losses
+    assert losses[1] == losses[2]
+
+
 TRAIN = """
 import math, time
 

@@ -1,55 +1,55 @@
-"""ALBERT in Hugging Face's Trainer: its LR tuned at N = 1, swept over N, and a checkpoint that is loaded again.
+"""ALBERT in Hugging Face's Trainer: its LR tuned at N = 1 and swept over N, and a checkpoint that is loaded again.
 
-    python albert.py     # N is num_hidden_layers: ALBERT applies one layer again and again
+python albert.py     # N is num_hidden_layers: ALBERT applies one layer again and again
 """
 
-import sysconfig
 from pathlib import Path
 
 import torch
-from transformers import AlbertConfig, AlbertForMaskedLM, Trainer, TrainingArguments
+from transformers import AlbertConfig, AlbertForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import looptransfer as lt
 
-MASK, STEPS = 64, 60
-
 
 def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """A number again and again, half of it noise; every fourth place is hidden, and is what the model has to tell."""
-    generator, hidden = torch.Generator().manual_seed(seed), torch.arange(16) % 4 == 2
-    number, noise = (torch.randint(64, (count, places), generator=generator) for places in (1, 16))
-    texts = torch.where(torch.rand(count, 16, generator=generator) < 0.5, number, noise)
-    return [{"input_ids": x.masked_fill(hidden, MASK), "labels": x.masked_fill(~hidden, -100)} for x in texts]
+    """Sixteen numbers below 64, about half of them of one remainder modulo 8: the class of the row."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(8, (count, 1), generator=generator)
+    numbers = torch.randint(64, (count, 16), generator=generator)
+    marked = torch.rand(count, 16, generator=generator) < 0.5
+    numbers = torch.where(marked, numbers // 8 * 8 + classes, numbers)
+    return [{"input_ids": row, "labels": label} for row, label in zip(numbers, classes[:, 0], strict=True)]
+
+
+def trainer_of(model, run, optimizer=None) -> Trainer:
+    settings = {"max_steps": 60, "per_device_train_batch_size": 16, "warmup_steps": 5, "save_steps": 20}
+    settings |= {"seed": run.seed, "use_cpu": run.device == "cpu", "report_to": "none", "disable_tqdm": True}
+    data = {"train_dataset": rows(1024, run.seed), "eval_dataset": rows(256, 10**6)}
+    trainer = Trainer(model, TrainingArguments(run.directory, **settings), **data, optimizers=(optimizer, None))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def train(run) -> float:
     torch.manual_seed(run.seed)
-    sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
-             "initializer_range": 0.1}
-    model = AlbertForMaskedLM(AlbertConfig(vocab_size=65, num_hidden_layers=run.loops, **sizes))
-    data, held_out = rows(1024, run.seed), rows(256, 10**6)
-    lt.parametrize(model, {"input_ids": data[0]["input_ids"][None]}, run.rule)  # looptransfer
-    groups = lt.param_groups(model, torch.optim.AdamW, lr=run.lr, weight_decay=0.01)  # looptransfer
-    settings = TrainingArguments(
-        run.directory, max_steps=STEPS, per_device_train_batch_size=16, warmup_steps=5, seed=run.seed, save_steps=20,
-        save_total_limit=1, logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=run.device == "cpu",
-    )  # fmt: skip
-    # Given an optimizer, Trainer leaves its groups alone; its schedules multiply the LR of each.
-    trainer = Trainer(model, settings, train_dataset=data, eval_dataset=held_out,
-                      optimizers=(torch.optim.AdamW(groups), None))  # fmt: skip
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(run.directory))  # goes on where a killed run was
-    trainer.save_model(run.directory)  # the plan is in its config.json
+    sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = AlbertConfig(vocab_size=64, num_hidden_layers=run.loops, num_labels=8, initializer_range=0.1, **sizes)
+    model = AlbertForSequenceClassification(config)
+    lt.parametrize(model, {"input_ids": torch.zeros(1, 16, dtype=torch.long)}, run.rule)
+    # Trainer keeps the groups of an optimizer that it is given, and its schedules multiply the LR of each.
+    groups = lt.param_groups(model, torch.optim.AdamW, lr=run.lr, weight_decay=0.01)
+    trainer = trainer_of(model, run, torch.optim.AdamW(groups))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(run.directory))  # a killed run goes on
+    trainer.save_model()  # the plan is in its config.json
     return trainer.evaluate()["eval_loss"]
 
 
 if __name__ == "__main__":
     best = lt.tune(train, loops=1, seeds=2, ledger="albert.db")
-    results = lt.sweep(train, [1, 2, 4], around=best, octaves=[-1, 0, 1], seeds=2, ledger="albert.db")
-    print(lt.check(results, transferred_lr=best.lr))
+    print(lt.check(lt.sweep(train, [1, 4], around=best, octaves=[-2, -1, 0, 1, 2], seeds=2, ledger="albert.db")))
     run = lt.Trial("factored", 4, best.lr, 0, "cpu", Path("albert"))
     loss = train(run)
-    model = AlbertForMaskedLM.from_pretrained("albert")  # warns: a plain model, as transformers alone knows it
+    model = AlbertForSequenceClassification.from_pretrained(run.directory)  # warns: call_looptransfer_apply_plan
     lt.apply_plan(model)
-    trainer = Trainer(model, TrainingArguments("again", report_to="none"), eval_dataset=rows(256, 10**6))
-    print(f"loss {loss:.6f} as trained, {trainer.evaluate()['eval_loss']:.6f} as loaded")
+    print(f"held-out loss {loss!r} as trained, {trainer_of(model, run).evaluate()['eval_loss']!r} as loaded")
