@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from looptransfer.audit import rescale as rescale
     from looptransfer.audit import verify as verify
+    from looptransfer.coordcheck.monitor import Monitor as Monitor
     from looptransfer.coordcheck.result import CoordCheck as CoordCheck
     from looptransfer.coordcheck.run import coord_check as coord_check
     from looptransfer.errors import InputError as InputError
@@ -50,6 +51,7 @@ _HOMES = {
     "InputError": "errors",
     "LRSampler": "trials.sampler",
     "LoopedDecoder": "reference.model",
+    "Monitor": "coordcheck.monitor",
     "PairingWarning": "errors",
     "ScalingPlan": "rewrite.plan",
     "ScalingWarning": "errors",

@@ -254,3 +254,21 @@ def test_trainer_goes_on_from_its_checkpoint_to_the_same_weights(
     again = loaded(tmp_path / "straight" / "checkpoint-4")
     lt.apply_plan(again)
     assert torch.equal(logits(again), logits(straight.model.eval()))
+
+
+@pytest.mark.slow
+def test_a_callback_logs_what_the_visits_add(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if values := monitor(state.global_step):
+                watched.log(values)
+
+    watched = trainer(tmp_path, 4)
+    monitor = lt.Monitor(watched.model, IDS, every=2)
+    watched.add_callback(Watch())
+    watched.train()
+    logged = [row for row in watched.state.log_history if "alignment" in row]
+    assert [row["step"] for row in logged] == [2, 4]
+    assert sum(name.endswith("increment_rms/3") for name in logged[0]) == 2

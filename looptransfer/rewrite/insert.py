@@ -39,6 +39,14 @@ def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
         _leave_fused_path(model, handle.module)
 
 
+def has_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> bool:
+    """What `handle` names is multiplied so."""
+    module = plain_names(model).get(handle.module)
+    kind, key = (OUTPUTS, handle.output) if handle.mark is None else (MARKS, handle.mark)
+    held = module.__dict__.get(kind, {}).get(key) if module is not None else None
+    return held is not None and float(held) == multiplier
+
+
 def set_input_multiplier(model: nn.Module, name: str, multiplier: float) -> None:
     """Multiply the first argument of a module, from now on."""
     _write(_scaled(model, name).__dict__[INPUTS], 0, multiplier)
