@@ -27,7 +27,7 @@ class Monitor:
     nothing that is seen ends the training.
 
     Args:
-        model: rewritten; also inside DDP or compiled. With FSDP every rank has to call.
+        model: rewritten; also inside DDP or compiled.
         example_inputs: what its forward takes; a sequence or two are enough, the same all the time.
         every: steps between measurements.
 

@@ -174,12 +174,11 @@ def apply_plan(model: nn.Module, plan: ScalingPlan | None = None) -> ScalingPlan
     """
     _check_model(model)
     plan = saved_plan(model) if plan is None else plan
-    modules, parameters = plain_names(model), named_parameters(model)
-    for branch in plan.branches:
-        missing = [name for name in branch.parameters if name not in parameters]
-        missing += [branch.module] if branch.module not in modules else []
-        if missing:
-            raise InputError(f"the plan names {missing[0]}, which this {type(model).__name__} does not have")
+    held = {*plain_names(model), *named_parameters(model)}
+    named = [name for branch in plan.branches for name in (*branch.parameters, branch.module)]
+    missing = next((name for name in (*named, *plan.read_outs) if name not in held), None)
+    if missing is not None:
+        raise InputError(f"the plan names {missing}, which this {type(model).__name__} does not have")
     _attach(model, plan)
     forget_saved_plan(model)
     return plan

@@ -164,6 +164,16 @@ def test_the_widths_stay_with_copies_and_with_a_plan_from_text() -> None:
         assert factors["branches, width × 4"] == pytest.approx(0.25 / math.sqrt(2))
 
 
+def test_a_plan_is_refused_for_a_model_without_its_head_which_stays_as_it_is() -> None:
+    plan = lt.parametrize(decoder(32), TOKENS, base=decoder(8))
+    model = decoder(32)
+    model.read_out = model.head
+    del model.head
+    with pytest.raises(lt.InputError, match="the plan names head"):
+        lt.apply_plan(model, plan)
+    assert type(model.layers[0].mlp) is type(decoder(32).layers[0].mlp)
+
+
 def test_folding_puts_the_factor_of_the_head_into_its_weights() -> None:
     model = decoder(32)
     lt.parametrize(model, TOKENS, base=decoder(8))
