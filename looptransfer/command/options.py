@@ -288,11 +288,14 @@ def _coordcheck(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="table, ledger or study, such as results.csv; - is stdin")
+    places = "table, ledger or study, such as results.csv; - is stdin; several files are one table"
+    parser.add_argument("source", nargs="+", metavar="SOURCE", help=places)
     called = "what a column is called in SOURCE, such as lr=config.lr"
     parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="NAME=THERE", help=called)
     kept = "judge only rows such as State=finished or loss!= (not empty); VALUE,VALUE is either"
     parser.add_argument("--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=kept)
+    names = "how runs are called, such as 'n{loops}-lr{lr}-s{seed}', where no columns say it"
+    parser.add_argument("--run-name", default="", metavar="PATTERN", help=names)
     lost = "runs that diverged whatever their loss, such as State=crashed or loss= (empty)"
     parser.add_argument("--diverged", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=lost)
     parser.add_argument("--axis", default="loops", metavar="COLUMN", help="what grows: loops, width, layers, …")
