@@ -6,10 +6,10 @@ import shlex
 import pandas as pd
 
 from looptransfer.errors import InputError
-from looptransfer.text import short
+from looptransfer.text import printable, short
 from looptransfer.transfer.rows import find, is_missing
 
-AXES = ("__MIN", "__MAX")  # how a plot export names the ends of what a point is the mean of
+ENDS = ("__MIN", "__MAX")  # behind the name of a series of a plot export: the ends of what a point is the mean of
 
 
 def of_metric(frame: pd.DataFrame, metric: str, file: str) -> pd.DataFrame:
@@ -21,7 +21,7 @@ def of_metric(frame: pd.DataFrame, metric: str, file: str) -> pd.DataFrame:
     Raises:
         InputError: the metric is not there or not clear, or a plot has means of several runs or steps.
     """
-    steps, *series = [name for name in frame.columns if not str(name).endswith(AXES)] or [""]
+    steps, *series = [name for name in frame.columns if not str(name).endswith(ENDS)] or [""]
     if series and all(" - " in str(name) for name in series):
         table = _long(frame, steps, series)
     elif {"tag", "step", "value"} <= set(frame.columns):
@@ -33,33 +33,32 @@ def of_metric(frame: pd.DataFrame, metric: str, file: str) -> pd.DataFrame:
     if tag is None:
         ways = [shlex.quote(f"loss={tag}") for tag in tags if not tag.startswith("_")]
         raise InputError(f"no metric of the table is called {metric}; write --columns {' or '.join(ways[:8])}")
-    for name in series:
-        ends = [f"{name}{end}" for end in AXES]
-        if (
-            str(name).endswith(f" - {tag}")
-            and set(ends) <= set(frame.columns)
-            and any(frame[ends[0]] != frame[ends[1]])
-        ):
-            raise InputError(
-                f"the points of {short(name)} are means of several runs or steps, as its __MIN and __MAX differ; "
-                "ungroup the runs before the export, or export the table of runs, which has their last losses"
-            )
+    _refuse_means(frame, [name for name in series if name.endswith(f" - {tag}")])
     rows = table[table["tag"] == tag]
     without = table[~table["run"].isin(rows["run"])].drop_duplicates("run", keep="last").assign(value=None)
     return pd.concat([rows, without]).drop(columns="tag").rename(columns={"value": tag})
 
 
+def _refuse_means(frame: pd.DataFrame, series: list[str]) -> None:
+    for name in series:
+        low, high = (f"{name}{end}" for end in ENDS)
+        if {low, high} <= set(frame.columns) and (frame[low] != frame[high]).any():
+            raise InputError(
+                f"the points of {short(name)} are means of several runs or steps, as its __MIN and __MAX differ; "
+                "ungroup the runs before the export, or export the table of runs, which has their last losses"
+            )
+
+
 def _long(frame: pd.DataFrame, steps: str, series: list[str]) -> pd.DataFrame:
-    """A plot export with a row per point; a cell is empty where a run has no point at a step, which may be all."""
+    """A plot export with a row per point; a cell is empty where a run has no point at a step."""
     table = frame.rename(columns={steps: "step"}).melt("step", series, "series", ignore_index=False)
     parts = table["series"].str.rpartition(" - ")
     table = table.assign(run=parts[0], tag=parts[2]).drop(columns="series")
-    points = ~table["value"].map(is_missing)
-    empty = ~parts[0].add(parts[2]).isin(parts[0].add(parts[2])[points])
     table.index = pd.Index(
-        [f"{line} ({short(run)[1:-1]})" for line, run in zip(table.index, table["run"], strict=True)]
+        [f"{line} ({run})" for line, run in zip(table.index, table["run"].map(printable), strict=True)]
     )
-    return table[(points | empty).to_numpy()]
+    points = ~table["value"].map(is_missing)
+    return table[points | ~points.groupby([table["run"], table["tag"]]).transform("any")]
 
 
 def named(frame: pd.DataFrame, pattern: str) -> pd.DataFrame:
@@ -70,17 +69,18 @@ def named(frame: pd.DataFrame, pattern: str) -> pd.DataFrame:
     """
     texts = re.split(r"\{(\w+)\}", pattern)
     fields = texts[1::2]
-    texts[::2] = map(re.escape, texts[::2])
     if not fields or len({*fields}) < len(fields) or not all(field.isidentifier() for field in fields):
         raise InputError(
             f"--run-name is {pattern!r}; write what runs are called, such as 'n{{loops}}-lr{{lr}}-s{{seed}}'"
         )
-    texts[1::2] = [f"(?P<{field}>.+?)" for field in fields]
-    shortest, longest = re.compile("".join(texts)), re.compile("".join(texts).replace(">.+?)", ">.+)"))
+    shortest, longest = (
+        "".join(f"(?P<{text}>{span})" if place % 2 else re.escape(text) for place, text in enumerate(texts))
+        for span in (".+?", ".+")
+    )
     names = frame["run"].map(str)
     cells: dict[str, dict[str, str]] = {}
     for run in names.unique():
-        matches = [expression.fullmatch(run) for expression in (shortest, longest)]
+        matches = [re.fullmatch(expression, run) for expression in (shortest, longest)]
         ways = [match.groupdict() for match in matches if match]
         if ways and ways[0] != ways[1]:
             told = " or ".join(", ".join(f"{name} {value}" for name, value in way.items()) for way in ways)

@@ -102,10 +102,11 @@ def _no_column_missing(frame: pd.DataFrame, axis: str) -> None:
 
 
 def _by_name(frame: pd.DataFrame, axis: str) -> str:
-    example = f" such as {short(frame['run'].iloc[0])}" * ("run" in frame and len(frame) > 0)
+    """How names of runs could say what no column does."""
+    example = f" such as {short(frame['run'].iloc[0])}" if "run" in frame and len(frame) else ""
     return (
-        f". Where names of runs{example} say it: --run-name 'n{{{axis}}}-lr{{lr}}-s{{seed}}', and --columns run=NAME where "
-        "they are in another column; else export the table of runs, with its configuration"
+        f". Where names of runs{example} say it: --run-name 'n{{{axis}}}-lr{{lr}}-s{{seed}}', and --columns run=NAME "
+        "where they are in another column; else export the table of runs, with its configuration"
     )
 
 
@@ -113,7 +114,8 @@ def _mapping(frame: pd.DataFrame, missing: Sequence[str]) -> str:
     """What --columns could say of missing names, by the columns that have them within theirs."""
     alike = {name: [column for column in map(str, frame.columns) if name in column.casefold()][:4] for name in missing}
     return " ".join(
-        " or ".join(f"{name}={short(column)[1:-1]}" for column in alike[name] or ["NAME"]) for name in missing
+        " or ".join(f"{name}={shlex.quote(short(column)[1:-1])}" for column in alike[name] or ["NAME"])
+        for name in missing
     )
 
 

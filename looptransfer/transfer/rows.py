@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def find(name: str, names: Iterable[object], option: str) -> str | None:
     there = list(map(str, names))
     ends = [name] if name in there else [other for other in there if other.endswith((f".{name}", f"/{name}"))]
     if len(ends) > 1:
-        ways = " or ".join(option.format(other) for other in ends[:4])
+        ways = " or ".join(option.format(shlex.quote(other)) for other in ends[:4])
         raise InputError(f"{name} is not clear: {len(ends)} columns or metrics end with it; write {ways}")
     return ends[0] if ends else None
 

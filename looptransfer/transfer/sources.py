@@ -63,10 +63,8 @@ def read_results(
     sources = [source] if isinstance(source, str | Path) else list(source)
     implied = [name for name in (axis, *IMPLIED) if f"{{{name}}}" not in run_name]
     read = [_one_source(str(place), columns or {}, implied, bool(run_name) or len(sources) > 1) for place in sources]
-    frame, called = (
-        _together(sources, [frame for frame, _ in read]),
-        {k: v for _, names in read for k, v in names.items()},
-    )
+    frame = _together(sources, [frame for frame, _ in read])
+    called = {name: column for _, names in read for name, column in names.items()}
     if run_name:
         frame = named(frame, run_name)
     frame = choose(frame, where, diverged, called)
