@@ -58,9 +58,12 @@ def read_results(
             names stand in the column run; where there is none, a file is a run and has its name.
 
     Raises:
-        InputError: the source cannot be read, a column is not there, or `tidy` refuses what it holds.
+        InputError: the source cannot be read, a column is not there or not clear, a run's name does not fit, or `tidy`
+            refuses what it holds.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
+    if not sources:
+        raise InputError(f"no source is given; {FORMATS}")
     implied = [name for name in (axis, *IMPLIED) if f"{{{name}}}" not in run_name]
     read = [_one_source(str(place), columns or {}, implied, bool(run_name) or len(sources) > 1) for place in sources]
     frame = _together(sources, [frame for frame, _ in read])
