@@ -13,6 +13,7 @@ from looptransfer.transfer.check import check
 from looptransfer.transfer.results import at_horizon
 from looptransfer.transfer.sources import read_results
 from tests.transfer.test_results import csv_file
+from tests.transfer.test_sources import study_of
 
 EXPORTS = Path(__file__).parent / "exports"
 CALLED = "n{loops}-lr{lr}-s{seed}"
@@ -90,6 +91,14 @@ def test_a_column_that_one_file_of_several_lacks_is_empty_there_and_not_nan(tmp_
     (tmp_path / "b.csv").write_text("loops,lr,val_loss\n2,0.1,2\n")
     with pytest.raises(InputError, match=r"row 2 of b.csv: loss is ''"):
         read_results([tmp_path / "a.csv", tmp_path / "b.csv"])
+
+
+def test_studies_are_judged_alone_and_nothing_not_at_all(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "study.db")
+    with pytest.raises(InputError, match=r"#mine is a study, which is judged alone"):
+        read_results([csv_file(tmp_path, "loops,lr,loss\n1,0.1,2\n"), f"{study}#mine"])
+    with pytest.raises(InputError, match=r"^no source is given; give CSV"):
+        read_results([])
 
 
 # -- columns
