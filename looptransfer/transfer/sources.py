@@ -99,9 +99,10 @@ def _one_source(
     frame, names = _renamed(frame, {name: called for name, called in columns.items() if name not in LONG})
     found = {name: find(name, frame.columns, f"--columns {name}={{}}") for name in implied if name not in names}
     others = {name: column for name, column in found.items() if column is not None and column != name}
-    if others:
-        frame = frame.rename(columns={column: name for name, column in others.items()})
-        note(frame, ", ".join(f"{name} is {column}" for name, column in others.items()))
+    frame = frame.rename(columns={column: name for name, column in others.items()})
+    guessed = {name: column for name, column in (names | others).items() if column != columns.get(name)}
+    if guessed:
+        note(frame, ", ".join(f"{name} is {column}" for name, column in guessed.items()))
     return frame, shape | names | others
 
 

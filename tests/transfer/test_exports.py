@@ -111,6 +111,7 @@ def test_a_column_is_found_by_the_end_of_its_name_and_that_is_told(tmp_path: Pat
     assert set(runs["seed"]) == {"7"}
     told = "loops is hparam/loops, lr is optimizer.lr, loss is metrics.eval/loss, seed is params.seed"
     assert runs.attrs["left_out"] == told
+    assert read_results(path, {"loss": "eval/loss"}).attrs["left_out"].startswith("loss is metrics.eval/loss, loops is")
     assert len(read_results(path, {"loss": "eval/loss"}, where=["metrics.eval/loss=3", "seed=7"])) == 1
 
 
