@@ -163,12 +163,10 @@ def place_of(frame: types.FrameType) -> tuple[str, int]:
     """The line that a frame is at, as file:line, and the column of the expression."""
     columns = _columns(frame.f_code)
     file = re.sub(r"^(<.*>)\.\d+$", r"\1", frame.f_code.co_filename)  # code that torch.fx makes anew for every copy
-    return f"{file}:{frame.f_lineno}", columns[frame.f_lasti // 2] if columns else frame.f_lasti
+    return f"{file}:{frame.f_lineno}", columns[frame.f_lasti // 2]
 
 
 @functools.cache
 def _columns(code: types.CodeType) -> tuple[int, ...]:
-    """The column at which every instruction's expression ends on its line; before Python 3.11 nobody knows."""
-    if sys.version_info < (3, 11):
-        return ()
+    """The column at which every instruction's expression ends on its line."""
     return tuple(10_000 * (end or 0) + (start or 0) for _, _, start, end in code.co_positions())

@@ -32,8 +32,8 @@ def find(name: str, names: Iterable[object], option: str) -> str | None:
     Raises:
         InputError: several end with it.
     """
-    there = list(map(str, names))
-    ends = [name] if name in there else [other for other in there if other.endswith((f".{name}", f"/{name}"))]
+    others = list(map(str, names))
+    ends = [name] if name in others else [other for other in others if other.endswith((f".{name}", f"/{name}"))]
     if len(ends) > 1:
         ways = " or ".join(option.format(shlex.quote(other)) for other in ends[:4])
         raise InputError(f"{name} is not clear: {len(ends)} columns or metrics end with it; write {ways}")

@@ -97,8 +97,10 @@ def _one_source(
     if by_name and "run" not in frame:
         frame = frame.assign(run=file)
     frame, names = _renamed(frame, {name: called for name, called in columns.items() if name not in LONG})
-    found = {name: find(name, frame.columns, f"--columns {name}={{}}") for name in implied if name not in names}
-    others = {name: column for name, column in found.items() if column is not None and column != name}
+    losses = [column for column in frame.columns if "loss" in str(column).casefold()]
+    needed = [name for name in implied if name not in names and (name != "loss" or len(losses) == 1)]
+    columns_of = {name: find(name, frame.columns, f"--columns {name}={{}}") for name in needed}
+    others = {name: column for name, column in columns_of.items() if column is not None and column != name}
     frame = frame.rename(columns={column: name for name, column in others.items()})
     guessed = {name: column for name, column in (names | others).items() if column != columns.get(name)}
     if guessed:
@@ -316,8 +318,8 @@ def _parquet(data: bytes, shown: str) -> pd.DataFrame:
 
 def _renamed(frame: pd.DataFrame, columns: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, str]]:
     """The table with columns named as asked, and the columns that they were."""
-    found = {name: find(called, frame.columns, f"--columns {name}={{}}") for name, called in columns.items()}
-    names = {name: column for name, column in found.items() if column is not None}
+    columns_of = {name: find(called, frame.columns, f"--columns {name}={{}}") for name, called in columns.items()}
+    names = {name: column for name, column in columns_of.items() if column is not None}
     missing = [called for name, called in columns.items() if name not in names]
     if missing:
         raise InputError(f"there is no column {missing[0]}; there are {listing(frame)}")

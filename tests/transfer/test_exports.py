@@ -126,11 +126,17 @@ def test_of_several_columns_none_is_taken_and_the_words_that_choose_are_told(tmp
     with pytest.raises(InputError, match=r"write --columns lr=params.lr or --columns lr=metrics.lr$"):
         read_results(path)
     names = {"lr": "params.lr", "loss": "eval/loss"}
-    with pytest.raises(InputError, match=r"write --columns loss=train/loss or --columns loss=eval/loss$"):
+    with pytest.raises(InputError, match=r"mapped: --columns loss=train/loss or loss=eval/loss$"):
         read_results(path, {"lr": "params.lr"})
     with pytest.raises(InputError, match=r"write --where params.wd=0 or --where tags.wd=0$"):
         read_results(path, names, where=["wd=0"])
     assert read_results(path, names)["loss"].tolist() == [3.0, 4.0]
+
+
+def test_the_loss_is_not_guessed_where_another_column_could_be_it(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "loops,lr,train/loss,val_loss\n1,0.1,2,3\n")
+    with pytest.raises(InputError, match=r"mapped: --columns loss=train/loss or loss=val_loss$"):
+        read_results(path)
 
 
 def test_what_is_missing_is_told_with_the_columns_that_may_be_meant(tmp_path: Path) -> None:
