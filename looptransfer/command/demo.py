@@ -45,7 +45,6 @@ class DemoSize:
 
     Attributes:
         octaves: LRs of the judged rule, from the tuned one. On fewer than six a flat bottom is not told from noise.
-        precision: of the tuned LR, in octaves; None: whatever its regret needs.
         control_octaves: LRs of the controls at the largest N, lower, where their optima go; at N = 1, where all rules
             are one, they have those of the judged rule.
     """
@@ -54,7 +53,6 @@ class DemoSize:
     loops: tuple[int, ...]
     octaves: tuple[float, ...]
     seeds: int
-    precision: float | None
     controls: tuple[Rule, ...]
     control_octaves: tuple[float, ...]
     control_seeds: int
@@ -65,7 +63,6 @@ FULL = DemoSize(
     loops=(1, 4, 16),
     octaves=(-2.25, -1.5, -0.75, 0.0, 0.75, 1.5),
     seeds=4,
-    precision=0.25,
     controls=("sqrt", "unscaled"),
     control_octaves=(-3.0, -2.25, -1.5, 0.0),
     control_seeds=3,
@@ -75,7 +72,6 @@ QUICK = DemoSize(  # the control says what the tuned LR gives without the rule, 
     loops=(1, 4, 16),
     octaves=(-2.0, -1.0, 0.0, 1.0),
     seeds=4,
-    precision=None,
     controls=("unscaled",),
     control_octaves=(0.0,),
     control_seeds=4,
@@ -100,7 +96,7 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     seeds, ledger = range(seed, seed + scale.seeds), out / "ledger.db"
     tuning, control = seeds[:TUNING_SEEDS], seeds[: scale.control_seeds]
     with one_story("demo", _weight(scale)):
-        best = tune(experiment, PROXY, tuning, ledger, devices="cpu", precision=scale.precision)
+        best = tune(experiment, PROXY, tuning, ledger, devices="cpu")
         swept = partial(sweep, experiment, around=best, ledger=ledger, devices="cpu")
         judged = swept(scale.loops, octaves=scale.octaves, seeds=seeds)
         compared = partial(swept, seeds=control, rules=scale.controls)
