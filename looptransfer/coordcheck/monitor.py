@@ -8,9 +8,9 @@ from torch import nn
 from looptransfer.checks import is_count
 from looptransfer.coordcheck.observe import Observation, find_branches, observe
 from looptransfer.errors import InputError, ScalingWarning
+from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.insert import has_multiplier
 from looptransfer.rewrite.plan import planned
-from looptransfer.rewrite.record import ExampleInputs
 
 EVERY = 100  # steps; a measurement takes less than one, where the inputs are a sequence or two
 NAMES = {"stream_rms": "stream_rms", "branch_rms": "increment_rms"}  # a statistic of a visit -> how it is logged
