@@ -29,6 +29,7 @@ from torch import nn
 import looptransfer as lt
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
+from looptransfer.trials.ledger import Ledger
 
 LOOPS, SEEDS = (2, 16), 4
 LRS = [2.0**log2 for log2 in np.arange(-9.5, -4.9, 0.75)]
@@ -67,7 +68,7 @@ def gated(job: tuple[int, int, str]) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         ledger, started = Path(folder, "gate.db"), time.process_time()
         told = lt.gate(commit_of, baseline, ledger=ledger, workers=1)
-        seconds, trainings = time.process_time() - started, len(lt.read_results(ledger))
+        seconds, trainings = time.process_time() - started, len(Ledger(ledger).finished)
     return {
         "commit": commit,
         "machine": "another" if os.environ.get("ATEN_CPU_CAPABILITY") else "the same",
