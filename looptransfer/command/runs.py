@@ -220,9 +220,7 @@ def _check(arguments: argparse.Namespace) -> Answer:
     )
     comparison = _against_baseline(arguments, verdict)
     if arguments.html:
-        lt.write_html(
-            verdict, arguments.html, title=arguments.title, provenance=_provenance(arguments.source, verdict)
-        )
+        lt.write_html(verdict, arguments.html, title=arguments.title, provenance=_provenance(arguments.source, verdict))
     if arguments.todo:
         write_file(arguments.todo, verdict.rows_to_run().to_csv(index=False))
     results = [result for result in (verdict, comparison) if result is not None]

@@ -20,8 +20,8 @@ from looptransfer.transfer.optimum import Optimum
 from looptransfer.transfer.verdict import LOSS, METRIC, NATS, RuleVerdict, Verdict
 
 ORDERED = LinearSegmentedColormap.from_list(
-    "ordered", colormaps["viridis_r"](np.linspace(0.12, 1, 256))
-)  # dark: large N
+    "ordered", colormaps["viridis_r"](np.linspace(0.28, 1, 256))
+)  # dark: large N; the lightest stands out of white still
 # Okabe and Ito's colours differ for every common kind of colour vision; the markers differ in print.
 MOST_IN_LEGEND = 16
 GREY = "0.35"
@@ -140,8 +140,8 @@ def draw_regret(axis: Axes, verdict: Verdict) -> None:
             error = [[max(0.0, end)] for end in ends]  # an estimate of 0 may be below its low end by its last bit
             axis.errorbar(position, regret.estimate, yerr=error, color=colour, marker=marker, capsize=4)
         else:
-            style: dict[str, Any] = {"ha": "center", "va": "bottom", "color": GREY}
-            axis.text(position, 0.02, "not\nknown", transform=axis.get_xaxis_transform(), **style)
+            style: dict[str, Any] = {"ha": "center", "va": "center", "color": GREY}
+            axis.text(position, 0.5, "not\nknown", transform=axis.get_xaxis_transform(), **style)
     axis.axhline(verdict.regret_tolerance, color=GREY, linestyle="--", linewidth=1, label="tolerance")
     names = [_plain(rule) for rule in verdict.rules]
     axis.set_xticks(range(len(names)), names)

@@ -77,6 +77,7 @@ def _of_verdict(verdict: Verdict) -> dict[str, Any]:
         "optima_csv": _csv(_optima_frame(verdict)),
         "above": len(above),
         "highest": above["loss"].max(),
+        "lost": int(verdict.runs["diverged"].sum()),
         "links": LINKS,
         "perplexity": math.expm1(min(verdict.regret_tolerance, 1.0)),
         "cost": [] if rows is None else _cost_rows(verdict, rows),

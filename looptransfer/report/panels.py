@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Panel = Callable[[Axes], None]
-ALONE = (4.6, 3.5)  # inches: legible on a phone, where the page shows it 360 pixels wide
-MOST_IN_ROW = 5  # of a legend's names
+ALONE = (3.9, 3.2)  # inches: legible on a phone, where the page shows it 360 pixels wide
+ROW = 48  # characters of a legend's row
 SMALL: dict[str, Any] = {"frameon": False, "fontsize": "small", "handlelength": 1.4, "columnspacing": 1.2}
 
 
@@ -39,12 +39,11 @@ def alone(panel: Panel) -> WordedFigure:
     axis = figure.subplots()
     panel(axis)
     handles, names = axis.get_legend_handles_labels()
-    if axis.get_legend() is not None:
-        axis.get_legend().remove()
     if axis.images:
         figure.colorbar(axis.images[0], ax=axis, shrink=0.85)
     if names:
-        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), MOST_IN_ROW), **SMALL)
+        in_a_row = max(1, ROW // (max(map(len, names)) + 4))
+        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), in_a_row), **SMALL)
     return figure
 
 

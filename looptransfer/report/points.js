@@ -12,7 +12,7 @@ for (const figure of document.querySelectorAll("figure:has(.points)")) {
         const distance = Math.hypot(x - place.x, y - place.y);
         if (distance < least) [nearest, least] = [words, distance];
       }
-      if (nearest) told.textContent = nearest;
+      if (nearest) [told.textContent, told.className] = [nearest, "told"];
     };
     svg.addEventListener("pointermove", tell);
     svg.addEventListener("click", tell);

@@ -162,8 +162,9 @@ class Verdict(Terms):
 
     @property
     def headline(self) -> list[str]:
-        """The answer as a person would give it, a sentence each: which LR, what is as good, what it loses, how sure."""
-        return [self._which_lr(), *self._as_good(), *self._loses(), self._how_sure()]
+        """The answer as a person would give it, line by line: which LR, what is as good, what it loses, how sure."""
+        reason = [self.judged.reason] if self.answer == "INCONCLUSIVE" else []
+        return [self._which_lr(), *reason, *self._as_good(), *self._loses(), self._how_sure()]
 
     def _which_lr(self) -> str:
         judged, label = self.judged, self.axis_label
@@ -177,8 +178,8 @@ class Verdict(Terms):
             ends = (f"{2**o.log2_lr.estimate:.3g} at {label} = {o.n}" for o in (known[0], known[-1]) if o.log2_lr)
             return f"Do not carry one LR to a larger {label}: the best one goes from {' to '.join(ends)}."
         if judged.regret is not None and judged.regret.low > self.regret_tolerance:
-            return f"Do not carry {lr} to {label} = {last}. {judged.reason}"
-        return f"It is not settled that {lr} serves {over}. {judged.reason}"
+            return f"Do not carry {lr} to {label} = {last}."
+        return f"It is not settled that {lr} serves {over}."
 
     def _as_good(self) -> Iterator[str]:
         """The LRs that serve at every N, as far as basins are known."""

@@ -36,7 +36,7 @@ def test_demo_writes_its_files_and_ends_with_the_answer(tmp_path: Path, monkeypa
     ]
     assert all(any(line.startswith(start) for line in lines) for start in starts)
     assert "unscaled " in next(line for line in lines if line.startswith(starts[1]))
-    assert any(line.startswith("Verdict: ") for line in lines[:4])
+    assert any(line.startswith("Verdict: ") for line in lines[:5])
     assert "<svg" in (tmp_path / "coordinates.html").read_text()
     assert list(results) == COLUMNS
     assert len(results) == 2 * 4 * 3 + 2 * 2 * (4 + 2)
