@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import looptransfer as lt
+
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
@@ -25,3 +27,10 @@ def test_pictures_of_the_readme_exist() -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text())
     assert pictures
     assert all((README.parent / picture).exists() for picture in pictures)
+
+
+def test_the_answer_that_the_readme_shows_is_that_of_the_stored_sweep() -> None:
+    verdict = lt.check(lt.read_results(README.parent / "reports" / "sweep" / "results.csv"))
+    answer = str(verdict).partition("\n\nfactored: FLAT.")[0]
+    assert answer.count("*") == 6
+    assert f"\n{answer}\n" in README.read_text()

@@ -149,6 +149,14 @@ def _draw_cosines(axis: Axes, check: CoordCheck, loops: int, step: int) -> None:
     axis.set(xlabel="increment of loop n", ylabel="increment of loop m")
 
 
+def drawn(check: CoordCheck) -> pd.DataFrame:
+    """The rows of the frame that growth and stream are drawn from."""
+    modules = [_worst_branch(check), check.context.branches[-1].module, *check.context.looped[-1:]]
+    rows = check.frame[check.frame["module"].isin(modules)]
+    rows = rows[rows["statistic"].isin([statistic for statistic, *_ in AGAINST_N])]
+    return rows[rows["step"].isin([0, 1, rows["step"].max()])]
+
+
 def _rows(check: CoordCheck, rule: str) -> pd.DataFrame:
     rows = on_axis(check.frame[check.frame["rule"] == rule], "loops")
     return rows[np.isfinite(rows["value"]) & (rows["value"] > 0)]

@@ -59,7 +59,7 @@ def _draw_curves(axis: Axes, verdict: Verdict, judged: RuleVerdict) -> None:
     colours = dict(zip(counts, ordered_colours(len(counts)), strict=True))
     (low, high), of_rule = _loss_limits(verdict), verdict.runs[verdict.runs["rule"] == judged.rule]
     for optimum in judged.optima:
-        name = f"{verdict.axis_label} = {optimum.n}"
+        name = f"{f'{judged.rule}, ' if len(verdict.rules) > 1 else ''}{verdict.axis_label} = {optimum.n}"
         _curve(axis, of_rule[of_rule[verdict.axis] == optimum.n], optimum, colours[optimum.n], high, name)
     for n in some_of(counts):
         label = f"{_plain(verdict.axis_label)} = {n}"

@@ -159,9 +159,6 @@ def _saving(verdict: Verdict, costs: pd.DataFrame) -> str:
 
 
 def _of_coordinates(check: CoordCheck) -> dict[str, Any]:
-    statistics = {statistic for statistic, *_ in pictures.AGAINST_N}
-    drawn = check.frame[check.frame["statistic"].isin(statistics)]
-    steps = {0, 1, drawn["step"].max()}
     answer = f"{check.rule} {check.answer}"
     groups = {
         "growth": (pictures.growth_panels(check), f"Against the loop count N: {answer}."),
@@ -174,7 +171,7 @@ def _of_coordinates(check: CoordCheck) -> dict[str, Any]:
             for name, (panels, text) in groups.items()
         },
         "exponents": [Markup(inline_svg(pictures.plot_exponents(check), "exponents", f"Exponents: {answer}."))],
-        "frame_csv": _csv(drawn[drawn["step"].isin(steps)]),
+        "frame_csv": _csv(pictures.drawn(check)),
         "cosines_csv": _csv(pd.DataFrame(_cosines(check), columns=["rule", "loops", "step", "m", "n", "cosine"])),
     }
 

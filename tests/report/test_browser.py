@@ -59,7 +59,7 @@ def test_the_page_fits_the_screen_and_a_tap_reads_a_run(tmp_path: Path, width: i
     assert measured["content"] == measured["width"]
     assert measured["before"].startswith("Point at a mark")
     assert measured["told"] == measured["title"]
-    assert re.fullmatch(r"N = 1, LR 0\.\d+, seed \d: [\d.]+", measured["told"])
+    assert re.fullmatch(r"factored, N = 1, LR 0\.\d+, seed \d: [\d.]+", measured["told"])
 
 
 def luminance(colour: str) -> float:
