@@ -65,6 +65,12 @@ def test_every_run_can_be_read_and_what_is_above_the_picture_is_counted(tmp_path
     assert "<title>N = 4, LR 0.125: 1 of 3 runs diverged</title>" in page
 
 
+def test_the_heading_asks_about_the_axis_unless_one_has_a_title_of_one_s_own(tmp_path: Path) -> None:
+    by_width = lt.check(sweep().rename(columns={"loops": "width"}), axis="width")
+    assert "<h1>Does the best LR transfer over the width?</h1>" in page_of(by_width, tmp_path)
+    assert "<h1>Ours</h1>" in page_of(by_width, tmp_path, title="Ours")
+
+
 def test_with_one_seed_no_empty_axes_are_drawn_and_the_page_says_why(tmp_path: Path) -> None:
     page = page_of(lt.check(sweep(seeds=1)), tmp_path)
     assert page.count("<svg") == 1
