@@ -10,10 +10,10 @@ from torch import nn
 
 from looptransfer.errors import InputError, VerificationError
 from looptransfer.optim import Group, follow_plan, planned_settings, tensors_in
+from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.parametrize import rescale_model
 from looptransfer.rewrite.plan import SHOWN, ScalingPlan
-from looptransfer.rewrite.record import ExampleInputs
 from looptransfer.rewrite.verify import verify_model
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]

@@ -96,7 +96,7 @@ def _place(order: list[str], name: str) -> int:
 
 
 def _explained(tensor: TensorFactors, group: Group, rule: Rule) -> TensorExplanation:
-    words, source = _rule(tensor, rule)
+    meaning, source = _rule(tensor, rule)
     return TensorExplanation(
         parameter=tensor.name,
         shape=tuple(tensor.parameter.shape),
@@ -109,28 +109,29 @@ def _explained(tensor: TensorFactors, group: Group, rule: Rule) -> TensorExplana
         lr=float(group["lr"]),
         eps=group.get("eps"),
         weight_decay=group["weight_decay"],
-        rule=words,
+        rule=meaning,
         source=source,
     )
 
 
 def _rule(tensor: TensorFactors, rule: Rule) -> tuple[str, str]:
     """The rule in words, and where it comes from."""
-    words, source = "LR × 1: outside the branches", PAPER
+    meaning, source = "LR × 1: outside the branches", PAPER
     if tensor.role.startswith("branch") or tensor.role == "per-visit part":
-        words = {
+        meaning = {
             "adamw": "LR and eps × m_L^(−1/2), decay as it is: in a branch, where ε = λ/(N√m_L)",
             "adam": "LR, eps and decay × m_L^(−1/2): in a branch",
             "sgd": "LR as it is, decay × m_L^(−1/2): in a branch, whose gradient holds ε already",
             "muon": "LR × m_L^(−1/2), decay as it is: in a branch",
         }[tensor.family]
         source = PAPER if tensor.family == "adamw" else OURS
-        words, source = ("LR × 1: no rule is applied", "the control") if rule == "unscaled" else (words, source)
+        if rule == "unscaled":
+            meaning, source = "LR × 1: no rule is applied", "the control"
     elif tensor.role == "on stream" and tensor.uses > 1:
-        words, source = "LR / n: acts on the stream n times a forward, which no ε controls", OURS
+        meaning, source = "LR / n: acts on the stream n times a forward, which no ε controls", OURS
     if tensor.width != 1:
-        words, source = f"{words}; LR by width as μP has it", f"{source}; arXiv 2203.03466, Table 8"
-    return words, source
+        meaning, source = f"{meaning}; LR by width as μP has it", f"{source}; arXiv 2203.03466, Table 8"
+    return meaning, source
 
 
 def _cells(row: TensorExplanation, rule: int) -> dict[str, str]:

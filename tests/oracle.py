@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 import looptransfer as lt
 from looptransfer.rewrite.analysis import analyse
 from looptransfer.rewrite.graph import Site
-from looptransfer.rewrite.record import place_of
+from looptransfer.rewrite.sites import place_of
 from tests.models import noisy
 from tests.zoo import Entry
 

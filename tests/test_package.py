@@ -1,10 +1,14 @@
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import looptransfer as lt
 
@@ -28,6 +32,19 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         lt.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_pins_every_dependency_once_for_each_python(version: str) -> None:
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    environment = {"python_version": version, "python_full_version": f"{version}.0"}
+    pins = [pin for line in lines if (pin := Requirement(line)).marker is None or pin.marker.evaluate(environment)]
+    versions = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    assert len(versions) == len(pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert version in SpecifierSet(project["requires-python"])
+    for dependency in map(Requirement, project["dependencies"]):
+        assert versions[canonicalize_name(dependency.name)] in dependency.specifier
 
 
 @pytest.mark.slow

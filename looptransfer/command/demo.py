@@ -45,7 +45,7 @@ class DemoSize:
     """The extent of the demo. The rule that is judged has the most seeds, since FLAT needs them (reports/verdict/).
 
     Attributes:
-        octaves: LRs of the judged rule, from the tuned one.
+        octaves: LRs of the judged rule, from the tuned one. On fewer than six a flat bottom is not told from noise.
         control_octaves: LRs of the controls at the largest N, lower, where their optima go; at N = 1, where all rules
             are one, they have those of the judged rule.
     """
@@ -62,7 +62,7 @@ class DemoSize:
 FULL = DemoSize(
     ReferenceSize(held_out=8_192),
     loops=(1, 4, 16),
-    octaves=(-1.5, -0.75, 0.0, 0.75, 1.5),
+    octaves=(-2.25, -1.5, -0.75, 0.0, 0.75, 1.5),
     seeds=4,
     controls=("sqrt", "unscaled"),
     control_octaves=(-3.0, -2.25, -1.5, 0.0),

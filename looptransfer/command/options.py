@@ -54,12 +54,14 @@ Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains not
 
   looptransfer check results.csv
   looptransfer check wandb.csv --columns loops=n_loops loss=val_loss --where State=finished
-  looptransfer check mlflow.csv --columns lr=params.lr loss=metrics.loss --diverged status=FAILED,KILLED
+  looptransfer check mlflow.csv --columns loss=val_loss --diverged status=FAILED,KILLED
+  looptransfer check wandb_plot.csv --columns loss=val_loss --run-name 'n{loops}-lr{lr}-s{seed}'
   looptransfer check 'sqlite:///optuna.db#study' --axis width --markdown >> "$GITHUB_STEP_SUMMARY"
   zcat runs.csv.gz | looptransfer check -
 
 SOURCE is a table in CSV, JSON lines or Parquet, a pipe or - for standard input, a ledger of tune and sweep, or the URL
-of an Optuna study; it is only read. It has one row per training run, with columns
+of an Optuna study; it is only read. It has one row per training run, with columns (or the only ones that end so, such
+as params.lr)
   loops     N, a whole number from 1 (or the column that --axis names)
   lr        absolute learning rate
   loss      final loss, in nats unless --unit says otherwise; inf or nan where the run diverged. An empty cell, or a
@@ -68,7 +70,9 @@ of an Optuna study; it is only read. It has one row per training run, with colum
   seed      optional; runs of one seed are compared with each other, and one seed settles nothing
   rule      optional; the other rules serve as controls
   diverged  optional; true or false
-  step      optional; where there is a row for every step, the optimum at 50 and 75 % of the training is shown too"""
+  step      optional; where there is a row for every step, the optimum at 50 and 75 % of the training is shown too
+Plots (a column "RUN - METRIC" per run) and tables with columns run, tag, step and value have what names of runs say by
+--run-name; where there is no column run, each of several files is a run."""
 
 TRAINED = "exit status: 0 done, 2 bad usage or input, 70 anything unexpected, 130 interrupted"
 EXPERIMENT = """\
@@ -288,11 +292,14 @@ def _coordcheck(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="table, ledger or study, such as results.csv; - is stdin")
+    places = "table, ledger or study, such as results.csv; - is stdin; several files are one table"
+    parser.add_argument("source", nargs="+", metavar="SOURCE", help=places)
     called = "what a column is called in SOURCE, such as lr=config.lr"
     parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="NAME=THERE", help=called)
     kept = "judge only rows such as State=finished or loss!= (not empty); VALUE,VALUE is either"
     parser.add_argument("--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=kept)
+    names = "how runs are called, such as 'n{loops}-lr{lr}-s{seed}', where no columns say it"
+    parser.add_argument("--run-name", default="", metavar="PATTERN", help=names)
     lost = "runs that diverged whatever their loss, such as State=crashed or loss= (empty)"
     parser.add_argument("--diverged", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help=lost)
     parser.add_argument("--axis", default="loops", metavar="COLUMN", help="what grows: loops, width, layers, …")

@@ -202,13 +202,16 @@ def _work(arguments: argparse.Namespace) -> Answer:
 
 
 def _check(arguments: argparse.Namespace) -> Answer:
-    reads = {"the table": re.sub(r"^sqlite[^:]*:///", "", arguments.source.partition("#")[0])}
+    places = [re.sub(r"^sqlite[^:]*:///", "", source.partition("#")[0]) for source in arguments.source]
+    reads = {f"the table {place}": place for place in places}
     writes = {"--html": arguments.html, "--todo": arguments.todo}
     (writes if arguments.update_baseline else reads)["--baseline"] = arguments.baseline
     _keep_apart(reads, writes)
     columns = columns_of(arguments.columns)
     verdict = lt.check(
-        lt.read_results(arguments.source, columns, arguments.axis, arguments.where, arguments.diverged),
+        lt.read_results(
+            arguments.source, columns, arguments.axis, arguments.where, arguments.diverged, arguments.run_name
+        ),
         rule=arguments.rule,
         transferred_lr=arguments.lr,
         tolerance=arguments.tolerance,
@@ -220,7 +223,8 @@ def _check(arguments: argparse.Namespace) -> Answer:
     )
     comparison = _against_baseline(arguments, verdict)
     if arguments.html:
-        lt.write_html(verdict, arguments.html, title=arguments.title, provenance=_provenance(arguments.source, verdict))
+        provenance = _provenance(", ".join(arguments.source), verdict)
+        lt.write_html(verdict, arguments.html, title=arguments.title, provenance=provenance)
     if arguments.todo:
         write_file(arguments.todo, verdict.rows_to_run().to_csv(index=False))
     results = [result for result in (verdict, comparison) if result is not None]

@@ -27,17 +27,17 @@ from looptransfer.errors import InputError
 from looptransfer.rewrite.analysis import analyse
 from looptransfer.rewrite.branches import DECLARED
 from looptransfer.rewrite.ends import factors
+from looptransfer.rewrite.forward import (
+    ExampleInputs,
+    as_written,
+    call_arguments,
+    module_hooks,
+    tensors_held,
+)
 from looptransfer.rewrite.graph import Site, tensors_in
 from looptransfer.rewrite.ops import operator
 from looptransfer.rewrite.plan import ScalingPlan
-from looptransfer.rewrite.record import (
-    ExampleInputs,
-    SiteCounter,
-    as_written,
-    call_arguments,
-    held,
-    module_hooks,
-)
+from looptransfer.rewrite.sites import SiteCounter
 from looptransfer.rewrite.twin import state_kept
 
 POSITIONS = 32  # of the stream, evenly spread, on which the cosines of increments are taken
@@ -190,7 +190,7 @@ class _Observer(SiteCounter):
         self.numbers.append(torch.as_tensor(value).detach().double())
 
     def finish(self, output: Any) -> Observation:
-        logits = next((tensor for tensor in held(output) if tensor.is_floating_point()), None)
+        logits = next((tensor for tensor in tensors_held(output) if tensor.is_floating_point()), None)
         if logits is not None:
             self.states[OUTPUT] = logits.detach().clone()
             self._note(

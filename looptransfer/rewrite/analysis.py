@@ -15,9 +15,10 @@ from looptransfer.rewrite.branches import (
     refuse_time,
 )
 from looptransfer.rewrite.complete import Remainder, note_members, refuse_unrecognised, without_branches
+from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.layers import count_layers, find_blocks
-from looptransfer.rewrite.record import ExampleInputs, record
+from looptransfer.rewrite.record import record
 from looptransfer.rewrite.recurrence import Change
 from looptransfer.rewrite.trace import Trace, trace
 from looptransfer.rewrite.visits import count_visits

@@ -7,7 +7,7 @@ to what comes out of it, there is a residual branch that was not recognised, how
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite.branches import DECLARE, Group
-from looptransfer.rewrite.graph import Graph
+from looptransfer.rewrite.graph import Graph, bits
 from looptransfer.rewrite.names import module_of, parameter_names
 from looptransfer.rewrite.paths import Join, Paths
 from looptransfer.rewrite.recurrence import Rerun, runs_over_time
@@ -49,14 +49,23 @@ def without_branches(forward: Trace, adds: list[ResidualAdd]) -> Remainder:
     live = [n for n in range(len(nodes)) if paths.live >> n & 1]
     joins = [join for n in live if (join := paths.join_at(n)) is not None]
     uses = uses_in(forward.graph, paths.reaches, live)
-    acting = {name.split("+")[0] for name in forward.graph.matrices_on(live)}
-    again = tuple(name for name, times in sorted(uses.items()) if times > 1 and name in acting)
     totals = functools.reduce(lambda mask, add: mask | 1 << add.total, adds, 0)
-    carried = functools.reduce(lambda mask, add: mask | paths.free[add.stream] | 1 << add.stream, adds, 0)
-    looped = [n for n in live if carried >> n & 1 and paths.free[n] & totals and n not in recognised]
+    looped = [n for n in _between_branches(paths, adds, totals) if n not in recognised and paths.live >> n & 1]
     injections = [n for n in looped if nodes[n].op.relation == "sum" and _brings_older(paths, n, totals)]
     gates = [n for n in looped if paths.gates(n, totals)]
-    return Remainder(paths, joins, uses, again, injections, gates)
+    return Remainder(paths, joins, uses, _used_again(forward, live, uses), injections, gates)
+
+
+def _used_again(forward: Trace, live: list[int], uses: Mapping[str, int]) -> tuple[str, ...]:
+    """The parameters that act more than once as matrices."""
+    acting = {name.split("+")[0] for name in forward.graph.matrices_on(live)}
+    return tuple(name for name, times in sorted(uses.items()) if times > 1 and name in acting)
+
+
+def _between_branches(paths: Paths, adds: list[ResidualAdd], totals: int) -> list[int]:
+    """The nodes that carry the stream from one add to another."""
+    carried = functools.reduce(lambda mask, add: mask | paths.free[add.stream] | 1 << add.stream, adds, 0)
+    return [n for n in bits(carried) if paths.free[n] & totals]
 
 
 def _brings_older(paths: Paths, number: int, totals: int) -> bool:
@@ -122,7 +131,29 @@ def refuse_unrecognised(forward: Trace, rest: Remainder, again: Rerun) -> None:
     Raises:
         InputError: names the line where the two meet.
     """
-    nodes = forward.graph.nodes
+    _refuse_streams(forward, rest)
+    joins = [join for join in _over_depth(forward, rest.joins, again) if _matters(forward, join)]
+    if joins:
+        raise _unrecognised(forward, joins[0], "")
+    for add in {add.last: add for add in reversed(forward.of("leaf"))}.values():
+        looped = _over_depth(forward, _joins_of_a_loop(forward, rest, add), again)
+        if looped:
+            raise _unrecognised(forward, looped[0], f" It runs in a loop inside the branch added at {add.site.source}.")
+
+
+def _joins_of_a_loop(forward: Trace, rest: Remainder, add: ResidualAdd) -> list[Join]:
+    """The joins in a branch that run on through the same matrices."""
+    inside = [n for n in sorted(add.path) if forward.graph.nodes[n].data]
+    matrices = [name for n in inside for name in forward.graph.nodes[n].matrices]
+    if len(matrices) == len(set(matrices)):
+        return []
+    roots = {add.root, *inside}
+    joins = [join for n in inside if (join := rest.paths.join_at(n)) is not None and join.root in roots]
+    return [join for join in joins if any(_runs_on(forward, rest.paths, join, other) for other in joins)]
+
+
+def _refuse_streams(forward: Trace, rest: Remainder) -> None:
+    """Refuse a stream that is added to where no multiplier can reach, or is multiplied between its adds."""
     if forward.graph.fused_kernels:
         raise InputError(
             f"the kernel called at {forward.graph.fused_kernels[0]} adds a residual branch to its own input, where no "
@@ -141,20 +172,6 @@ def refuse_unrecognised(forward: Trace, rest: Remainder, again: Rerun) -> None:
             "GRU, highway or squeeze-and-excitation over the sum), and the rule is derived for x + f(x): its 1/N is "
             f"not known to hold. {DECLARE}"
         )
-    joins = [join for join in _over_depth(forward, rest.joins, again) if _matters(forward, join)]
-    if joins:
-        raise _unrecognised(forward, joins[0], "")
-    for add in {add.last: add for add in reversed(forward.of("leaf"))}.values():
-        inside = [n for n in sorted(add.path) if nodes[n].data]
-        matrices = [name for n in inside for name in nodes[n].matrices]
-        if len(matrices) == len(set(matrices)):
-            continue
-        roots = {add.root, *inside}
-        joins = [join for n in inside if (join := rest.paths.join_at(n)) is not None and join.root in roots]
-        looped = [join for join in joins if any(_runs_on(forward, rest.paths, join, other) for other in joins)]
-        looped = _over_depth(forward, looped, again)
-        if looped:
-            raise _unrecognised(forward, looped[0], f" It runs in a loop inside the branch added at {add.site.source}.")
 
 
 def _gated_streams(forward: Trace, rest: Remainder) -> Iterator[str]:

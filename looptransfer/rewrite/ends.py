@@ -108,46 +108,74 @@ def factors(forward: Trace, group: Group) -> tuple[float, ...]:
 
 def last_maps(model: nn.Module, forward: Trace, group: Group) -> tuple[tuple[str, ...], str]:
     """The parameters that can take a branch's multiplier, or none and the reason why not."""
-    nodes, ends = forward.graph.nodes, find_ends(forward, group)
-    idle = sorted(name for name in group.parameters - forward.graph.touched if model.get_parameter(name).ndim >= 2)
-    if idle:
-        return (), f"{idle[0]} did not run in the trace (an expert that was not chosen?), and might end it another time"
+    ends = find_ends(forward, group)
     names = frozenset[str]().union(*(end.parameters for end in ends))
-    if not ends or any(not end.parameters for end in ends):
-        return (), "it does not end in a learned map that its multiplier could go into, such as a norm without gain"
+    reason = (
+        _did_not_run(model, forward, group)
+        or _ends_in_no_map(ends)
+        or _computed_weights(forward, ends)
+        or _weights_used_elsewhere(forward, ends, names)
+        or _result_used_elsewhere(forward, ends, group)
+    )
+    return ((), reason) if reason else (tuple(sorted(names)), "")
+
+
+def _did_not_run(model: nn.Module, forward: Trace, group: Group) -> str:
+    idle = sorted(name for name in group.parameters - forward.graph.touched if model.get_parameter(name).ndim >= 2)
+    if not idle:
+        return ""
+    return f"{idle[0]} did not run in the trace (an expert that was not chosen?), and might end it another time"
+
+
+def _ends_in_no_map(ends: list[End]) -> str:
+    if ends and all(end.parameters for end in ends):
+        return ""
+    return "it does not end in a learned map that its multiplier could go into, such as a norm without gain"
+
+
+def _computed_weights(forward: Trace, ends: list[End]) -> str:
+    nodes = forward.graph.nodes
     for end in ends:
-        direct = {name for s in nodes[end.node].sources for n in forward.same(s) for name in nodes[n].parameters}
-        computed = [
-            n for n in nodes[end.node].sources if not nodes[n].data and nodes[n].sources and nodes[n].repeats is None
-        ]
+        sources = nodes[end.node].sources
+        direct = {name for s in sources for n in forward.same(s) for name in nodes[n].parameters}
+        computed = [n for n in sources if not nodes[n].data and nodes[n].sources and nodes[n].repeats is None]
         if computed or not end.parameters <= direct:
-            return (), "the weights of its last map are computed from its parameters"
+            return "the weights of its last map are computed from its parameters"
+    return ""
+
+
+def _weights_used_elsewhere(forward: Trace, ends: list[End], names: frozenset[str]) -> str:
     ended = {end.node for end in ends}
-    for number, node in enumerate(nodes):
-        if node.data and node.parameters & names and number not in ended and forward.graph.live >> number & 1:
-            return (), f"{', '.join(sorted(node.parameters & names))} of its last map is used elsewhere too"
+    for number, node in enumerate(forward.graph.nodes):
+        if node.data and node.parameters & names and number not in ended and forward.graph.is_live(number):
+            return f"{', '.join(sorted(node.parameters & names))} of its last map is used elsewhere too"
+    return ""
+
+
+def _result_used_elsewhere(forward: Trace, ends: list[End], group: Group) -> str:
+    ended = {end.node for end in ends}
     totals = {add.total for add in group.adds}
     route = totals.union(*(add.path for add in group.adds))
     last = sum(1 << n for n in ended)
-    after = [n for n in route if n in ended or nodes[n].ancestors & last]
+    after = [n for n in route if n in ended or forward.graph.nodes[n].ancestors & last]
     if any(forward.graph.users(n) - route for n in after if n not in totals):
-        return (), "what its last map makes is used elsewhere too, and would change there"
-    return tuple(sorted(names)), ""
+        return "what its last map makes is used elsewhere too, and would change there"
+    return ""
 
 
 def gates(forward: Trace, group: Group) -> frozenset[str]:
     """Learned factors on the branch, after its last matrix: LayerScale, ReZero."""
     nodes = forward.graph.nodes
     inside = frozenset[int]().union(*(add.path for add in group.adds))
-    found_gates = frozenset[str]()
+    learned_factors = frozenset[str]()
     for _, route in group.routes:
         for number in route[:-1]:
-            found_gates |= nodes[number].parameters if nodes[number].op.name in {"mul", "div"} else frozenset()
+            learned_factors |= nodes[number].parameters if nodes[number].op.name in {"mul", "div"} else frozenset()
     for end in find_ends(forward, group):
         node = nodes[end.node]
         below = node.proportional_to[0][0] if node.op.name == "mul" and node.proportional_to else None
         while below in inside and len(nodes[below].proportional_to) == 1 and not nodes[below].matrices:
             below = nodes[below].proportional_to[0][0]
         if below in inside and nodes[below].matrices:  # a norm's gain stands on something that is no map
-            found_gates |= end.parameters
-    return found_gates
+            learned_factors |= end.parameters
+    return learned_factors

@@ -11,13 +11,14 @@ from torch import nn
 from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.analysis import Analysis, analyse
 from looptransfer.rewrite.caveats import renewed
+from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_input_multiplier, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
 from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
 from looptransfer.rewrite.planner import counts, fullest, make_plan
 from looptransfer.rewrite.proof import SEED, prove
-from looptransfer.rewrite.record import ExampleInputs, record
+from looptransfer.rewrite.record import record
 from looptransfer.rewrite.roles import roles_of
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rewrite.width import base_shapes, check_attention, read_outs, rescale_weights

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from looptransfer.errors import InputError
 from looptransfer.rewrite.analysis import Analysis
 from looptransfer.rewrite.branches import DECLARE, DECLARED, Group
+from looptransfer.rewrite.forward import ExampleInputs, as_written, run
 from looptransfer.rewrite.graph import ANY, Handle, Site
 from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.record import ExampleInputs, as_written, run, run_scaled
+from looptransfer.rewrite.sites import run_scaled
 from looptransfer.rewrite.twin import twin_of
 from looptransfer.user_code import described, line_of
 

@@ -9,127 +9,44 @@
 - Lines are those of the user's file: frames of torch and of this module are skipped.
 """
 
-import copy
 import functools
 import hashlib
-import random
-import re
 import sys
-import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from looptransfer.errors import InputError
 from looptransfer.rewrite import marker
-from looptransfer.rewrite.graph import ANY, Call, Graph, Handle, Node, Part, Site, Sum, tensors_in, versions
-from looptransfer.rewrite.names import homes, named_parameters, plain_names
-from looptransfer.rewrite.ops import GATHERED, GIVEN, Operator, operator
+from looptransfer.rewrite.forward import (
+    ExampleInputs,
+    as_seeded,
+    chance_told,
+    copied_arguments,
+    parts_of,
+    run,
+    tensors_held,
+    values_told,
+)
+from looptransfer.rewrite.graph import Call, Graph, Handle, Node, Part, Site, Sum, tensors_in, versions
+from looptransfer.rewrite.memory import Memory, has_no_memory, is_whole, key_of, part_of, region
+from looptransfer.rewrite.names import homes, named_parameters
+from looptransfer.rewrite.ops import GATHERED, GIVEN, operator
+from looptransfer.rewrite.proportion import note_proportion, sign_of
+from looptransfer.rewrite.sites import SiteCounter, place_of
 from looptransfer.rewrite.twin import state_kept
 from looptransfer.user_code import described, line_of
-
-Scale = Mapping[tuple[Site, int], tuple[int, float]]  # additions -> which operand is multiplied, by what
-ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 class RejectedInputsError(InputError):
     """The model itself does not take the example inputs."""
-
-
-# Frames between an operator and the line that spelled it.
-HIDDEN_FRAMES = (
-    "torch/_tensor.py",
-    "torch/_ops.py",
-    "torch/_dynamo/",
-    "torch/_compile.py",
-    "torch/functional.py",
-    "torch/utils/_contextlib.py",
-    "torch/_library/",
-    "torch/autograd/function.py",
-    "torch/_higher_order_ops/",
-    "torch/utils/_python_dispatch.py",
-)
-
-
-@dataclass
-class _Memory:
-    """A memory, and the node that wrote it last."""
-
-    storage: Any  # kept alive, so that its key stays its own
-    node: int
-    parts: Any = None  # the node per element, where a part was written after the whole; numpy, which is not observed
-    pieces: dict[Part, tuple[int, Part | None]] = field(default_factory=dict)  # of cat and stack: what each repeats
-
-
-class SiteCounter(TorchDispatchMode):
-    """Knows which modules run, and which run of which line an addition is."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled under `as_written`; the skip alone would import TorchDynamo, 1.5 s
-
-    def __init__(self, model: nn.Module, hidden: str = __file__) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names = {id(module): name for name, module in plain_names(model).items()}
-        self.running: list[str] = []
-        self.runs: Counter[Site] = Counter()
-        self.hidden = {__file__, hidden}
-
-    def enter(self, module: nn.Module) -> None:
-        """Before a module's call."""
-        name = self.names.get(id(module))
-        if name is not None:
-            self.running.append(name)
-
-    def leave(self, module: nn.Module, output: Any) -> None:
-        """After a module's call."""
-        if id(module) in self.names:
-            self.running.pop()
-
-    def site(self, op: Operator, shapes: list[torch.Size]) -> tuple[Site, int] | None:
-        """The place where a plain sum of two tensors is spelled, and the number of this run; None for anything else."""
-        if op.relation != "sum" or len(shapes) != 2 or not _broadcasts(shapes):
-            return None
-        line, column = place_of(self.caller())
-        site = Site(line, column, tuple(self.running))
-        self.runs[site] += 1
-        return site, self.runs[site] - 1
-
-    def inside(self, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
-        """cond, scan or flex_attention is written in operations that can be seen."""
-        dense = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
-        if dense is None:
-            raise InputError(
-                f"the trace cannot look into {func} at {place_of(self.caller())[0]}; replace it for the trace"
-            )
-        names, check = dense.__globals__, "_get_current_dispatch_mode"
-        kept = names.get(check)
-        names.update({check: lambda: None} if kept else {})  # cond and scan refuse to run where somebody watches
-        try:
-            with self:
-                return dense(*args, **kwargs)
-        finally:
-            names.update({check: kept} if kept else {})
-
-    def caller(self) -> types.FrameType:
-        """The frame that spelled the operation that runs now."""
-        frame = sys._getframe(1)
-        while frame.f_back is not None and (frame.f_code.co_filename in self.hidden or _is_hidden(frame)):
-            frame = frame.f_back
-        return frame
 
 
 class Recorder(SiteCounter):
@@ -143,9 +60,9 @@ class Recorder(SiteCounter):
         watch: frozenset[int],
         change: Mapping[int, Callable[[Tensor], None]],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, hidden=__file__)
         self.nodes: list[Node] = []
-        self.owner: dict[int, _Memory] = {}
+        self.owner: dict[int, Memory] = {}
         self.gathered: dict[tuple[int, ...], int] = {}
         self.homes, self.strangers, self.watch, self.change = homes(model), strangers, watch, change
         self.calls: Counter[Handle] = Counter()
@@ -160,7 +77,7 @@ class Recorder(SiteCounter):
         for name, parameter in self.learned.items():
             self._own(parameter, self._parameter(name))
         self.registered = len(self.nodes)
-        for tensor in held(example):
+        for tensor in tensors_held(example):
             self._see(tensor, self._own(tensor, Node(data=True, choice=_chooses(tensor), shape=tuple(tensor.shape))))
 
     # -- what ran where
@@ -181,7 +98,7 @@ class Recorder(SiteCounter):
 
     def _learn(self, parameter: Tensor, name: str) -> None:
         """FSDP gathers a parameter into another one for the forward; `functional_call` puts another's in its place."""
-        memory = self.owner.get(_key(parameter))
+        memory = self.owner.get(key_of(parameter))
         if memory is None or (memory.node >= self.registered and self.nodes[memory.node].parameters != {name}):
             self._own(parameter, self._parameter(name))
 
@@ -197,7 +114,7 @@ class Recorder(SiteCounter):
             for index, tensor in parts_of(output):
                 self._handed_over(tensor, Handle(name, index))
         if name == "":
-            self.outputs = [self._node_of(tensor) for tensor in held(output)]
+            self.outputs = [self._node_of(tensor) for tensor in tensors_held(output)]
 
     def mark(self, tensor: Tensor, name: str) -> None:
         """Hook of `residual`."""
@@ -210,6 +127,10 @@ class Recorder(SiteCounter):
         seen = [self.nodes[n] for tensor in tensors if (n := self._node_of(tensor)) is not None]
         self.chance_steers |= any(node.random for node in seen)
         self.weights_steer |= any(node.learned for node in seen)
+
+    def tell_chance(self) -> None:
+        """Python or numpy draws random numbers."""
+        self.chance_steers = True
 
     def _handed_over(self, tensor: Tensor, handle: Handle) -> None:
         number = self._node_of(tensor)
@@ -228,23 +149,15 @@ class Recorder(SiteCounter):
             op = replace(op, relation="onto")
         inputs = tensors_in(args) + tensors_in(kwargs)
         before = [self._node_of(tensor) for tensor in inputs]
-        for number, tensor in zip(before, inputs, strict=True):
-            if number is None and tensor.grad_fn is not None:
-                raise InputError(
-                    f"at {place_of(self.caller())[0]} the model uses a tensor that the trace did not see being made, "
-                    "such as one of another thread; compute it in the thread that calls the model, for the trace"
-                )
-        for number, tensor in zip(before, inputs, strict=True):
-            if number is not None and tensor.requires_grad:
-                self.nodes[number].followed = True
+        self._note_followed(before, inputs)
         if op.view:
             return func(*args, **kwargs)
-        if op.tells and (op.name != "index" or any(tensor.dtype == torch.bool for tensor in inputs)):
+        if op.tells and (op.name != "index" or _has_mask(inputs)):
             self.tell(*inputs)
         call = Call(op, func, args, kwargs, inputs, before, versions(inputs))
         site = self.site(op, [tensor.shape for tensor in inputs])
         written = [tensor for position in op.writes for tensor in tensors_in(_argument(position, args, kwargs))]
-        node = self._derive(call, {id(tensor) for tensor in written} if op.overwrites else set())
+        node = self._derive(call, written)
         if op.foreign:
             self._look_into_kernel(call)
         out = func(*args, **kwargs)
@@ -255,26 +168,50 @@ class Recorder(SiteCounter):
             self._note_sum(call, out, site)
         return out
 
-    def _derive(self, call: Call, overwritten: set[int]) -> Node:
-        op, nodes = call.op, self.nodes
-        blank = op.relation == "blank"
-        reads = [(n, t) for n, t in zip(call.before, call.inputs, strict=True) if n is not None]
-        reads = [] if blank else [(n, tensor) for n, tensor in reads if id(tensor) not in overwritten]
+    def _note_followed(self, before: list[int | None], inputs: list[Tensor]) -> None:
+        for number, tensor in zip(before, inputs, strict=True):
+            if number is not None:
+                self.nodes[number].followed |= tensor.requires_grad
+            elif tensor.grad_fn is not None:
+                raise InputError(
+                    f"at {self._line()} the model uses a tensor that the trace did not see being made, such as one of "
+                    "another thread; compute it in the thread that calls the model, for the trace"
+                )
+
+    def _derive(self, call: Call, written: list[Tensor]) -> Node:
+        """The node of what a call makes, as far as that is known before it runs."""
+        unread = {id(tensor) for tensor in written} if call.op.overwrites else set()
+        reads = [(n, t) for n, t in zip(call.before, call.inputs, strict=True) if n is not None and id(t) not in unread]
+        reads = [] if call.op.relation == "blank" else reads
         frame = self.caller()
-        node = Node(op, tuple(n for n, _ in reads), place=(frame.f_code.co_filename, frame.f_lineno))
+        node = Node(call.op, tuple(n for n, _ in reads), place=(frame.f_code.co_filename, frame.f_lineno))
         node.backward = frame.f_code.co_filename == torch.autograd.graph.__file__
         node.slices = frozenset((n, part) for n, t in reads if (part := self._part_read(t)) is not None)
         node.gradients_to = frozenset(n for n, t in reads if t.requires_grad or not torch.is_grad_enabled())
-        node.data = any(nodes[n].data for n in node.sources)
-        node.random = op.draws or any(nodes[n].random for n in node.sources)
-        node.learned = any(nodes[n].learned for n in node.sources)
-        for number in node.sources:
-            source = nodes[number]
+        self._note_origin(node)
+        self._note_matrices(node, call, reads)
+        note_proportion(node, call, self.nodes)
+        amounts = sum(self.nodes[n].data and not self.nodes[n].choice for n in set(node.sources))
+        node.call = call if amounts > 1 or (amounts and not node.proportional_to) else None
+        return node
+
+    def _note_origin(self, node: Node) -> None:
+        """Note whether it is made of data, of random numbers, of learned tensors."""
+        sources = [self.nodes[n] for n in node.sources]
+        node.data = any(source.data for source in sources)
+        node.random = node.op.draws or any(source.random for source in sources)
+        node.learned = any(source.learned for source in sources)
+        for number, source in zip(node.sources, sources, strict=True):
             node.ancestors |= 0 if source.choice else source.ancestors | 1 << number
             if not source.data:
                 node.parameters |= source.parameters
-        noise = op.draws or any(nodes[n].noise for n in node.sources)
+        noise = node.op.draws or any(source.noise for source in sources)
         node.noise = noise and not node.data and not node.parameters
+
+    def _note_matrices(self, node: Node, call: Call, reads: list[tuple[int, Tensor]]) -> None:
+        """Note the learned matrices that act on data here, and those that it is itself."""
+        op, nodes = call.op, self.nodes
+        multiplies = op.relation in {"product", "onto"} and not op.pointwise
         if op.relation in {"moved", "same"} and reads:
             first = nodes[reads[0][0]]
             picked = any(nodes[n].picked for n in node.sources)
@@ -284,19 +221,17 @@ class Recorder(SiteCounter):
         elif node.data and op.name == "mul":
             node.matrices = self._spread(reads)
         elif not node.data and node.parameters:
-            contracts = (op.relation == "product" and not op.pointwise) or op.relation == "onto"
+            contracts = multiplies or op.relation == "onto"
             factors = reads[-1:] if contracts else reads  # of W @ table it is W
             node.weights_of = frozenset[str]().union(*(self._selected(call, n, tensor) for n, tensor in factors))
-        if op.relation in {"product", "onto"} and not op.pointwise and sum(nodes[n].data for n, _ in reads) > 1:
+        if multiplies and sum(nodes[n].data for n, _ in reads) > 1:
             node.contracted = _contracted(call)
-        self._note_proportion(node, call)
-        amounts = sum(nodes[n].data and not nodes[n].choice for n in set(node.sources))
-        node.call = call if amounts > 1 or (amounts and not node.proportional_to) else None
-        return node
 
     def _note_results(self, node: Node, written: list[Tensor], results: list[Tensor]) -> None:
-        keys = {_key(tensor) for tensor in written}
-        fresh = {_key(tensor): (slot, tensor) for slot, tensor in enumerate(results) if _key(tensor) not in self.owner}
+        keys = {key_of(tensor) for tensor in written}
+        fresh = {
+            key_of(tensor): (slot, tensor) for slot, tensor in enumerate(results) if key_of(tensor) not in self.owner
+        }
         places = [*enumerate(written), *((slot, t) for key, (slot, t) in fresh.items() if key not in keys)]
         sources = [self.nodes[n] for n in node.sources]
         ancestors, picked = node.ancestors, any(s.picked or (s.data and not s.choice) for s in sources)
@@ -312,14 +247,14 @@ class Recorder(SiteCounter):
 
     def _note_pieces(self, call: Call, out: Tensor) -> None:
         """Data that is put side by side and taken apart again is what it was."""
-        pieces, start, dim = self.owner[_key(out)].pieces, 0, int(_argument(1, call.args, call.kwargs) or 0)
+        pieces, start, dim = self.owner[key_of(out)].pieces, 0, int(_argument(1, call.args, call.kwargs) or 0)
         for number, tensor in zip(call.before, call.inputs, strict=True):
             if tensor.ndim < out.ndim and call.op.name == "cat":  # an empty list to begin with
                 continue
             size = tensor.shape[dim] if call.op.name == "cat" else 1
             piece = out.narrow(dim, start, size) if call.op.name == "cat" else out.select(dim, start)
             if number is not None and self.nodes[number].data:
-                pieces[_part_of(piece)] = number, self._part_read(tensor)
+                pieces[part_of(piece)] = number, self._part_read(tensor)
             start += size
 
     def _see(self, tensor: Tensor, number: int) -> None:
@@ -332,11 +267,11 @@ class Recorder(SiteCounter):
     # -- whose memory it is
 
     def _node_of(self, tensor: Tensor) -> int | None:
-        memory = self.owner.get(_key(tensor))
+        memory = self.owner.get(key_of(tensor))
         if memory is None or memory.parts is None:
-            piece = memory.pieces.get(_part_of(tensor)) if memory is not None and memory.pieces else None
+            piece = memory.pieces.get(part_of(tensor)) if memory is not None and memory.pieces else None
             return piece[0] if piece is not None else None if memory is None else memory.node
-        writers = tuple(np.unique(_region(memory.parts, tensor)).tolist())
+        writers = tuple(np.unique(region(memory.parts, tensor)).tolist())
         if len(writers) == 1:
             return int(writers[0])
         if writers not in self.gathered:
@@ -354,22 +289,22 @@ class Recorder(SiteCounter):
 
     def _part_read(self, tensor: Tensor) -> Part | None:
         """The part of its node that a tensor is; None where it is all of it."""
-        if _whole(tensor):
+        if is_whole(tensor):
             return None
-        piece = self.owner[_key(tensor)].pieces.get(part := _part_of(tensor))
+        piece = self.owner[key_of(tensor)].pieces.get(part := part_of(tensor))
         return piece[1] if piece is not None else part
 
     def _own(self, tensor: Tensor, node: Node) -> int:
-        number, key = len(self.nodes), _key(tensor)
+        number, key = len(self.nodes), key_of(tensor)
         self.nodes.append(node)
         memory = self.owner.get(key)
-        if memory is None or _whole(tensor) or tensor.is_meta:
-            self.owner[key] = _Memory(tensor if _has_no_memory(tensor) else tensor.untyped_storage(), number)
+        if memory is None or is_whole(tensor) or tensor.is_meta:
+            self.owner[key] = Memory(tensor if has_no_memory(tensor) else tensor.untyped_storage(), number)
         else:
             if memory.parts is None:
                 size = tensor.untyped_storage().nbytes() // tensor.element_size()
                 memory.parts, memory.pieces = np.full(size, memory.node, dtype=np.int32), {}
-            _region(memory.parts, tensor)[...] = number
+            region(memory.parts, tensor)[...] = number
         return number
 
     # -- learned tensors
@@ -395,7 +330,7 @@ class Recorder(SiteCounter):
     def _part(self, number: int, tensor: Tensor) -> frozenset[str]:
         """The matrices that a tensor is; a slice, as of all layers' weights in one, is one of its own."""
         names = self.nodes[number].weights_of
-        if _whole(tensor):
+        if is_whole(tensor):
             return names
         return frozenset(name if "+" in name else f"{name}+{int(tensor.storage_offset())}" for name in names)
 
@@ -416,60 +351,6 @@ class Recorder(SiteCounter):
         data = max((t.numel() for n, t in reads if self.nodes[n].data and not self.nodes[n].selected), default=0)
         return names if torch.broadcast_shapes(*(t.shape for _, t in reads)).numel() > data else frozenset()
 
-    # -- proportions
-
-    def _note_proportion(self, node: Node, call: Call) -> None:
-        """Note what the result repeats or is proportional to. Python's sum() begins with 0 + x."""
-        op, sources, nodes = call.op, node.sources, self.nodes
-        held = [n for n in sources if nodes[n].data and not nodes[n].choice]
-        first = call.before[0] if call.before else None
-        if op.name == "copy":
-            node.repeats = held[0] if len(sources) == 1 and held else None
-            node.proportional_to = (tuple(held),) if held else ()
-        elif sources and (
-            op.relation == "same" or (op.relation == "sum" and len(sources) == 1 and _adds_zero(call.args))
-        ):
-            node.repeats = sources[0]
-        elif op.name == "mul" and len(sources) == 2 and nodes[sources[1]].noise:
-            node.repeats, node.masked = sources[0], True  # how dropout is spelled on a CPU
-        elif op.name == "mul" and len(sources) == 2 and nodes[sources[0]].noise:
-            node.repeats, node.masked = sources[1], True
-        if node.repeats is not None:
-            node.proportional_to = ((node.repeats,),)
-        elif op.name == "neg":
-            node.proportional_to, node.factor = (tuple(held),), -1.0
-        elif op.name in {"mul", "div"}:
-            self._note_product(node, call, held)
-        elif op.relation == "sum" and len(sources) == 2:
-            node.proportional_to = (tuple(held),) if len(held) == 2 else ()
-            node.signs = (1.0, _sign(call))
-        elif op.relation == "product" and not (op.name == "convolution" and len(sources) > 2):
-            distinct = len(set(held)) == len(held)
-            values = held[2:3] if "attention" in op.name else held  # of queries, keys and values
-            node.proportional_to = tuple((n,) for n in values if distinct or held.count(n) == 1)
-        elif op.relation == "side by side" or op.name in {"index_add", "scatter_add"}:
-            node.proportional_to = (tuple(held),) if held and op.name != "where" else ()
-        elif (op.relation == "moved" or op.name in {"sum", "mean"}) and first in held:
-            node.proportional_to = ((first,),)
-
-    def _note_product(self, node: Node, call: Call, held: list[int]) -> None:
-        op, args, sources = call.op, call.args, node.sources
-        second = args[1] if len(args) > 1 else None
-        still = [t for n, t in zip(call.before, call.inputs, strict=True) if n is None or not self.nodes[n].data]
-        if op.name == "div" and len(sources) == 2 and self.nodes[sources[1]].data:
-            held = held[:1] if sources[0] != sources[1] and self.nodes[sources[0]].data else []
-        if isinstance(second, Tensor) and second.ndim == 0 and call.before[-1] is None and not second.is_meta:
-            second = second.item()  # a constant on a tensor, such as a multiplier of ours, is a number
-        if isinstance(second, (int, float)):
-            node.factor = float(second)
-        elif isinstance(second, Tensor) and still and not node.parameters:
-            node.factor, node.even = _size(still[0])
-        if op.name == "div" and node.factor:
-            node.factor = 1 / node.factor
-        constant = isinstance(second, (int, float)) or (not node.parameters and any(t.numel() == 1 for t in still))
-        node.repeats = held[0] if constant and held and node.factor == 1 else None
-        node.proportional_to = tuple((number,) for number in held) if len(set(held)) == len(held) else ()
-
     # -- sums
 
     def _note_sum(self, call: Call, out: Tensor, site: tuple[Site, int]) -> None:
@@ -482,7 +363,7 @@ class Recorder(SiteCounter):
         inside = _in_function()
         recorded = torch.is_grad_enabled() or inside
         followed = any(t.requires_grad for t in call.inputs) if torch.is_grad_enabled() else inside
-        signs = (1.0, _sign(call))
+        signs = (1.0, sign_of(call))
         self.sums.append(Sum(total, tuple(before), signs, whole, *site, recorded, followed))  # type: ignore[arg-type]
 
     def _look_into_kernel(self, call: Call) -> None:
@@ -513,25 +394,6 @@ class Recorder(SiteCounter):
         return Graph(self.nodes, self.sums, self.calls, outputs, results, kernels, *steers, self.watched)
 
 
-class Scaler(SiteCounter):
-    """Multiplies one operand of some additions before it is added."""
-
-    def __init__(self, model: nn.Module, scale: Scale) -> None:
-        super().__init__(model)
-        self.scale = scale
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator):
-            return self.inside(func, args, kwargs)
-        op = operator(func)
-        site = self.site(op, [tensor.shape for tensor in tensors_in(args)]) if op.relation == "sum" else None
-        if site is not None:
-            position, multiplier = self.scale.get(site, self.scale.get((site[0], ANY), (0, 1.0)))
-            args = _with_multiplier(args, position, multiplier, in_place=bool(op.writes)) if multiplier != 1 else args
-        return func(*args, **kwargs)
-
-
 def record(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -555,73 +417,25 @@ def record(
     Raises:
         InputError: the model rejects the example inputs; its own error is shown.
     """
-    args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
-    if any(tensor.is_nested for tensor in held((args, kwargs))):
+    args, kwargs = copied_arguments(example_inputs)
+    if any(tensor.is_nested for tensor in tensors_held((args, kwargs))):
         raise InputError("the example inputs hold a nested tensor, which the trace cannot follow; give a padded one")
     strangers = frozenset(map(id, copy_of.modules())) if copy_of is not None else frozenset()
     recorder = Recorder(model, (args, kwargs), strangers, watch, change or {})
     try:
-        with _as_seeded(model, recorder, seed), _values_told(recorder.tell), marker.observed(recorder.mark):
-            drawn = random.getstate(), _numpy_state()
-            with recorder:
-                model(*args, **kwargs)
-            recorder.chance_steers |= drawn[0] != random.getstate() or not _same_state(drawn[1])
+        with (
+            as_seeded(model, seed, recorder.enter, recorder.leave),
+            values_told(recorder.tell),
+            marker.observed(recorder.mark),
+            chance_told(recorder.tell_chance),
+            recorder,
+        ):
+            model(*args, **kwargs)
     except InputError:
         raise
     except Exception as error:
         raise _explained(model, example_inputs, error) from error
     return recorder.finish()
-
-
-def run_scaled(model: nn.Module, example_inputs: ExampleInputs, scale: Scale, seed: int) -> list[Tensor]:
-    """The tensors that a forward, run as `record` does, hands back where operands of some additions are multiplied."""
-    args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
-    scaler = Scaler(model, scale)
-    with _as_seeded(model, scaler, seed), scaler:
-        return held(model(*args, **kwargs))
-
-
-@contextmanager
-def _as_seeded(model: nn.Module, counter: SiteCounter, seed: int | None) -> Iterator[None]:
-    """Run as written, with modules counted, and give random state and buffers back."""
-    torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
-    with as_written(), state_kept(model), module_hooks(counter.enter, counter.leave):
-        if seed is not None:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-        yield
-
-
-@contextmanager
-def _values_told(tell: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `tell` where values leave torch in a way that no operator shows."""
-    plain = {name: getattr(Tensor, name) for name in ("tolist", "numpy")}
-
-    def telling(method: Any) -> Any:
-        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            tell(tensor)
-            return method(tensor, *args, **kwargs)
-
-        return read
-
-    for name, method in plain.items():
-        setattr(Tensor, name, telling(method))
-    try:
-        yield
-    finally:
-        for name in plain:
-            delattr(Tensor, name)
-
-
-def _numpy_state() -> Any:
-    state: Any = np.random.get_state()
-    return state[1], state[2]
-
-
-def _same_state(before: Any) -> bool:
-    keys, position = _numpy_state()
-    return bool(position == before[1] and (keys == before[0]).all())
 
 
 def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -> InputError:
@@ -641,129 +455,11 @@ def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception
     )
 
 
-def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """The tensors that a forward on a copy of `example_inputs` hands back."""
-    args, kwargs = torch.utils._pytree.tree_map(_copied, call_arguments(example_inputs))
-    return held(model(*args, **kwargs))
-
-
-def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call on `example_inputs`."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Eager, and without the kernels that run a whole Transformer layer or compile themselves."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    flex = sys.modules.get("torch.nn.attention.flex_attention")
-    uncompiled = getattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", None)
-    if uncompiled is not None:
-        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # type: ignore[union-attr]
-    compiler = sys.modules.get("torch._dynamo")  # importing it for the question would cost two seconds
-    compile_function = torch.compile
-    try:
-        if compiler:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:
-            torch.compile = _as_it_is  # cond and scan compile themselves
-            yield
-    finally:
-        torch.compile = compile_function
-        torch.backends.mha.set_fastpath_enabled(fast)
-        if uncompiled is not None:
-            flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = uncompiled  # type: ignore[union-attr]
-
-
-def _as_it_is(model: Any = None, **settings: Any) -> Any:
-    """In the place of torch.compile."""
-    return model if model is not None else lambda function: function
-
-
-@contextmanager
-def module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    """Call `enter` before and `leave` after every call of a module in this thread, hooks of its own included."""
-    plain, thread = nn.Module.__call__, threading.get_ident()
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return plain(module, *args, **kwargs)
-        enter(module)
-        output = plain(module, *args, **kwargs)
-        leave(module, output)
-        return output
-
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = plain  # type: ignore[method-assign]
-
-
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-    try:
-        return copy.deepcopy(leaf)
-    except Exception:  # a generator, a lock: what cannot be copied is shared
-        return leaf
-
-
 # -- tensors
 
 
-def held(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers, and in the fields of an object such as a dataclass."""
-    tensors: list[Tensor] = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-        elif hasattr(leaf, "__dict__") and not callable(leaf):
-            tensors += [value for value in tree_leaves(list(vars(leaf).values())) if isinstance(value, Tensor)]
-    return tensors
-
-
-def parts_of(output: Any) -> list[tuple[int | str | None, Tensor]]:
-    """The tensors that a module returned, each with where it stands."""
-    if isinstance(output, Tensor):
-        return [(None, output)]
-    if isinstance(output, Mapping):
-        return [(key, value) for key, value in output.items() if isinstance(value, Tensor)]
-    if isinstance(output, (tuple, list)):
-        return [(index, value) for index, value in enumerate(output) if isinstance(value, Tensor)]
-    return []
-
-
-def _key(tensor: Tensor) -> int:
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return id(tensor) if _has_no_memory(tensor) else int(tensor.untyped_storage()._cdata)
-
-
-def _has_no_memory(tensor: Tensor) -> bool:
-    """A sparse tensor."""
-    return tensor.layout is not torch.strided
-
-
-def _whole(tensor: Tensor) -> bool:
-    """The tensor covers its memory."""
-    return _has_no_memory(tensor) or tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
-
-
-def _part_of(tensor: Tensor) -> Part:
-    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
-
-
-def _region(parts: Any, tensor: Tensor) -> Any:
-    """The elements of a memory that a tensor covers; all of them where it counts in another size."""
-    if parts.size != tensor.untyped_storage().nbytes() // tensor.element_size():
-        return parts
-    strides = [stride * parts.itemsize for stride in tensor.stride()]
-    return np.lib.stride_tricks.as_strided(parts[tensor.storage_offset() :], tensor.shape, strides)
+def _has_mask(tensors: list[Tensor]) -> bool:
+    return any(tensor.dtype == torch.bool for tensor in tensors)
 
 
 def _chooses(tensor: Tensor) -> bool:
@@ -778,54 +474,16 @@ def _support(gradient: Tensor | None) -> str:
     return hashlib.blake2b(mask.cpu().numpy().tobytes(), digest_size=6).hexdigest()
 
 
-def _size(tensor: Tensor) -> tuple[float, bool]:
-    """The factor that a constant tensor is, where it varies its root mean square; and whether it is even."""
-    if tensor.is_meta or not tensor.numel() or tensor.dtype.is_complex:
-        return 1.0, True
-    values = tensor.detach().double()
-    return float(values.pow(2).mean().sqrt()), bool((values == values.flatten()[0]).all())
-
-
-def _broadcasts(shapes: list[torch.Size]) -> bool:
-    """One of two shapes is that of their sum."""
-    if shapes[0] == shapes[1]:
-        return True
-    try:
-        return torch.broadcast_shapes(*shapes) in shapes
-    except RuntimeError:
-        return False
-
-
-# -- arguments
-
-
-def _with_multiplier(args: Any, position: int, multiplier: float, in_place: bool) -> Any:
-    scaled = args[position] * multiplier
-    if position == 0 and in_place:
-        args[0].copy_(scaled)
-        return args
-    return tuple(scaled if place == position else arg for place, arg in enumerate(args))
-
-
 def _argument(position: int | str, args: Any, kwargs: Any) -> Any:
     if isinstance(position, int):
         return args[position] if position < len(args) else None
     return kwargs.get(position)
 
 
-def _sign(call: Call) -> float:
-    """The factor that a sum puts on its second operand."""
-    return (1.0 if call.op.name == "add" else -1.0) * float(call.kwargs.get("alpha", 1))
-
-
 def _contracted(call: Call) -> int:
     """The numbers that a product of matrices sums over."""
     first = call.inputs[0] if "attention" in call.op.name or len(call.inputs) == 1 else call.inputs[-2]
     return first.shape[-1] if first.ndim else 1
-
-
-def _adds_zero(args: Any) -> bool:
-    return any(isinstance(arg, (int, float)) and arg == 0 for arg in args)
 
 
 # -- frames
@@ -839,27 +497,3 @@ def _in_function() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _is_hidden(frame: types.FrameType) -> bool:
-    return _is_hidden_file(frame.f_code.co_filename)
-
-
-@functools.cache
-def _is_hidden_file(filename: str) -> bool:
-    return any(part in Path(filename).as_posix() for part in HIDDEN_FRAMES)
-
-
-def place_of(frame: types.FrameType) -> tuple[str, int]:
-    """The line that a frame is at, as file:line, and the column of the expression."""
-    columns = _columns(frame.f_code)
-    file = re.sub(r"^(<.*>)\.\d+$", r"\1", frame.f_code.co_filename)  # code that torch.fx makes anew for every copy
-    return f"{file}:{frame.f_lineno}", columns[frame.f_lasti // 2] if columns else frame.f_lasti
-
-
-@functools.cache
-def _columns(code: types.CodeType) -> tuple[int, ...]:
-    """The column at which every instruction's expression ends on its line; before Python 3.11 nobody knows."""
-    if sys.version_info < (3, 11):
-        return ()
-    return tuple(10_000 * (end or 0) + (start or 0) for _, _, start, end in code.co_positions())

@@ -24,9 +24,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.graph import Graph, Site, Sum
 from looptransfer.rewrite.paths import ZEROS, Paths
-from looptransfer.rewrite.record import ExampleInputs, record
+from looptransfer.rewrite.record import record
 from looptransfer.rewrite.recurrence import Rerun, runs_over_time
 
 # leaf: the branch is to be scaled. composite: the branch holds the stream itself (an input injection, a long skip).
@@ -303,20 +304,27 @@ def _mark_nested(forward: Trace) -> None:
                 closed.add(add.total)
         stream = [add for add in _streams_begun(forward, outer, inside) if add.total in closed]
         if any(_follows(forward, a, b) for a, b in pairwise(stream)):
-            within = frozenset[int]().union(*(add.path for add in inside))
-            after = [n for n in outer.path - within if any(forward.graph.precedes(add.total, n) for add in stream)]
-            if not forward.graph.matrices_on(after):
-                outer.kind = "composite"
-                forward.streams[outer.total] = outer.branch
-            else:
-                for add in stream:
-                    add.within = outer.total
+            _mark_stream_within(forward, outer, inside, stream)
         elif outer.kind == "leaf":
             for add in stream:
                 add.kind = "inner"
         for add in inside:
             if add.kind in {"composite", "time"} and outer.kind == "leaf":
                 add.kind = "inner"
+
+
+def _mark_stream_within(
+    forward: Trace, outer: ResidualAdd, inside: list[ResidualAdd], stream: list[ResidualAdd]
+) -> None:
+    """Note that a branch holds a stream of its own, and whether it only hands that on."""
+    within = frozenset[int]().union(*(add.path for add in inside))
+    after = [n for n in outer.path - within if any(forward.graph.precedes(add.total, n) for add in stream)]
+    if not forward.graph.matrices_on(after):
+        outer.kind = "composite"
+        forward.streams[outer.total] = outer.branch
+    else:
+        for add in stream:
+            add.within = outer.total
 
 
 def _feeds_only(forward: Trace, number: int, outer: ResidualAdd) -> bool:

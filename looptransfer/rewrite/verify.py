@@ -11,11 +11,12 @@ from looptransfer.errors import InputError, VerificationError
 from looptransfer.rewrite.analysis import analyse
 from looptransfer.rewrite.branches import Group
 from looptransfer.rewrite.ends import factors
+from looptransfer.rewrite.forward import ExampleInputs, call_arguments, tensors_held
 from looptransfer.rewrite.insert import clear_multipliers, has_input_multiplier
 from looptransfer.rewrite.names import compiled_modules, plain_names
 from looptransfer.rewrite.plan import PLAN, Branch, ScalingPlan, planned
 from looptransfer.rewrite.proof import SEED, all_agree, prove
-from looptransfer.rewrite.record import ExampleInputs, RejectedInputsError, call_arguments, held
+from looptransfer.rewrite.record import RejectedInputsError
 from looptransfer.rewrite.trace import Trace
 from looptransfer.rewrite.twin import randomise, state_kept, twin_of
 
@@ -95,7 +96,7 @@ def _compiled_agrees(model: nn.Module, inner: nn.Module, example_inputs: Example
     def run() -> list[Tensor]:
         with state_kept(inner):
             torch.manual_seed(0)
-            return [tensor.detach().clone() for tensor in held(model(*args, **kwargs))]
+            return [tensor.detach().clone() for tensor in tensors_held(model(*args, **kwargs))]
 
     def eagerly() -> list[Tensor]:
         with torch.compiler.set_stance("force_eager"):

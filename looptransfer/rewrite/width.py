@@ -98,10 +98,10 @@ def check_attention(small: Graph, graph: Graph) -> None:
     sizes = _contracted(small)
     for place, contracted in _contracted(graph).items():
         if place in sizes and contracted != sizes[place]:
-            here, there = (", ".join(map(str, sorted(numbers))) for numbers in (contracted, sizes[place]))
+            sizes_here, sizes_in_base = (", ".join(map(str, sorted(numbers))) for numbers in (contracted, sizes[place]))
             raise InputError(
-                f"at {place} activations are multiplied over {here} numbers, and over {there} in base: the head "
-                "dimension grows, and the attention scale in the forward is not ours to change; keep the head "
+                f"at {place} activations are multiplied over {sizes_here} numbers, and over {sizes_in_base} in base: "
+                "the head dimension grows, and the attention scale in the forward is not ours to change; keep the head "
                 "dimension and let the number of heads grow"
             )
 
@@ -121,20 +121,20 @@ def rescale_weights(model: nn.Module, base: nn.Module, bases: Mapping[str, Shape
             _multiply(parameter, (ratios[-1] ** -0.5 if len(ratios) == 2 else 1.0) / powers[name])
     for name, parameter in parameters.items():
         beside = [other for other in powers if other.rpartition(".")[0] == name.rpartition(".")[0]]
-        here, there = _size(parameter), _size(small[name])
-        if parameter.ndim < 2 and len(beside) == 1 and here and there:
-            power = min(1.0, powers[beside[0]], key=lambda power: abs(math.log(here / there / power)))
+        numbers, base_numbers = _size(parameter), _size(small[name])
+        if parameter.ndim < 2 and len(beside) == 1 and numbers and base_numbers:
+            power = min(1.0, powers[beside[0]], key=lambda power: abs(math.log(numbers / base_numbers / power)))
             _multiply(parameter, 1 / power)
 
 
 def _power(parameter: Tensor, small: Tensor, width: float) -> float:
     """The growth of a matrix's scale with the width: a half power, where it may be one."""
-    here, there = _size(parameter), _size(small)
-    if not here or not there:
+    numbers, base_numbers = _size(parameter), _size(small)
+    if not numbers or not base_numbers:
         return 1.0
-    power = width ** (round(2 * math.log(here / there) / math.log(width)) / 2)
+    power = width ** (round(2 * math.log(numbers / base_numbers) / math.log(width)) / 2)
     error = math.sqrt(1 / (2 * parameter.numel()) + 1 / (2 * small.numel()))
-    return power if abs(math.log(here / there / power)) <= SURE * error + 1e-6 else here / there
+    return power if abs(math.log(numbers / base_numbers / power)) <= SURE * error + 1e-6 else numbers / base_numbers
 
 
 def _multiply(parameter: Tensor, factor: float) -> None:
@@ -166,8 +166,8 @@ def _reads_width(graph: Graph, number: int, base: Shape, shape: Shape) -> bool:
     axis = next(axis for axis, size in enumerate(shape) if size != base[axis])
     node = graph.nodes[number]
     read = {graph.nodes[n].shape[-1] for n in node.sources if graph.nodes[n].data and graph.nodes[n].shape}
-    made = node.shape[-1] if node.shape else 0
-    if (shape[axis] in read) == (shape[axis] == made):  # the sizes do not tell: as nn.Linear keeps them
+    last_size = node.shape[-1] if node.shape else 0
+    if (shape[axis] in read) == (shape[axis] == last_size):  # the sizes do not tell: as nn.Linear keeps them
         return axis == 1
     return shape[axis] in read
 

@@ -13,7 +13,7 @@ from looptransfer.errors import InputError
 from looptransfer.files import MOST_BYTES, open_file, write_file
 from looptransfer.records import parse_json, record_of, value_of
 from looptransfer.transfer.bracket import bracket_optimum
-from looptransfer.transfer.comparison import TOLERANCE, Comparison, Finding, compare_optimum, not_told_by_loss
+from looptransfer.transfer.comparison import TOLERANCE, ComparedOptimum, Comparison, compare_optimum, not_told_by_loss
 from looptransfer.transfer.optimum import Optimum, curves
 from looptransfer.transfer.provenance import differing, fingerprint_of
 from looptransfer.transfer.stored import KEY, StoredOptimum, losses_of, renamed
@@ -178,7 +178,7 @@ class Baseline:
         loss_tolerance: float | None,
         confidence: float,
         counts: Sequence[int] | None = None,
-        confirmed: Mapping[int, Finding] | None = None,
+        confirmed: Mapping[int, ComparedOptimum] | None = None,
     ) -> Comparison:
         """Judge runs at `stored_lrs` of some N, a tidy table of one rule, but for those that are `confirmed` already.
 
@@ -192,15 +192,15 @@ class Baseline:
         """
         stored = self.of_rule(rule)
         loss_tolerance = self.loss_tolerance if loss_tolerance is None else loss_tolerance
-        tables, known = curves(runs, self.axis), confirmed or {}
+        tables, repeated = curves(runs, self.axis), confirmed or {}
         findings = [
-            known.get(n) or bracket_optimum(stored[n], tables.get(n, pd.DataFrame()), loss_tolerance, confidence)
+            repeated.get(n) or bracket_optimum(stored[n], tables.get(n, pd.DataFrame()), loss_tolerance, confidence)
             for n in (tables if counts is None else counts)
         ]
         method = "Half, once and twice the stored LR"
-        if known:
+        if repeated:
             method = "Stored runs made again" + (
-                ", else half, once and twice the stored LR" if len(known) < len(findings) else ""
+                ", else half, once and twice the stored LR" if len(repeated) < len(findings) else ""
             )
         changes = differing(self.fingerprint, fingerprint_of(runs, self.axis))
         return Comparison(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from looptransfer.transfer.comparison import Finding, change, more_seeds
+from looptransfer.transfer.comparison import ComparedOptimum, change, more_seeds
 from looptransfer.transfer.optimum import Array, Interval, t_interval, t_interval_of_runs
 from looptransfer.transfer.stored import StoredOptimum
 from looptransfer.transfer.verdict import decimals
@@ -24,11 +24,13 @@ def stored_lrs(stored: StoredOptimum) -> tuple[float, ...]:
     return tuple(float(f"{2.0 ** (stored.log2_lr.estimate + octaves):.6g}") for octaves in OCTAVES)
 
 
-def bracket_optimum(stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: float, confidence: float) -> Finding:
+def bracket_optimum(
+    stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: float, confidence: float
+) -> ComparedOptimum:
     """The finding on one N, as `Baseline.bracket` describes; `table` holds the losses at three LRs, seeds across."""
     assert stored.loss_by_seed is not None
     seeds = table.shape[1]
-    inconclusive = Finding(stored.n, "INCONCLUSIVE", "", stored.lr)
+    inconclusive = ComparedOptimum(stored.n, "INCONCLUSIVE", "", stored.lr)
     if len(table) != len(OCTAVES) or not np.allclose(table.index, np.log2(stored_lrs(stored)), atol=1e-3):
         return replace(inconclusive, reason="half, once and twice the stored LR were not run by every seed")
     lower, middle, higher = table.to_numpy(dtype=float)
@@ -37,7 +39,9 @@ def bracket_optimum(stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: 
         return replace(inconclusive, answer="MOVED", reason=reason, seeds=seeds)
     loss, gaps = change(table.iloc[1], stored.loss_by_seed, confidence)
     down, up = lower - middle, higher - middle  # what half and twice the LR cost
-    holds = Finding(stored.n, "HOLDS", "", stored.lr, _vertex(down, up, confidence), loss, seeds, gaps is not None)
+    holds = ComparedOptimum(
+        stored.n, "HOLDS", "", stored.lr, _vertex(down, up, confidence), loss, seeds, gaps is not None
+    )
     for cost, side in ((down, "half"), (up, "twice")):
         gain = t_interval_of_runs(cost, confidence)
         if gain.high < 0:

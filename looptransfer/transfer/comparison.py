@@ -24,7 +24,7 @@ EXIT_STATUS: dict[Holding, int] = {"HOLDS": 0, "MOVED": 1, "WORSE": 1, "INCONCLU
 
 
 @dataclass(frozen=True)
-class Finding:
+class ComparedOptimum:
     """The state of one stored optimum.
 
     Attributes:
@@ -68,7 +68,7 @@ class Comparison:
     tolerance: float
     loss_tolerance: float
     confidence: float
-    findings: tuple[Finding, ...]
+    findings: tuple[ComparedOptimum, ...]
     differing: Mapping[str, tuple[Any, Any]]
     notes: tuple[str, ...] = ()
 
@@ -168,19 +168,19 @@ def _welch(minuend: np.ndarray[Any, Any], subtrahend: np.ndarray[Any, Any], conf
 
 def compare_optimum(
     stored: StoredOptimum, optimum: Optimum | None, tolerance: float, loss_tolerance: float, confidence: float
-) -> Finding:
+) -> ComparedOptimum:
     """The finding on one N, as `Baseline.compare` describes; `optimum` is None where it was not run."""
     assert stored.log2_lr_by_seed is not None
     assert stored.loss_by_seed is not None
     if optimum is None:
-        return Finding(stored.n, "INCONCLUSIVE", "it was not run", stored.lr)
+        return ComparedOptimum(stored.n, "INCONCLUSIVE", "it was not run", stored.lr)
     if optimum.by_seed is None:
         assert optimum.censored is not None
-        return Finding(stored.n, "INCONCLUSIVE", CENSORED[optimum.censored], stored.lr, seeds=optimum.seeds)
+        return ComparedOptimum(stored.n, "INCONCLUSIVE", CENSORED[optimum.censored], stored.lr, seeds=optimum.seeds)
     shift, gaps = change(optimum.by_seed, stored.log2_lr_by_seed, confidence)
     loss, loss_gaps = change(loss_at_optimum(optimum), stored.loss_by_seed, confidence)
     seeds = optimum.seeds if gaps is None else len(gaps)
-    holds = Finding(stored.n, "HOLDS", "", stored.lr, shift, loss, seeds, gaps is not None)
+    holds = ComparedOptimum(stored.n, "HOLDS", "", stored.lr, shift, loss, seeds, gaps is not None)
     if shift.outside(tolerance):
         return replace(holds, answer="MOVED", reason=f"the optimum moved by {shift.estimate:+.2f} octave")
     if loss.low > loss_tolerance:
@@ -196,7 +196,7 @@ def compare_optimum(
     return holds
 
 
-def not_told_by_loss(finding: Finding) -> Finding:
+def not_told_by_loss(finding: ComparedOptimum) -> ComparedOptimum:
     """The finding where the tolerance of the loss would pass any LR."""
     reason = "the tolerance of the loss is as large as the whole curve is high; give a smaller one, with --regret"
     return replace(finding, answer="INCONCLUSIVE", reason=reason) if finding.answer == "HOLDS" else finding

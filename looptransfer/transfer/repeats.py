@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from looptransfer.transfer.comparison import Finding
+from looptransfer.transfer.comparison import ComparedOptimum
 from looptransfer.transfer.stored import StoredOptimum
 
 ULP = 2.0**-23  # of a float32, relative
@@ -67,11 +67,11 @@ def is_noise(gap: float, control: float) -> bool:
     return gap <= NOISE * abs(control)
 
 
-def confirmed(stored: StoredOptimum, repeats: Sequence[Repeat], gap: float) -> Finding:
+def confirmed(stored: StoredOptimum, repeats: Sequence[Repeat], gap: float) -> ComparedOptimum:
     """HOLDS, since stored runs made again gave the losses that they gave."""
     lrs = " and ".join(f"{repeat.lr:.3g}" for repeat in repeats)
     reason = f"seed {repeats[0].seed} gives the stored losses again, at LR {lrs}"
-    return Finding(
+    return ComparedOptimum(
         stored.n, "HOLDS", f"{reason}, but for {gap:.1g}" if gap else reason, stored.lr, seeds=1, paired=True
     )
 

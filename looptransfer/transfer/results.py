@@ -2,8 +2,9 @@
 
 import math
 import re
+import shlex
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -94,8 +95,28 @@ def _no_column_missing(frame: pd.DataFrame, axis: str) -> None:
     if missing:
         raise InputError(
             f"column {', '.join(missing)} is missing; there are {listing(frame)}. Needed are {axis}, lr and loss, "
-            "optional are seed, rule, diverged and step; other names are mapped with --columns lr=NAME …"
+            f"optional are seed, rule, diverged and step; other names are mapped: --columns {_mapping(frame, missing)}"
+            + _by_name(frame, axis)
+            * (missing != ["loss"])
         )
+
+
+def _by_name(frame: pd.DataFrame, axis: str) -> str:
+    """How names of runs could say what no column does."""
+    example = f" such as {short(frame['run'].iloc[0])}" if "run" in frame and len(frame) else ""
+    return (
+        f". Where names of runs{example} say it: --run-name 'n{{{axis}}}-lr{{lr}}-s{{seed}}', and --columns run=NAME "
+        "where they are in another column; else export the table of runs, with its configuration"
+    )
+
+
+def _mapping(frame: pd.DataFrame, missing: Sequence[str]) -> str:
+    """What --columns could say of missing names, by the columns that have them within theirs."""
+    alike = {name: [column for column in map(str, frame.columns) if name in column.casefold()][:4] for name in missing}
+    return " ".join(
+        " or ".join(f"{name}={shlex.quote(short(column)[1:-1])}" for column in alike[name] or ["NAME"])
+        for name in missing
+    )
 
 
 # -- cells
@@ -233,7 +254,9 @@ def _no_duplicates(frame: pd.DataFrame, axis: str, raw: pd.DataFrame) -> None:
     row = twice.iloc[0]
     same = twice[(twice[key] == row[key]).all(axis=1)]
     telling = [name for name in frame.columns if name not in {*key, *OF_A_RUN} and _tells(raw, same.index, name)]
-    if telling:
+    if telling and "step" in str(telling[0]).casefold() and "step" not in frame:
+        fix = f"they differ in {telling[0]}: where that is the step, say --columns step={telling[0]}"
+    elif telling:
         value = raw[telling[0]][same.index[0]]
         fix = (
             f"they differ in {' and '.join(map(str, telling[:3]))}: keep one value of it, or make it the axis "
@@ -259,8 +282,11 @@ def _all_end_together(frame: pd.DataFrame, axis: str) -> None:
     early = last[(last["step"] < ENDS_TOGETHER * longest) & ~last["diverged"]]
     if len(early):
         run = early.iloc[0]
+        fix = "give its last loss as nan if it diverged, else drop its rows"
+        if "run" in run:
+            equal, other = (shlex.quote(f"run{sign}{run['run']}") for sign in ("=", "!="))
+            fix = f"count it as diverged with --diverged {equal}, or leave it out with --where {other}"
         raise InputError(
             f"row {early.index[0]}: the run of {axis} {run[axis]}, lr {run['lr']:g}, seed {run['seed']} ends at step "
-            f"{run['step']:g} of {longest[early.index[0]]:g} with a finite loss; give its last loss as nan if it "
-            "diverged, else drop its rows"
+            f"{run['step']:g} of {longest[early.index[0]]:g} with a finite loss; {fix}"
         )

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -18,6 +19,25 @@ FINISHED = ("finished", "complete", "completed", "success", "succeeded", "done",
 def is_missing(cell: Any) -> bool:
     """A cell is empty, null or absent; nan is a number."""
     return cell is None or cell is pd.NA or cell is pd.NaT or (isinstance(cell, str) and not cell.strip())
+
+
+def find(name: str, names: Iterable[object], option: str) -> str | None:
+    """The one of the names that a name stands for: itself, or the only one that ends with it, as params.lr with lr.
+
+    Args:
+        name: what is looked for.
+        names: what there is.
+        option: the words that settle which of several is meant, with {} for its name.
+
+    Raises:
+        InputError: several end with it.
+    """
+    others = list(map(str, names))
+    ends = [name] if name in others else [other for other in others if other.endswith((f".{name}", f"/{name}"))]
+    if len(ends) > 1:
+        ways = " or ".join(option.format(shlex.quote(other)) for other in ends[:4])
+        raise InputError(f"{name} is not clear: {len(ends)} columns or metrics end with it; write {ways}")
+    return ends[0] if ends else None
 
 
 def choose(
@@ -46,7 +66,7 @@ def choose(
             )
             raise InputError(f"--where {text} leaves no row; {column} is {counts or 'empty'}")
         if not met.all():
-            _note(out, f"{int((~met).sum())} of {len(out)} rows are left out by --where {text}")
+            note(out, f"{int((~met).sum())} of {len(out)} rows are left out by --where {text}")
         out, seen_to = out[met], [*seen_to, *([column] if _is_state(column) else [])]
     marks = [_met(out, text, "--diverged", names)[1] for text in diverged]
     if marks:
@@ -56,7 +76,7 @@ def choose(
         flagged = _texts(out["diverged"]).str.lower() == "true" if marks else pd.Series(False, out.index)
         counts = _finished(out["state"]) | flagged
         if not counts.all():
-            _note(
+            note(
                 out,
                 f"{int((~counts).sum())} trials that failed, were pruned or still run are left out; a run that "
                 "diverged should end with the value inf, or be counted by --diverged state=FAIL",
@@ -65,7 +85,8 @@ def choose(
     return out.drop(columns=seen_to)
 
 
-def _note(frame: pd.DataFrame, text: str) -> None:
+def note(frame: pd.DataFrame, text: str) -> None:
+    """Keep a remark for the answer, in `attrs`."""
     frame.attrs["left_out"] = "; ".join(filter(None, [frame.attrs.get("left_out"), text]))
 
 
@@ -75,11 +96,8 @@ def _met(frame: pd.DataFrame, text: str, option: str, names: Mapping[str, str]) 
     if parts is None:
         raise InputError(f"{option} {text!r}; write COLUMN=VALUE or COLUMN!=VALUE, such as State=finished")
     called = parts[1].strip()
-    column = (
-        called
-        if called in frame.columns
-        else next((name for name, source in names.items() if source == called), called)
-    )
+    known = [name for name, source in names.items() if called not in frame.columns and find(called, [source], "")]
+    column = known[0] if known else find(called, frame.columns, f"{option} {{}}{parts[2]}={parts[3]}") or called
     if column not in frame.columns:
         raise InputError(f"{option} {text}: there is no column {called}; there are {listing(frame)}")
     values = {_value(part) for part in (parts[3], *parts[3].split(","))}

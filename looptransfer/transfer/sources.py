@@ -19,49 +19,109 @@ from looptransfer.files import MOST_BYTES, open_file
 from looptransfer.records import unique
 from looptransfer.rules import RULES
 from looptransfer.text import printable, short, without_password, without_secrets
+from looptransfer.transfer.exports import named, of_metric, refuse_unnamed
 from looptransfer.transfer.results import COLUMNS, tidy
-from looptransfer.transfer.rows import choose, listing
+from looptransfer.transfer.rows import choose, find, listing, note
 from looptransfer.transfer.studies import SWEEP, read_study
 
 FORMATS = "give CSV, JSON lines (.jsonl), Parquet, or an Optuna study such as sqlite:///file.db#study"
 SQLITE = b"SQLite format 3\0"
 JOURNAL = b'{"op_code":'  # how the file of Optuna's journal begins
 CELL = re.compile(r' *(?:"([^"]*(?:""[^"]*)*)" *|([^",]*))(,|$)')
+LONG = ("run", "tag", "step", "value")  # the columns of a table with a row per value of any metric
+IMPLIED = ("lr", "loss", "seed", "rule")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def read_results(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     columns: Mapping[str, str] | None = None,
     axis: str = "loops",
     where: Sequence[str] = (),
     diverged: Sequence[str] = (),
+    run_name: str = "",
 ) -> pd.DataFrame:
     """Read a table of runs and check it as `tidy` does; a row in an error is the line of the file, or the trial.
 
+    A column that is not there by its name is the only one that ends with it, as params.lr or hparams/lr do with lr. A
+    plot export and a long table (run, tag, step, value) give a row per run and step of the metric that is the loss.
+
     Args:
         source: a .csv, .jsonl or .parquet file, a pipe, "-" for standard input, a ledger, or the URL of an Optuna study
-            with #NAME behind it. Objects within JSON lines give columns with dots, such as config.lr.
+            with #NAME behind it. Objects within JSON lines give columns with dots, such as config.lr. Several files are
+            one table.
         columns: what a needed column is called there, such as {"lr": "config.lr", "loss": "summary.val_loss"}.
         axis: the column that plays the part of N.
         where: conditions such as "State=finished" or "loss!=" that a row must meet; others are left out and counted.
         diverged: conditions such as "State=crashed"; runs that meet one diverged, whatever their loss.
+        run_name: how runs are called, such as "n{loops}-lr{lr}-s{seed}", where their names alone have the columns. The
+            names stand in the column run; where there is none, a file is a run and has its name.
 
     Raises:
-        InputError: the source cannot be read, a column is not there, or `tidy` refuses what it holds.
+        InputError: the source cannot be read, a column is not there or not clear, a run's name does not fit, or `tidy`
+            refuses what it holds.
     """
-    shown = printable(without_password(str(source)))
-    with _blaming(shown):
-        read = _read(str(source), shown)
-    called = columns or {}
-    frame = choose(_renamed(read, called), where, diverged, called)
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if not sources:
+        raise InputError(f"no source is given; {FORMATS}")
+    implied = [name for name in (axis, *IMPLIED) if f"{{{name}}}" not in run_name]
+    read = [_one_source(str(place), columns or {}, implied, bool(run_name) or len(sources) > 1) for place in sources]
+    frame = _together(sources, [frame for frame, _ in read])
+    called = {name: column for _, names in read for name, column in names.items()}
+    if run_name:
+        frame = named(frame, run_name)
+    frame = choose(frame, where, diverged, called)
+    if run_name:
+        refuse_unnamed(frame, run_name)
     table = tidy(frame, axis)
+    shown = ", ".join(printable(without_password(str(place))) for place in sources)
     table.attrs |= {**frame.attrs, "source": shown}
-    if shown == str(source) and "#" not in shown and Path(shown).is_file():  # what a command could add to
+    if [shown] == list(map(str, sources)) and "#" not in shown and Path(shown).is_file():  # what a command could add to
         table.attrs["grows"] = _grows(table)
     metric = called.get("loss", "loss")
-    if not metric.casefold().endswith("loss"):
+    if not any(part.endswith("loss") for part in re.split("[./]", metric.casefold())):
         table.attrs["unit"] = f"of {metric}"
+    return table
+
+
+def _one_source(
+    source: str, columns: Mapping[str, str], implied: Iterable[str], by_name: bool
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """A table with the names of ours, and what they are called there."""
+    shown = printable(without_password(source))
+    with _blaming(shown):
+        frame = _read(source, shown)
+    file = Path(source.partition("#")[0]).stem
+    shape = {name: called for name, called in columns.items() if name in LONG}
+    frame = of_metric(_renamed(frame, shape)[0], columns.get("loss", "loss"), file)
+    if by_name and "run" not in frame:
+        frame = frame.assign(run=file)
+    frame, names = _renamed(frame, {name: called for name, called in columns.items() if name not in LONG})
+    losses = [column for column in frame.columns if "loss" in str(column).casefold()]
+    needed = [name for name in implied if name not in names and (name != "loss" or len(losses) == 1)]
+    columns_of = {name: find(name, frame.columns, f"--columns {name}={{}}") for name in needed}
+    others = {name: column for name, column in columns_of.items() if column is not None and column != name}
+    frame = frame.rename(columns={column: name for name, column in others.items()})
+    guessed = {name: column for name, column in (names | others).items() if column != columns.get(name)}
+    if guessed:
+        note(frame, ", ".join(f"{name} is {column}" for name, column in guessed.items()))
+    return frame, shape | names | others
+
+
+def _together(sources: Sequence[str | Path], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of several files as one, in which a row is called by its line and its file."""
+    if len(frames) == 1:
+        return frames[0]
+    for source, frame in zip(sources, frames, strict=True):
+        if set(frame.attrs) - {"left_out"}:
+            raise InputError(f"{source} is a study, which is judged alone; of files there may be several")
+        frame.index = pd.Index([f"{line} of {Path(source).name}" for line in frame.index])
+    names = list(dict.fromkeys(name for frame in frames for name in frame.columns))
+    whole = [frame.assign(**{name: None for name in names if name not in frame}) for frame in frames]  # nan is a loss
+    table = pd.concat(whole).astype(object)
+    table.attrs = {}
+    for text in dict.fromkeys(frame.attrs["left_out"] for frame in frames if frame.attrs):
+        note(table, text)
     return table
 
 
@@ -256,9 +316,12 @@ def _parquet(data: bytes, shown: str) -> pd.DataFrame:
         return _frame(dict(enumerate(table.to_pylist())))
 
 
-def _renamed(frame: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    missing = [name for name in columns.values() if name not in frame.columns]
+def _renamed(frame: pd.DataFrame, columns: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The table with columns named as asked, and the columns that they were."""
+    columns_of = {name: find(called, frame.columns, f"--columns {name}={{}}") for name, called in columns.items()}
+    names = {name: column for name, column in columns_of.items() if column is not None}
+    missing = [called for name, called in columns.items() if name not in names]
     if missing:
         raise InputError(f"there is no column {missing[0]}; there are {listing(frame)}")
-    others = frame.drop(columns=list({*columns, *columns.values()} & set(frame.columns)))
-    return others.assign(**{name: frame[called] for name, called in columns.items()})
+    others = frame.drop(columns=list({*names, *names.values()} & set(frame.columns)))
+    return others.assign(**{name: frame[column] for name, column in names.items()}), names

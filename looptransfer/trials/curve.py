@@ -116,8 +116,8 @@ def _likelihood(setting: Setting, runs: Points, heights: Array) -> float:
 def _given(setting: Setting, runs: Points, points: Points) -> tuple[Array, Array]:
     """The weights of the runs in the means at some points, and the covariance of the points given the runs."""
     across = _covariance(setting, runs, points)
-    own = _covariance(setting, runs, runs) + setting.noise**2 * np.eye(len(runs[0]))
-    weights = np.asarray(np.linalg.solve(own, across))
+    covariance = _covariance(setting, runs, runs) + setting.noise**2 * np.eye(len(runs[0]))
+    weights = np.asarray(np.linalg.solve(covariance, across))
     return weights, _covariance(setting, points, points) - across.T @ weights
 
 

@@ -12,7 +12,7 @@ from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
 from looptransfer.transfer.bracket import stored_lrs
-from looptransfer.transfer.comparison import Comparison, Finding
+from looptransfer.transfer.comparison import ComparedOptimum, Comparison
 from looptransfer.transfer.repeats import Repeat, confirmed, is_noise, is_same, is_small, largest_gap, runs_to_repeat
 from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.transfer.stored import StoredOptimum
@@ -47,7 +47,7 @@ class GateSearch:
         """Half, once and twice the stored LR."""
         return [Run(self.rule, stored.n, lr, seed) for lr in stored_lrs(stored) for seed in self.seeds]
 
-    def confirmed(self, done: Losses) -> dict[int, Finding]:
+    def confirmed(self, done: Losses) -> dict[int, ComparedOptimum]:
         """The findings, by N, on the optima whose stored runs gave their losses again."""
         findings = {}
         for stored in self.optima:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from looptransfer.errors import UserCodeError
-from looptransfer.rewrite.record import call_arguments
+from looptransfer.rewrite.forward import call_arguments
 from looptransfer.user_code import place, user_code
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from looptransfer.errors import InputError, PairingWarning
+from looptransfer.rewrite.forward import tensors_held
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
-from looptransfer.rewrite.record import held
 from looptransfer.trials.hooks import Batch, fresh_model, held_out_batches, held_out_loss, seeded
 from looptransfer.trials.run import Trial
 from looptransfer.trials.training import Training, threads_of
@@ -253,7 +253,7 @@ def _values(batch: Any) -> Iterator[Any]:
             yield leaf
         elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
             yield (leaf.shape, leaf.dtype.str, leaf.tobytes())
-        yield from (tensor for tensor in held(leaf) if tensor.layout == torch.strided)
+        yield from (tensor for tensor in tensors_held(leaf) if tensor.layout == torch.strided)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ def read_table(path: Path) -> tuple[str, list[tuple[Any, ...]]]:
 
 def grown(path: Path, results: pd.DataFrame) -> str:
     """The table at `path` with the runs that it lacks; read again, since another sweep may have added to it."""
-    text, there = read_table(path)
+    text, kept_runs = read_table(path)
     runs = results[["rule", "loops", "lr", "seed"]].itertuples(index=False, name=None)
-    return text + str(results[[run not in there for run in runs]].to_csv(index=False, header=False))
+    return text + str(results[[run not in kept_runs for run in runs]].to_csv(index=False, header=False))
 
 
 def loss_table(text: str) -> str:

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import looptransfer as lt
 from looptransfer.rewrite.analysis import analyse
+from looptransfer.rewrite.forward import call_arguments
 from looptransfer.rewrite.graph import Handle
-from looptransfer.rewrite.record import call_arguments
 from looptransfer.rewrite.trace import Trace, trace
 from looptransfer.rewrite.twin import twin_of
 from tests import models

@@ -1,0 +1,172 @@
+"""Where a model spells its additions, and what one of their operands is multiplied by.
+
+An addition is known by its line, its column, the modules that run it, and the number of that run. Lines are those of
+the user's file: frames of torch and of the observers are skipped.
+"""
+
+import functools
+import re
+import sys
+import types
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from looptransfer.errors import InputError
+from looptransfer.rewrite import forward
+from looptransfer.rewrite.forward import ExampleInputs, as_seeded, copied_arguments, tensors_held
+from looptransfer.rewrite.graph import ANY, Site, tensors_in
+from looptransfer.rewrite.names import plain_names
+from looptransfer.rewrite.ops import Operator, operator
+
+Scale = Mapping[tuple[Site, int], tuple[int, float]]  # additions -> which operand is multiplied, by what
+
+# Frames between an operator and the line that spelled it.
+HIDDEN_FRAMES = (
+    "torch/_tensor.py",
+    "torch/_ops.py",
+    "torch/_dynamo/",
+    "torch/_compile.py",
+    "torch/functional.py",
+    "torch/utils/_contextlib.py",
+    "torch/_library/",
+    "torch/autograd/function.py",
+    "torch/_higher_order_ops/",
+    "torch/utils/_python_dispatch.py",
+)
+
+
+class SiteCounter(TorchDispatchMode):
+    """Knows which modules run, and which run of which line an addition is."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under `as_written`; the skip alone would import TorchDynamo, 1.5 s
+
+    def __init__(self, model: nn.Module, hidden: str = __file__) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = {id(module): name for name, module in plain_names(model).items()}
+        self.running: list[str] = []
+        self.runs: Counter[Site] = Counter()
+        self.hidden = {__file__, forward.__file__, hidden}
+
+    def enter(self, module: nn.Module) -> None:
+        """Before a module's call."""
+        name = self.names.get(id(module))
+        if name is not None:
+            self.running.append(name)
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """After a module's call."""
+        if id(module) in self.names:
+            self.running.pop()
+
+    def site(self, op: Operator, shapes: list[torch.Size]) -> tuple[Site, int] | None:
+        """The place where a plain sum of two tensors is spelled, and the number of this run; None for anything else."""
+        if op.relation != "sum" or len(shapes) != 2 or not _broadcasts(shapes):
+            return None
+        line, column = place_of(self.caller())
+        site = Site(line, column, tuple(self.running))
+        self.runs[site] += 1
+        return site, self.runs[site] - 1
+
+    def inside(self, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+        """cond, scan or flex_attention is written in operations that can be seen."""
+        dense = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if dense is None:
+            raise InputError(
+                f"the trace cannot look into {func} at {place_of(self.caller())[0]}; replace it for the trace"
+            )
+        names, check = dense.__globals__, "_get_current_dispatch_mode"
+        kept = names.get(check)
+        names.update({check: lambda: None} if kept else {})  # cond and scan refuse to run where somebody watches
+        try:
+            with self:
+                return dense(*args, **kwargs)
+        finally:
+            names.update({check: kept} if kept else {})
+
+    def caller(self) -> types.FrameType:
+        """The frame that spelled the operation that runs now."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and (frame.f_code.co_filename in self.hidden or _is_hidden(frame)):
+            frame = frame.f_back
+        return frame
+
+
+class Scaler(SiteCounter):
+    """Multiplies one operand of some additions before it is added."""
+
+    def __init__(self, model: nn.Module, scale: Scale) -> None:
+        super().__init__(model)
+        self.scale = scale
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.inside(func, args, kwargs)
+        op = operator(func)
+        site = self.site(op, [tensor.shape for tensor in tensors_in(args)]) if op.relation == "sum" else None
+        if site is not None:
+            position, multiplier = self.scale.get(site, self.scale.get((site[0], ANY), (0, 1.0)))
+            args = _with_multiplier(args, position, multiplier, in_place=bool(op.writes)) if multiplier != 1 else args
+        return func(*args, **kwargs)
+
+
+def run_scaled(model: nn.Module, example_inputs: ExampleInputs, scale: Scale, seed: int) -> list[Tensor]:
+    """The tensors that a forward, run as `record` does, hands back where operands of some additions are multiplied."""
+    args, kwargs = copied_arguments(example_inputs)
+    scaler = Scaler(model, scale)
+    with as_seeded(model, seed, scaler.enter, scaler.leave), scaler:
+        return tensors_held(model(*args, **kwargs))
+
+
+def _with_multiplier(args: Any, position: int, multiplier: float, in_place: bool) -> Any:
+    scaled = args[position] * multiplier
+    if position == 0 and in_place:
+        args[0].copy_(scaled)
+        return args
+    return tuple(scaled if place == position else arg for place, arg in enumerate(args))
+
+
+def _broadcasts(shapes: list[torch.Size]) -> bool:
+    """One of two shapes is that of their sum."""
+    if shapes[0] == shapes[1]:
+        return True
+    try:
+        return torch.broadcast_shapes(*shapes) in shapes
+    except RuntimeError:
+        return False
+
+
+# -- frames
+
+
+def _is_hidden(frame: types.FrameType) -> bool:
+    return _is_hidden_file(frame.f_code.co_filename)
+
+
+@functools.cache
+def _is_hidden_file(filename: str) -> bool:
+    return any(part in Path(filename).as_posix() for part in HIDDEN_FRAMES)
+
+
+def place_of(frame: types.FrameType) -> tuple[str, int]:
+    """The line that a frame is at, as file:line, and the column of the expression."""
+    columns = _columns(frame.f_code)
+    file = re.sub(r"^(<.*>)\.\d+$", r"\1", frame.f_code.co_filename)  # code that torch.fx makes anew for every copy
+    return f"{file}:{frame.f_lineno}", columns[frame.f_lasti // 2]
+
+
+@functools.cache
+def _columns(code: types.CodeType) -> tuple[int, ...]:
+    """The column at which every instruction's expression ends on its line."""
+    return tuple(10_000 * (end or 0) + (start or 0) for _, _, start, end in code.co_positions())
