@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import looptransfer as lt
 from looptransfer.command.cli import main
 from tests.transfer.test_exports import EXPORTS, runs_as_files
 
@@ -33,6 +34,13 @@ def test_pictures_of_the_readme_exist() -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text())
     assert pictures
     assert all((README.parent / picture).exists() for picture in pictures)
+
+
+def test_the_answer_that_the_readme_shows_is_that_of_the_stored_sweep() -> None:
+    verdict = lt.check(lt.read_results(README.parent / "reports" / "sweep" / "results.csv"))
+    answer = str(verdict).partition("\n\nfactored: FLAT.")[0]
+    assert answer.count("*") == 6
+    assert f"\n{answer}\n" in README.read_text()
 
 
 def test_commands_for_what_a_tracker_exports_give_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,8 @@ def test_a_failure_shows_the_table_the_reason_and_the_fix(project: Path) -> None
     write_table(project / "results.csv", drift=0.5, at=-5.3)
     told = run_pytest(project)
     assert "2 failed" in told.stdout
-    assert "the LR optimum is not flat over N\nfactored: DRIFTS. The optimum moves up by 0.50 octave" in told.stdout
+    assert "the LR optimum is not flat over N\nDo not carry one LR to a larger N: the best one " in told.stdout
+    assert "\nfactored: DRIFTS. The optimum moves up by 0.50 octave" in told.stdout
     assert "stored LR  shift, octaves" in told.stdout
     assert "MOVED" in told.stdout
     assert re.search(r"N = 1: the optimum moved by \+(1.0|0.9)\d octave", told.stdout)

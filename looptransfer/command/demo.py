@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -112,23 +113,25 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     record = {**verdict.to_dict(), "tuned": tuned, "experiment": identity}
     trained = results.drop_duplicates(["loops", "lr", "seed", "seconds"])["seconds"].sum()  # shared runs count once
     provenance = {
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
         "command": shlex.join(["looptransfer", *sys.argv[1:]]),
         "wall time of this run": f"{time.monotonic() - started:.0f} s",
         "training time of the sweep": f"{trained:.0f} core-s",
         "seeds": f"{seeds[0]} to {seeds[-1]}; of the controls to {control[-1]}, of the tuning to {tuning[-1]}",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
+        "looptransfer": version("looptransfer"),
         **identity,
     }
     write_file(out / "results.csv", results.to_csv(index=False))
     write_file(out / "verdict.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
-    write_html(verdict, out / "report.html", summary=lines, provenance=provenance)
+    write_html(verdict, out / "report.html", summary=lines, provenance=provenance, coordinates="coordinates.html")
     write_html(coordinates, out / "coordinates.html", provenance=provenance)
     for name, figure in {"curves": plot_curves(verdict), "optima": plot_optima(verdict)}.items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=150)
         write_file(out / f"{name}.png", picture.getvalue())
-    return [*lines, f"Report: {out / 'report.html'}"]
+    return [*verdict.headline, *lines, f"Report: {out / 'report.html'}"]
 
 
 def _weight(scale: DemoSize) -> int:

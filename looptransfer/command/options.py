@@ -315,6 +315,7 @@ def _check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--regret", type=float, help=regret)
     parser.add_argument("--confidence", type=float, default=0.90, help="of the intervals (default: 0.90)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    parser.add_argument("--title", default="", help="the heading of that page (default: the question it answers)")
     todo = "write the runs that would settle the verdict as CSV, a row per run"
     parser.add_argument("--todo", type=Path, metavar="FILE", help=todo)
     stored = "compare the optima with these: exit status 1 where one moved or its loss got worse"

@@ -90,6 +90,7 @@ def _coordcheck(arguments: argparse.Namespace) -> Answer:
         )
     if arguments.html:
         provenance = {
+            "date": time.strftime("%Y-%m-%d %H:%M %z"),
             "experiment": arguments.experiment,
             **{name: version(name) for name in ("looptransfer", "torch")},
             "steps": arguments.steps,
@@ -222,7 +223,8 @@ def _check(arguments: argparse.Namespace) -> Answer:
     )
     comparison = _against_baseline(arguments, verdict)
     if arguments.html:
-        lt.write_html(verdict, arguments.html, provenance=_provenance(", ".join(arguments.source), verdict))
+        provenance = _provenance(", ".join(arguments.source), verdict)
+        lt.write_html(verdict, arguments.html, title=arguments.title, provenance=provenance)
     if arguments.todo:
         write_file(arguments.todo, verdict.rows_to_run().to_csv(index=False))
     results = [result for result in (verdict, comparison) if result is not None]
@@ -237,6 +239,7 @@ def _provenance(source: str, verdict: "lt.Verdict") -> dict[str, Any]:
     from looptransfer.transfer.provenance import fingerprint_of
 
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
         "command": shlex.join(["looptransfer", *map(without_password, sys.argv[1:])]),
         "source": without_password(source),
         **{name: version(name) for name in ("looptransfer", "numpy", "scipy", "pandas")},

@@ -1,6 +1,8 @@
 """Figures of a coordinate check."""
 
 import math
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,13 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from looptransfer.coordcheck.exponents import on_axis
 from looptransfer.coordcheck.result import CoordCheck, Finding
 from looptransfer.report.figures import RULE_STYLES, ordered_colours, some_of
+from looptransfer.report.panels import Panel, together
 
 # What a figure shows: statistic, which visit, step (0, 1 or the last), title.
 AGAINST_N = [
     ("branch_rms", "first", 0, "Added by {} at its first visit"),
     ("stream_rms", "last", 0, "Stream at initialisation"),
-    ("change_since_step", "last", 1, "Change of the stream in finding step"),
+    ("change_since_step", "last", 1, "Change of the stream in one step"),
     ("change_since_init", "last", -1, "Change of the stream in all steps"),
 ]
 LEAST_OCTAVES = 3
@@ -26,52 +29,67 @@ ANSWER_STYLES = {"passes": ("#0072B2", "o"), "fails": ("#D55E00", "X"), "inconcl
 
 
 def plot_stream(check: CoordCheck) -> Figure:
-    """Stream RMS after every visit of the last looped branch, finding colour per N; bands reach over all seeds.
+    """Stream RMS after every visit of the last looped branch, one colour per N; bands reach over all seeds.
 
     A row for every rule; left at initialisation, right after the last step.
     """
+    figure = together(stream_panels(check), 2, (9.4, 0.9 + 2.3 * len(check.rules)))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def stream_panels(check: CoordCheck) -> list[Panel]:
+    """The panels of `plot_stream`, row by row."""
+    last = _stream(check)["step"].max()
+    return [partial(_draw_stream, check=check, rule=rule, step=step) for rule in check.rules for step in (0, last)]
+
+
+def _stream(check: CoordCheck) -> pd.DataFrame:
+    """The stream after each visit of the last looped branch, of all rules."""
+    module = (check.context.looped or [check.context.branches[-1].module])[-1]
+    rows = pd.concat([_rows(check, rule) for rule in check.rules])
+    return rows[(rows["statistic"] == "stream_rms") & (rows["module"] == module)]
+
+
+def _draw_stream(axis: Axes, check: CoordCheck, rule: str, step: int) -> None:
     counts = sorted(check.frame["loops"].unique())
     colours = dict(zip(counts, ordered_colours(len(counts)), strict=True))
-    figure = Figure(figsize=(9.4, 0.9 + 2.3 * len(check.rules)), layout="constrained")
-    axes = figure.subplots(len(check.rules), 2, sharex=True, sharey="col", squeeze=False)
-    module = (check.context.looped or [check.context.branches[-1].module])[-1]
-    for row, rule in enumerate(check.rules):
-        rows = _rows(check, rule)
-        rows = rows[(rows["statistic"] == "stream_rms") & (rows["module"] == module)]
-        for axis, step in zip(axes[row], (0, rows["step"].max()), strict=True):
-            for count in counts:
-                chosen = rows[(rows["loops"] == count) & (rows["step"] == step)]
-                _band(axis, chosen.groupby("visit")["value"], colours[count], "o" if count == 1 else "")
-            _log_axes(axis)
-            axis.set_title(f"{rule}, {'at initialisation' if step == 0 else f'after {step} steps'}", fontsize="medium")
-        axes[row, 0].set_ylabel("stream RMS")
-    for axis in axes[-1]:
-        axis.set_xlabel("visit n")
-    handles = [axes[0, 0].plot([], [], color=colours[n], linewidth=2.5, label=f"N = {n}")[0] for n in some_of(counts)]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    return figure
+    shown = _stream(check)
+    shown = shown[shown["step"] == step]
+    for count in counts:
+        rows = shown[(shown["rule"] == rule) & (shown["loops"] == count)]
+        _band(axis, rows.groupby("visit")["value"], colours[count], "o" if count == 1 else "")
+    _log_axes(axis, shown["value"])
+    axis.set_title(f"{rule}, {'at initialisation' if step == 0 else f'after {step} steps'}", fontsize="medium")
+    axis.set(xlabel="visit n", ylabel="stream RMS")
+    for count in some_of(counts):
+        axis.plot([], [], color=colours[count], linewidth=2.5, label=f"N = {count}")
 
 
 def plot_growth(check: CoordCheck) -> Figure:
     """Four statistics against N, a line per rule: mean over seeds, the band reaches over all of them."""
-    figure = Figure(figsize=(9.4, 6.4), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True).flat
-    branch = _worst_branch(check)
-    for axis, (statistic, which, step, title) in zip(axes, AGAINST_N, strict=True):
-        module = branch if statistic == "branch_rms" else check.context.branches[-1].module
-        for place, rule in enumerate(check.rules):
-            colour, marker = RULE_STYLES[place % len(RULE_STYLES)]
-            rows = _rows(check, rule)
-            rows = rows[(rows["statistic"] == statistic) & (rows["module"] == module)]
-            rows = rows[rows["step"] == (rows["step"].max() if step < 0 else step)]
-            visit = rows.groupby(["loops", "seed"])["visit"].transform("min" if which == "first" else "max")
-            _band(axis, rows[rows["visit"] == visit].groupby("loops")["value"], colour, marker, rule)
-        _log_axes(axis)
-        axis.set(title=title.format(branch), ylabel="RMS")
-    for axis in figure.axes[2:]:
-        axis.set_xlabel("loop count N")
+    figure = together(growth_panels(check), 2, (9.4, 6.4))
     figure.axes[0].legend(frameon=False, fontsize="small")
     return figure
+
+
+def growth_panels(check: CoordCheck) -> list[Panel]:
+    """The panels of `plot_growth`."""
+    return [partial(_draw_growth, check=check, shown=shown) for shown in AGAINST_N]
+
+
+def _draw_growth(axis: Axes, check: CoordCheck, shown: tuple[str, str, int, str]) -> None:
+    statistic, which, step, title = shown
+    branch = _worst_branch(check)
+    module = branch if statistic == "branch_rms" else check.context.branches[-1].module
+    for rule, (colour, marker) in zip(check.rules, cycle(RULE_STYLES), strict=False):
+        rows = _rows(check, rule)
+        rows = rows[(rows["statistic"] == statistic) & (rows["module"] == module)]
+        rows = rows[rows["step"] == (rows["step"].max() if step < 0 else step)]
+        visit = rows.groupby(["loops", "seed"])["visit"].transform("min" if which == "first" else "max")
+        _band(axis, rows[rows["visit"] == visit].groupby("loops")["value"], colour, marker, rule)
+    _log_axes(axis)
+    axis.set(title=title.format(branch), xlabel="loop count N", ylabel="RMS")
 
 
 def plot_exponents(check: CoordCheck) -> Figure:
@@ -107,21 +125,36 @@ def plot_exponents(check: CoordCheck) -> Figure:
 
 def plot_cosines(check: CoordCheck) -> Figure | None:
     """Cosines between the increments of the loops at the largest N, before and after; None where nothing loops."""
+    panels = cosine_panels(check)
+    if not panels:
+        return None
+    figure = together(panels, len(panels), (1.4 + 3.6 * len(panels), 3.6))
+    figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label="cosine", shrink=0.85)
+    return figure
+
+
+def cosine_panels(check: CoordCheck) -> list[Panel]:
+    """The panels of `plot_cosines`; none where nothing loops."""
     keys = [(loops, step) for rule, loops, step in check.cosines if rule == check.rule]
     largest = max(keys, default=(0, 0))[0]
     steps = sorted(step for loops, step in keys if loops == largest)
-    if not steps:
-        return None
-    figure = Figure(figsize=(1.4 + 3.6 * len(steps), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(steps), squeeze=False)[0]
-    for axis, step in zip(axes, steps, strict=True):
-        matrix = check.cosines[check.rule, largest, step]
-        extent = (0.5, len(matrix) + 0.5, len(matrix) + 0.5, 0.5)
-        image = axis.imshow(matrix, cmap=colormaps["PuOr_r"], vmin=-1, vmax=1, extent=extent, interpolation="nearest")
-        axis.set(title="at initialisation" if step == 0 else f"after {step} steps", xlabel="increment of loop n")
-    axes[0].set_ylabel("increment of loop m")
-    figure.colorbar(image, ax=axes, label="cosine", shrink=0.85)
-    return figure
+    return [partial(_draw_cosines, check=check, loops=largest, step=step) for step in steps]
+
+
+def _draw_cosines(axis: Axes, check: CoordCheck, loops: int, step: int) -> None:
+    matrix = check.cosines[check.rule, loops, step]
+    extent = (0.5, len(matrix) + 0.5, len(matrix) + 0.5, 0.5)
+    axis.imshow(matrix, cmap=colormaps["PuOr_r"], vmin=-1, vmax=1, extent=extent, interpolation="nearest")
+    axis.set_title("at initialisation" if step == 0 else f"after {step} steps")
+    axis.set(xlabel="increment of loop n", ylabel="increment of loop m")
+
+
+def drawn(check: CoordCheck) -> pd.DataFrame:
+    """The rows of the frame that growth and stream are drawn from."""
+    modules = [_worst_branch(check), check.context.branches[-1].module, *check.context.looped[-1:]]
+    rows = check.frame[check.frame["module"].isin(modules)]
+    rows = rows[rows["statistic"].isin([statistic for statistic, *_ in AGAINST_N])]
+    return rows[rows["step"].isin([0, 1, rows["step"].max()])]
 
 
 def _rows(check: CoordCheck, rule: str) -> pd.DataFrame:
@@ -145,12 +178,15 @@ def _band(axis: Axes, groups: Any, colour: Any, marker: str, label: str = "") ->
     axis.fill_between(mean.index, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _log_axes(axis: Axes) -> None:
+def _log_axes(axis: Axes, values: pd.Series | None = None) -> None:
+    """Octaves both ways, as high as all `values` where they are given."""
     if not np.isfinite(axis.dataLim.minposx):
         axis.set(xlim=(0.5, 2), ylim=(0.5, 2))
         axis.text(1, 1, "nothing finite to show", ha="center")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
+    if values is not None and len(values):
+        axis.set_ylim(values.min() / 1.1, values.max() * 1.1)
     low, high = axis.get_ylim()
     spare = max(0.0, (LEAST_OCTAVES - math.log2(high / low)) / 2)  # what is flat shall look flat
     axis.set_ylim(low / 2**spare, high * 2**spare)

@@ -133,11 +133,11 @@ def _facts(case: Case, runs: FurtherRuns | None) -> dict[str, Any]:
 
 def _shared_basin(measured: Measured, terms: Terms) -> str:
     """The LRs that serve at every N although none is the best."""
-    basins = [optimum.basin for optimum in measured.optima]
-    low = max(-math.inf if basin is None else basin.low for basin in basins)
-    high = min(-math.inf if basin is None else basin.high for basin in basins)
+    basin = measured.shared_basin
+    if basin is None or len(measured.with_basin) < len(measured.optima):
+        return ""
     within = f"within {terms.regret_tolerance:.3g} of the best at every {terms.axis_label}"
-    return f"; any LR from {2**low:.3g} to {2**high:.3g} is {within}" if low < high else ""
+    return f"; any LR from {2**basin.low:.3g} to {2**basin.high:.3g} is {within}"
 
 
 # -- runs

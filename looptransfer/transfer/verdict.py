@@ -8,9 +8,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from looptransfer.text import escaped, markdown_table, plain, text_table
-from looptransfer.transfer.further import FurtherRuns
+from looptransfer.transfer.further import FurtherRuns, listed
 from looptransfer.transfer.optimum import Basin, Interval, Optimum
 from looptransfer.transfer.results import ALL_RUNS, axis_label
+from looptransfer.transfer.spread import spread
 
 SCHEMA_VERSION = 3
 NATS, LOSS, METRIC = "nats", "of the loss", "of the metric"  # units; the last one of what is maximized, and negated
@@ -75,6 +76,21 @@ class Measured:
     def fitted(self) -> list[int]:
         """The N whose optimum is known."""
         return [optimum.n for optimum in self.optima if optimum.censored is None]
+
+    @property
+    def with_basin(self) -> list[int]:
+        """The N whose basin is known."""
+        return [optimum.n for optimum in self.optima if optimum.basin is not None]
+
+    @property
+    def shared_basin(self) -> Basin | None:
+        """The LRs that lie in every basin that is known; None where there is no such LR."""
+        basins = [optimum.basin for optimum in self.optima if optimum.basin is not None]
+        if not basins:
+            return None
+        lowest, highest = max(basins, key=lambda basin: basin.low), min(basins, key=lambda basin: basin.high)
+        shared = Basin(lowest.low, highest.high, lowest.low_open, highest.high_open)
+        return shared if shared.low < shared.high else None
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,75 @@ class Verdict(Terms):
         runs = "" if self.rows == len(self.runs) else f" of {len(self.runs)} runs"
         return f"{self.rows} rows{runs}, {int(self.runs['diverged'].sum())} of them diverged"
 
+    @property
+    def headline(self) -> list[str]:
+        """The answer as a person would give it, line by line: which LR, what is as good, what it loses, how sure."""
+        reason = [self.judged.reason] if self.answer == "INCONCLUSIVE" else []
+        return [self._which_lr(), *reason, *self._as_good(), *self._loses(), self._how_sure()]
+
+    def _which_lr(self) -> str:
+        judged, label = self.judged, self.axis_label
+        first, last = judged.optima[0].n, judged.optima[-1].n
+        over = f"{label} = {first} and more" if first == last else f"every {label} from {first} to {last}"
+        lr = "one LR" if self.transferred_lr is None else f"LR {self.transferred_lr:.3g}"
+        if self.answer == "FLAT":
+            return f"Use {lr} at {over}."
+        if self.answer == "DRIFTS":
+            known = [optimum for optimum in judged.optima if optimum.log2_lr is not None]
+            ends = (f"{2**o.log2_lr.estimate:.3g} at {label} = {o.n}" for o in (known[0], known[-1]) if o.log2_lr)
+            return f"Do not carry one LR to a larger {label}: the best one goes from {' to '.join(ends)}."
+        if judged.regret is not None and judged.regret.low > self.regret_tolerance:
+            return f"Do not carry {lr} to {label} = {last}."
+        return f"It is not settled that {lr} serves {over}."
+
+    def _as_good(self) -> Iterator[str]:
+        """The LRs that serve at every N, as far as basins are known."""
+        judged, label = self.judged, self.axis_label
+        unknown = [optimum.n for optimum in judged.optima if optimum.basin is None]
+        where = f"every {label}"
+        if unknown or len(judged.optima) == 1:
+            where = f"{label} = {listed(judged.with_basin)}"
+        within = f"within {self.regret_tolerance:.3g} {self.unit} of the best at {where}"
+        hidden = f"; at {label} = {listed(unknown)} that is not known" if unknown else ""
+        basin = judged.shared_basin
+        if basin is not None:
+            lies_in = self.transferred_lr is not None and basin.low <= math.log2(self.transferred_lr) <= basin.high
+            low = f"{'at most ' if basin.low_open else ''}{2**basin.low:.3g}"
+            high = f"{'at least ' if basin.high_open else ''}{2**basin.high:.3g}"
+            yield f"Any LR from {low} to {high} is {'as good: ' if lies_in and not unknown else ''}{within}{hidden}."
+        elif judged.with_basin:
+            yield f"No LR is {within}{hidden}."
+
+    def _loses(self) -> Iterator[str]:
+        """The loss that the transferred LR costs at the largest N."""
+        if self.transferred_lr is None:
+            return
+        lr, largest = f"LR {self.transferred_lr:.3g}", f"at {self.axis_label} = {self.judged.optima[-1].n}"
+        regret, places = self.judged.regret, decimals(self.regret_tolerance)
+        if regret is None:
+            yield f"What {lr} loses {largest} is not known."
+        elif math.isinf(regret.estimate):
+            yield f"Runs with {lr} diverge {largest}."
+        else:
+            lost, most = max(0.0, regret.estimate), max(0.0, regret.high)
+            yield f"{lr} loses {lost:.{places}f} {self.unit} {largest}, {most:.{places}f} at most."
+
+    def _how_sure(self) -> str:
+        seeds = max(optimum.seeds for optimum in self.judged.optima)
+        rule = "" if self.rule == ALL_RUNS else f" under {self.rule}"
+        by = "from one seed" if seeds == 1 else f"by {self.confidence:.0%} intervals over {seeds} seeds"
+        return f"Verdict: {self.answer}{rule}, {by}."
+
+    @property
+    def _spread(self) -> list[str]:
+        """The optima of the rule asked for, in characters, under a legend."""
+        judged, lr = self.judged, self.transferred_lr
+        lrs = [float(x) for table in judged.tables.values() for x in table.index]
+        lines = spread(judged.optima, lrs, None if lr is None else math.log2(lr), self.axis_label)
+        carried = "" if lr is None else f", | LR {lr:.3g}"
+        legend = f"  * best LR, = its interval, - within {self.regret_tolerance:.3g} {self.unit} of the best{carried}"
+        return [legend, *(f"  {line}" for line in lines), ""] if lines else []
+
     def regret_text(self, interval: Interval | None) -> str:
         """A regret, with as many decimals as its tolerance asks for."""
         return "not known" if interval is None else interval.text(decimals(self.regret_tolerance))
@@ -202,7 +287,7 @@ class Verdict(Terms):
         return lines
 
     def __str__(self) -> str:
-        lines = []
+        lines = [*self.headline, "", *self._spread]
         for judged in self.rules.values():
             lines.append(f"{judged.rule}: {judged.answer}. {judged.reason}")
             lines += [f"  {line}" for line in [*text_table(self.optima_rows(judged)), *self.sentences(judged)]]
@@ -222,7 +307,8 @@ class Verdict(Terms):
 
     def to_markdown(self) -> str:
         """The verdict as Markdown with every foreign word escaped, such as for the step summary of a CI run."""
-        lines = [line for judged in self.rules.values() for line in self._markdown_of(judged)]
+        lines = [escaped(" ".join(self.headline)), ""]
+        lines += [line for judged in self.rules.values() for line in self._markdown_of(judged)]
         if self.differences:
             rows = [
                 {

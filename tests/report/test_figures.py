@@ -47,7 +47,7 @@ def test_a_panel_per_rule_has_mean_losses_stars_at_the_optima_and_crosses_where_
     figure = plot_curves(verdict)
     assert [axis.get_title() for axis in figure.axes] == ["factored: FLAT", "unscaled: DRIFTS"]
     for axis, judged in zip(figure.axes, verdict.rules.values(), strict=True):
-        stars = [float(x[0]) for x, _ in drawn(axis, "*")]
+        stars = [float(x[0]) for x, _ in drawn(axis, "*", "None")]
         assert stars == pytest.approx([2.0**optimum.log2_lr.estimate for optimum in judged.optima if optimum.log2_lr])
         crosses = [x.tolist() for x, _ in drawn(axis, "x", "None")]
         assert crosses == [[], [], [2.0**-3]]

@@ -440,9 +440,45 @@ def test_what_differs_between_the_rows_beside_n_is_noted(column: str, values: li
 
 
 def test_the_text_names_answer_reason_and_every_loop_count() -> None:
-    text = str(check(runs_of(0.59, loops=(1, 2, 4), noise=0.0, wander=0.0)))
-    assert text.startswith("factored: DRIFTS. The optimum moves up by 0.59 octave per doubling of N.")
-    assert [line.split()[0] for line in text.splitlines()[1:5]] == ["N", "1", "2", "4"]
+    lines = str(check(runs_of(0.59, loops=(1, 2, 4), noise=0.0, wander=0.0))).splitlines()
+    start = lines.index("factored: DRIFTS. The optimum moves up by 0.59 octave per doubling of N.")
+    assert [line.split()[0] for line in lines[start + 1 : start + 5]] == ["N", "1", "2", "4"]
+
+
+def test_the_text_begins_with_the_lr_to_use_what_is_as_good_what_it_loses_and_how_sure_that_is() -> None:
+    verdict = check(runs_of(loops=(1, 2, 4)), transferred_lr=0.015)
+    use, as_good, loses, sure = verdict.headline
+    basin = verdict.judged.shared_basin
+    assert basin is not None
+    assert use == "Use LR 0.015 at every N from 1 to 4."
+    ends = f"from {2**basin.low:.3g} to {2**basin.high:.3g}"
+    assert as_good == f"Any LR {ends} is as good: within 0.02 nats of the best at every N."
+    assert loses.startswith("LR 0.015 loses 0.0")
+    assert sure == "Verdict: FLAT under factored, by 90% intervals over 4 seeds."
+    assert str(verdict).splitlines()[:4] == verdict.headline
+
+
+def test_the_first_sentences_name_no_lr_where_none_is_known_and_say_what_is_not() -> None:
+    one_seed = check(runs_of(seeds=1)).headline
+    assert one_seed[0] == "It is not settled that one LR serves every N from 1 to 8."
+    assert one_seed[1].startswith("At N = 1, 2, 4, 8 there is one seed")
+    assert one_seed[2:] == ["Verdict: INCONCLUSIVE under factored, from one seed."]
+    moves = check(runs_of(0.59, loops=(1, 2, 4), noise=0.0, wander=0.0)).headline
+    assert moves[0].startswith("Do not carry one LR to a larger N: the best one goes from 0.0")
+    runs = runs_of(loops=(1, 2, 4))
+    cut = check(runs[(runs["loops"] != 4) | (runs["lr"] < 0.01)])
+    assert "; at N = 4 that is not known." in cut.headline[2]
+    assert cut.headline[3].endswith(" loses at N = 4 is not known.")
+
+
+def test_the_optima_are_drawn_in_characters_over_the_lrs_that_were_run() -> None:
+    lines = str(check(runs_of(0.59, loops=(1, 2, 4), noise=0.0, wander=0.0))).splitlines()
+    drawing = [line for line in lines if line.startswith("  N = ")]
+    places = [line.index("*") for line in drawing]
+    assert [line.split()[2] for line in drawing] == ["1", "2", "4"]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=1)
+    assert places[0] < places[1]
+    assert not [line for line in str(check(runs_of(seeds=1))).splitlines() if line.startswith("  N = ")]
 
 
 def test_the_verdict_keeps_the_runs_as_tidied_and_the_table_as_it_was() -> None:
@@ -458,7 +494,8 @@ def test_the_markdown_holds_the_answer_the_tables_and_the_command() -> None:
     runs.attrs |= {"source": "results.csv", "grows": "table"}
     verdict = check(runs)
     text = verdict.to_markdown()
-    assert text.startswith("### factored: INCONCLUSIVE\n")
+    assert text.startswith("It is not settled that one LR serves every N")
+    assert "\n### factored: INCONCLUSIVE\n" in text
     assert sum(line.startswith("|---") for line in text.splitlines()) == 3  # two rules and their difference
     assert f"    {verdict.command(verdict.judged)}\n" in text
 
@@ -480,7 +517,7 @@ def test_any_axis_may_play_the_part_of_n() -> None:
     by_width, by_loops = check(runs.rename(columns={"loops": "width"}), axis="width"), check(runs)
     assert limits(by_width.judged.drift) == limits(by_loops.judged.drift)
     assert by_width.judged.reason == by_loops.judged.reason.replace(" N.", " width.")
-    assert str(by_width).splitlines()[1].split()[0] == "width"
+    assert "\n  width  seeds" in str(by_width)
     assert [entry["width"] for entry in by_width.to_dict()["rules"]["factored"]["optima"]] == [1, 2, 4]
     assert by_width.command(by_width.judged) is None
     for axis in ("lr", "loss", "seed", "rule", "step"):
