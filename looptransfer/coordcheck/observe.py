@@ -29,16 +29,14 @@ from looptransfer.rewrite.branches import DECLARED
 from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.forward import (
     ExampleInputs,
-    as_written,
+    as_seeded,
     call_arguments,
-    module_hooks,
     tensors_held,
 )
 from looptransfer.rewrite.graph import Site, tensors_in
 from looptransfer.rewrite.ops import operator
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rewrite.sites import SiteCounter
-from looptransfer.rewrite.twin import state_kept
 
 POSITIONS = 32  # of the stream, evenly spread, on which the cosines of increments are taken
 PROBE_SEED = 0  # dropout draws the same masks in every probe
@@ -106,8 +104,7 @@ def observe(
     """
     observer = _Observer(model, branches, statistics)
     args, kwargs = call_arguments(inputs)
-    with torch.no_grad(), as_written(), state_kept(model), module_hooks(observer.enter, observer.leave), observer:
-        torch.manual_seed(PROBE_SEED)
+    with torch.no_grad(), as_seeded(model, PROBE_SEED, observer.enter, observer.leave), observer:
         output = model(*args, **kwargs)
     for branch in branches:
         visits = observer.visits[branch.module]

@@ -1,6 +1,7 @@
 """Figures of a coordinate check."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -40,8 +41,10 @@ def plot_stream(check: CoordCheck) -> Figure:
 
 def stream_panels(check: CoordCheck) -> list[Panel]:
     """The panels of `plot_stream`, row by row."""
-    last = _stream(check)["step"].max()
-    return [partial(_draw_stream, check=check, rule=rule, step=step) for rule in check.rules for step in (0, last)]
+    stream, counts = _stream(check), sorted(check.frame["loops"].unique())
+    steps = (0, stream["step"].max())
+    draw = partial(_draw_stream, stream=stream, counts=counts)
+    return [partial(draw, rule=rule, step=step) for rule in check.rules for step in steps]
 
 
 def _stream(check: CoordCheck) -> pd.DataFrame:
@@ -51,11 +54,9 @@ def _stream(check: CoordCheck) -> pd.DataFrame:
     return rows[(rows["statistic"] == "stream_rms") & (rows["module"] == module)]
 
 
-def _draw_stream(axis: Axes, check: CoordCheck, rule: str, step: int) -> None:
-    counts = sorted(check.frame["loops"].unique())
-    colours = dict(zip(counts, ordered_colours(len(counts)), strict=True))
-    shown = _stream(check)
-    shown = shown[shown["step"] == step]
+def _draw_stream(axis: Axes, stream: pd.DataFrame, counts: Sequence[int], rule: str, step: int) -> None:
+    colours = ordered_colours(counts)
+    shown = stream[stream["step"] == step]
     for count in counts:
         rows = shown[(shown["rule"] == rule) & (shown["loops"] == count)]
         _band(axis, rows.groupby("visit")["value"], colours[count], "o" if count == 1 else "")
@@ -75,12 +76,12 @@ def plot_growth(check: CoordCheck) -> Figure:
 
 def growth_panels(check: CoordCheck) -> list[Panel]:
     """The panels of `plot_growth`."""
-    return [partial(_draw_growth, check=check, shown=shown) for shown in AGAINST_N]
-
-
-def _draw_growth(axis: Axes, check: CoordCheck, shown: tuple[str, str, int, str]) -> None:
-    statistic, which, step, title = shown
     branch = _worst_branch(check)
+    return [partial(_draw_growth, check=check, branch=branch, shown=shown) for shown in AGAINST_N]
+
+
+def _draw_growth(axis: Axes, check: CoordCheck, branch: str, shown: tuple[str, str, int, str]) -> None:
+    statistic, which, step, title = shown
     module = branch if statistic == "branch_rms" else check.context.branches[-1].module
     for rule, (colour, marker) in zip(check.rules, cycle(RULE_STYLES), strict=False):
         rows = _rows(check, rule)

@@ -56,7 +56,7 @@ def runs_above(verdict: Verdict) -> pd.DataFrame:
 
 def _draw_curves(axis: Axes, verdict: Verdict, judged: RuleVerdict) -> None:
     counts = sorted({optimum.n for judged in verdict.rules.values() for optimum in judged.optima})
-    colours = dict(zip(counts, ordered_colours(len(counts)), strict=True))
+    colours = ordered_colours(counts)
     (low, high), of_rule = _loss_limits(verdict), verdict.runs[verdict.runs["rule"] == judged.rule]
     for optimum in judged.optima:
         name = f"{f'{judged.rule}, ' if len(verdict.rules) > 1 else ''}{verdict.axis_label} = {optimum.n}"
@@ -93,9 +93,10 @@ def _loss_limits(verdict: Verdict) -> tuple[float, float]:
     return low, high if high > low else low + 1
 
 
-def ordered_colours(count: int) -> list[Any]:
-    """As many colours, from light to dark."""
-    return [ORDERED(place) for place in np.linspace(0, 1, count)] if count > 1 else [ORDERED(0.5)]
+def ordered_colours(counts: Sequence[int]) -> dict[int, Any]:
+    """A colour for every loop count, from light to dark."""
+    places = np.linspace(0, 1, len(counts)) if len(counts) > 1 else [0.5]
+    return dict(zip(counts, map(ORDERED, places), strict=True))
 
 
 def some_of(counts: Sequence[Any]) -> list[Any]:
@@ -132,8 +133,8 @@ def draw_optima(axis: Axes, verdict: Verdict) -> None:
 
 def draw_regret(axis: Axes, verdict: Verdict) -> None:
     """The regret of the transferred LR at the largest N, with its interval, for each rule."""
-    for position, judged in enumerate(verdict.rules.values()):
-        colour, marker = RULE_STYLES[position % len(RULE_STYLES)]
+    styled = zip(verdict.rules.values(), cycle(RULE_STYLES), strict=False)
+    for position, (judged, (colour, marker)) in enumerate(styled):
         regret = judged.regret
         if regret is not None and math.isfinite(regret.estimate):
             ends = (regret.estimate - regret.low, regret.high - regret.estimate)

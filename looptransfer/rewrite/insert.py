@@ -42,9 +42,9 @@ def set_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> None:
 def has_multiplier(model: nn.Module, handle: Handle, multiplier: float) -> bool:
     """What `handle` names is multiplied so."""
     module = plain_names(model).get(handle.module)
-    kind, key = (OUTPUTS, handle.output) if handle.mark is None else (MARKS, handle.mark)
-    held = module.__dict__.get(kind, {}).get(key) if module is not None else None
-    return held is not None and float(held) == multiplier
+    if handle.mark is not None:
+        return _holds(module, MARKS, handle.mark, multiplier)
+    return _holds(module, OUTPUTS, handle.output, multiplier)
 
 
 def set_input_multiplier(model: nn.Module, name: str, multiplier: float) -> None:
@@ -54,7 +54,11 @@ def set_input_multiplier(model: nn.Module, name: str, multiplier: float) -> None
 
 def has_input_multiplier(module: nn.Module | None, multiplier: float) -> bool:
     """The first argument of the module is multiplied so."""
-    held = module.__dict__.get(INPUTS, {}).get(0) if module is not None else None
+    return _holds(module, INPUTS, 0, multiplier)
+
+
+def _holds(module: nn.Module | None, kind: str, key: Any, multiplier: float) -> bool:
+    held = module.__dict__.get(kind, {}).get(key) if module is not None else None
     return held is not None and float(held) == multiplier
 
 

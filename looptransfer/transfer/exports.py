@@ -9,6 +9,7 @@ from looptransfer.errors import InputError
 from looptransfer.text import printable, short
 from looptransfer.transfer.rows import find, is_missing
 
+FIELD = re.compile(r"\{(\w+)\}")  # of a pattern that runs are called by
 ENDS = ("__MIN", "__MAX")  # behind the name of a series of a plot export: the ends of what a point is the mean of
 
 
@@ -67,7 +68,7 @@ def named(frame: pd.DataFrame, pattern: str) -> pd.DataFrame:
     Raises:
         InputError: the pattern is none, fits no name, or fits one in two ways.
     """
-    texts = re.split(r"\{(\w+)\}", pattern)
+    texts = FIELD.split(pattern)
     fields = texts[1::2]
     if not fields or len({*fields}) < len(fields) or not all(field.isidentifier() for field in fields):
         raise InputError(
@@ -99,7 +100,7 @@ def named(frame: pd.DataFrame, pattern: str) -> pd.DataFrame:
 
 def refuse_unnamed(frame: pd.DataFrame, pattern: str) -> None:
     """Refuse a table in which a run's name does not follow the pattern, unless conditions have left it out."""
-    field = re.findall(r"\{(\w+)\}", pattern)[0]
+    field = FIELD.findall(pattern)[0]
     others = frame["run"][frame[field].map(is_missing)]
     if len(others):
         words = shlex.quote(f"run!={others.iloc[0]}")
