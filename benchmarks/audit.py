@@ -20,17 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import looptransfer as lt
 from looptransfer.transfer.optimum import REACH, pooled_vertex
-from looptransfer.transfer.results import ALL_RUNS
 from looptransfer.transfer.verdict import RuleVerdict, Verdict
 
 HOME = Path("reports/audit")
 METRICS = ("loss", "bpb")  # names of the column that is the loss
 EDGES = ("low edge", "high edge", "diverged")
-SHOWN = 2.6  # octaves per doubling to either side in the figure
+SHOWN = 2.7  # octaves per doubling to either side in the figure
+COLUMNS = (2.95, 4.6)  # places of the columns beside it
 
 
 @dataclass(frozen=True)
@@ -133,34 +134,37 @@ def forest(grids: Sequence[Grid]) -> Figure:
         drift = grid.judged.drift
         if drift is not None:
             panel.plot([drift.low, drift.high], [y, y], color="black", linewidth=3.5, zorder=2)
-        panel.text(
-            SHOWN * 1.04, y, f"{grid.size}   {grid.judged.answer}: {grid.judged.cause}", va="center", fontsize=7.5
-        )
+        for x, cell in zip(COLUMNS, (grid.size, f"{grid.judged.answer}: {grid.judged.cause}"), strict=True):
+            panel.text(x, y, cell, va="center", fontsize=7.5)
         if grid.limits is None:
-            panel.text(0, y, "one size: no drift to see", ha="center", va="center", fontsize=7.5, style="italic")
+            panel.text(0.3, y, "one size: no drift to see", va="center", fontsize=7.5, style="italic")
     tolerance = grids[0].verdict.tolerance
     panel.axvspan(-tolerance, tolerance, color="0.90", zorder=0)
     panel.axvline(0, color="0.4", linewidth=0.8, zorder=1)
     panel.set(
-        xlim=(-SHOWN, SHOWN), ylim=(max(places) + 0.8, min(places) - 1.6),
-        xlabel="drift of the best LR, octaves per doubling of the size (grey: tolerance of ±0.2)",
+        xlim=(-SHOWN - 0.15, SHOWN + 0.15), ylim=(max(places) + 0.8, min(places) - 1.6),
     )  # fmt: skip
+    label = f"drift of the best LR, octaves per doubling of the size (grey: tolerance of ±{tolerance:g})"
+    panel.set_xlabel(label, fontsize=8.5)
+    panel.tick_params(axis="x", labelsize=8)
     panel.set_yticks(places, [grid.source["label"] for grid in grids], fontsize=7.5)
     for axis in dict.fromkeys(grid.source["axis"] for grid in grids):
         first = next(y for grid, y in zip(grids, places, strict=True) if grid.source["axis"] == axis)
-        panel.text(-SHOWN * 0.99, first - 0.95, f"over {axis}", va="center", fontsize=8.5, weight="bold")
-    panel.text(SHOWN * 1.04, min(places) - 0.95, "LRs × seeds × sizes   check's answer", va="center", fontsize=8)
+        panel.text(-SHOWN * 0.99, first - 0.95, f"over {axis}", va="center", fontsize=8, weight="bold")
+    for x, title in zip(COLUMNS, ("LRs × seeds × sizes", "what check says"), strict=True):
+        panel.text(x, min(places) - 0.95, title, va="center", fontsize=7.5, weight="bold")
     names = {
         "inside": "limits inside the tolerance", "outside": "limits outside it", "across": "limits on both sides"
     }  # fmt: skip
     for told, name in names.items():
         colour, marker = styles[told]
         panel.plot([], [], color=colour, marker=marker, markerfacecolor="white", linewidth=1.4, label=name)
+    title = (
+        "line: limits of the grid, with an arrow where the best LR is its last; mark: fitted drift, without an interval"
+    )
     figure.legend(
-        loc="outside lower center", ncols=3, frameon=False, fontsize="small",
-        title="line: limits of the grid alone, an arrow where the best LR is its last; mark: fitted, one seed, no interval",
-        title_fontsize="small",
-    )  # fmt: skip
+        loc="outside lower center", ncols=3, frameon=False, fontsize="small", title=title, title_fontsize="small"
+    )
     panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
     return figure
@@ -172,13 +176,13 @@ def _places(grids: Sequence[Grid]) -> list[float]:
     return [number + 1.4 * axes.index(grid.source["axis"]) for number, grid in enumerate(grids)]
 
 
-def _draw_limits(panel: "object", ends: tuple[float, float], y: float, colour: str) -> None:
+def _draw_limits(panel: Axes, ends: tuple[float, float], y: float, colour: str) -> None:
     """A line between two drifts; an arrow where it goes on beyond the figure, a cap where it ends."""
     low, high = (max(-SHOWN, min(SHOWN, end)) for end in ends)
-    panel.plot([low, high], [y, y], color=colour, linewidth=1.4, zorder=2)  # type: ignore[attr-defined]
+    panel.plot([low, high], [y, y], color=colour, linewidth=1.4, zorder=2)
     for shown, end, arrow in ((low, ends[0], "<"), (high, ends[1], ">")):
         marker, size = ("|", 7.0) if shown == end else (arrow, 6.0)
-        panel.plot(shown, y, marker=marker, color=colour, markersize=size, clip_on=False, zorder=3)  # type: ignore[attr-defined]
+        panel.plot(shown, y, marker=marker, color=colour, markersize=size, clip_on=False, zorder=3)
 
 
 def rows(grids: Sequence[Grid]) -> list[list[str]]:
@@ -220,49 +224,50 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
 
 def report(grids: Sequence[Grid], not_had: pd.DataFrame, seconds: float) -> str:
     """The README: what was found, the figure, the table, what could not be had, how it was made."""
-    several = [grid for grid in grids if grid.limits is not None]
+    several, terms = [grid for grid in grids if grid.limits is not None], grids[0].verdict
     seeds = Counter(max(optimum.seeds for optimum in grid.judged.optima) for grid in grids)
     answers = Counter(grid.judged.answer for grid in grids)
     causes = Counter(grid.judged.cause for grid in grids)
     told = Counter(grid.told for grid in several)
     runs = sum(int(table.size) for grid in grids for table in grid.judged.tables.values())
     where = len({grid.source["source"].split("/issues")[0].split("/pull")[0] for grid in grids})
+    one, several_seeds = seeds[1], len(grids) - seeds[1]
     text = [
         "# The public audit",
-        "`python -m benchmarks.audit` judges every LR grid over loops, width or layers that could be had as numbers from "
-        "public repositories, their pull requests, issues and logs, by `check` with its defaults (a drift of at most "
-        f"{grids[0].verdict.tolerance:g} octave per doubling is flat, {grids[0].verdict.confidence:.0%} intervals). "
-        "Nothing was trained, and nothing chosen by what comes out.",
+        "`python -m benchmarks.audit` judges every LR grid over loops, width or layers that could be had as numbers "
+        "from public repositories, their pull requests, issues and logs, by `check` with its defaults: a drift of at "
+        f"most {terms.tolerance:g} octave per doubling is flat, intervals are of {terms.confidence:.0%}. Nothing was "
+        "trained, and nothing chosen by what comes out.",
         f"- {len(grids)} grids of {where} repositories, {runs} runs. "
         f"Verdicts: {_counted(answers)}. Why: {_counted(causes)}.",
-        f"- Seeds: {_counted({f'{count} seed' + 's' * (count > 1): number for count, number in seeds.items()})}. One seed "
-        "was what there was: these sweeps were made to choose an LR, which one seed may do. They cannot tell "
-        "a shift of the best LR from noise, so `check` gives no interval, and that is no finding against the rule that was "
-        "tried.",
-        "- What a grid could say if its losses had no noise: the best LR lies between those beside the lowest loss, which "
-        f"leaves a range of drifts, its limits. Of the {len(several)} grids with more than one size the limits lie inside "
-        f"the tolerance in {told['inside']}, outside in {told['outside']}, and on both sides in {told['across']}: "
-        f"those {told['across']} could not have told, however many seeds. In "
-        f"{sum(bool(grid.edges) for grid in several)} the best LR of some size is the last one that was run or was stable.",
-        "- The fitted drift is the slope of the vertices of the same local cubics that `check` fits; it has no interval.",
+        f"- {one} grids have one seed, {several_seeds} have more. One seed was what there was: these sweeps were made "
+        "to choose an LR, for which one seed may do. They cannot tell a shift of the best LR from noise, so `check` "
+        "gives no interval; that is no finding against the rule that was tried.",
+        "- What a grid could say if its losses had no noise, without a fit: the best LR lies between those beside the "
+        f"lowest loss, which leaves a range of drifts, its limits. Of the {len(several)} grids with more than one size "
+        f"they lie inside the tolerance in {told['inside']}, outside in {told['outside']}, and on both sides in "
+        f"{told['across']}. There only a fit between the LRs can tell, and how far to trust it only more seeds. In "
+        f"{sum(bool(grid.edges) for grid in several)} the best LR of some size is the last one that was run or stable.",
+        "- The fitted drift is the slope of the vertices of the local cubics that `check` fits; of one seed it has no "
+        "interval.",
         "![The fitted drift and the limits of every grid](forest.png)",
         "## The grids",
-        "Drift, interval and limits are in octaves per doubling of the axis, the regret in the unit of the loss. A grid in "
-        "which width and layers grow together stands under one of them, in whose column the sizes differ throughout. "
-        "The LR of the marin grids with a rule is its multiple, so that a drift is one from that rule.",
+        "Drift, interval and limits are in octaves per doubling of the axis, the regret in the unit of the loss. A "
+        "grid in which width and layers grow together stands under one of them, by whose column its sizes can be told "
+        "apart. Where the LR is a multiple of a rule, a drift is one from that rule.",
         markdown(rows(grids)),
         "## What could not be had",
         markdown([list(not_had), *not_had.to_numpy().tolist()]),
         "## How this was made",
-        "The numbers are those of the sources, rounded to five or six digits where they had more; marin's grids were "
-        "read from the stored text of its repository and threads (snapshots of November 2026). A run that ended "
-        "early or was still running is left out; one whose loss is nan diverged. Of Step Law's batch sizes 64, 256 and "
-        "1024 were taken. Each CSV goes into `looptransfer check FILE --axis AXIS` as it is, with `--columns loss=bpb` "
-        "where that is its column.",
+        "The numbers are those of the sources, rounded to five or six digits where they had more; they were read from "
+        "stored copies of the repositories and threads in November 2026, where the end of a long comment could be "
+        "missing. A run that ended early or was still running is left out; one whose loss is nan diverged. Of Step "
+        "Law's batch sizes 64, 256 and 1024 were taken. Each CSV goes into `looptransfer check FILE --axis AXIS` as it "
+        "is, with `--rule` where it has rules and `--columns loss=bpb` where that is its column.",
         f"{datetime.now(UTC):%Y-%m-%d}, {seconds:.1f} s; Python {platform.python_version()}, numpy {version('numpy')}, "
         f"scipy {version('scipy')}, pandas {version('pandas')}, looptransfer {version('looptransfer')}, "
         f"{platform.machine()}.",
-    ]  # fmt: skip
+    ]
     return "\n\n".join(_wrapped(paragraph) for paragraph in text) + "\n"
 
 
@@ -287,7 +292,7 @@ def main() -> None:
     started = time.perf_counter()
     grids = read(HOME)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    forest(grids).savefig(arguments.out / "forest.png", dpi=150)
+    forest(grids).savefig(arguments.out / "forest.png", dpi=150, bbox_inches="tight")
     not_had = pd.read_csv(HOME / "not_had.csv", dtype=str, keep_default_na=False)
     text = report(grids, not_had, time.perf_counter() - started)
     (arguments.out / "README.md").write_text(text)

@@ -49,9 +49,7 @@ class FurtherRuns:
 
     def text(self, label: str) -> str:
         """The combinations, in one line."""
-        grids = (
-            f"{label} = {listed(counts)}; LR {listed(f'{lr:.6g}' for lr in lrs)}; " for counts, lrs in self.grids
-        )
+        grids = (f"{label} = {listed(counts)}; LR {listed(f'{lr:.6g}' for lr in lrs)}; " for counts, lrs in self.grids)
         return f"{len(self)} runs: {''.join(grids)}seed {listed(self.seeds)}"
 
     def to_dict(self, axis: str) -> list[dict[str, Any]]:

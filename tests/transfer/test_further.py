@@ -54,7 +54,8 @@ def test_new_seeds_are_advised_at_the_lrs_that_each_n_has() -> None:
     )
     assert [grid["width"] for grid in runs.to_dict("width")] == [[512], [768, 1024]]
     first, second = runs.command("factored", "runs.csv").split(" && ")
-    assert (f"--lrs {','.join(low)}" in first) and (f"--lrs {','.join(high)}" in second)
+    assert f"--lrs {','.join(low)}" in first
+    assert f"--lrs {','.join(high)}" in second
 
 
 def test_seeds_that_some_n_lack_are_advised_there() -> None:
