@@ -32,6 +32,11 @@ METRICS = ("loss", "bpb")  # names of the column that is the loss
 EDGES = ("low edge", "high edge", "diverged")
 SHOWN = 2.7  # octaves per doubling to either side in the figure
 COLUMNS = (2.95, 4.6)  # places of the columns beside it
+STYLES = {
+    "inside": ("limits inside the tolerance", "#0072B2", "o"),
+    "outside": ("limits outside it", "#D55E00", "s"),
+    "across": ("limits on both sides", "#595959", "D"),
+}
 
 
 @dataclass(frozen=True)
@@ -116,57 +121,38 @@ def limits(tables: Mapping[int, pd.DataFrame]) -> tuple[float, float] | None:
         best = 1 + int(np.argmin(table.mean(axis=1)))
         ends = sorted((weight * x[best - 1], weight * x[best + 1])) if weight else (0.0, 0.0)
         low, high = low + ends[0], high + ends[1]
-    return low, high
+    return float(low), float(high)
 
 
 def forest(grids: Sequence[Grid]) -> Figure:
     """A line per grid: its limits, its fitted drift, and what `check` says why."""
-    styles = {"inside": ("#0072B2", "o"), "outside": ("#D55E00", "s"), "across": ("#595959", "D")}
     figure = Figure(figsize=(9.6, 0.27 * len(grids) + 2.0), layout="constrained")
     panel = figure.subplots()
-    places = _places(grids)
-    for grid, y in zip(grids, places, strict=True):
-        colour, marker = styles.get(grid.told, ("#595959", "D"))
-        if grid.limits is not None:
-            _draw_limits(panel, grid.limits, y, colour)
-        if grid.fitted is not None:
-            panel.plot(grid.fitted, y, marker=marker, color=colour, markersize=6, markerfacecolor="white", zorder=3)
-        drift = grid.judged.drift
-        if drift is not None:
-            panel.plot([drift.low, drift.high], [y, y], color="black", linewidth=3.5, zorder=2)
-        for x, cell in zip(COLUMNS, (grid.size, f"{grid.judged.answer}: {grid.judged.cause}"), strict=True):
-            panel.text(x, y, cell, va="center", fontsize=7.5)
-        if grid.limits is None:
-            panel.text(0.3, y, "one size: no drift to see", va="center", fontsize=7.5, style="italic")
-    tolerance = grids[0].verdict.tolerance
+    places, tolerance = _places(grids), grids[0].verdict.tolerance
     panel.axvspan(-tolerance, tolerance, color="0.90", zorder=0)
     panel.axvline(0, color="0.4", linewidth=0.8, zorder=1)
-    panel.set(
-        xlim=(-SHOWN - 0.15, SHOWN + 0.15), ylim=(max(places) + 0.8, min(places) - 1.6),
-    )  # fmt: skip
-    label = f"drift of the best LR, octaves per doubling of the size (grey: tolerance of ±{tolerance:g})"
-    panel.set_xlabel(label, fontsize=8.5)
-    panel.tick_params(axis="x", labelsize=8)
-    panel.set_yticks(places, [grid.source["label"] for grid in grids], fontsize=7.5)
+    panel.set(xlim=(-SHOWN - 0.15, SHOWN + 0.15), ylim=(max(places) + 0.8, min(places) - 1.6))
+    for grid, y in zip(grids, places, strict=True):
+        _draw(panel, grid, y)
     for axis in dict.fromkeys(grid.source["axis"] for grid in grids):
         first = next(y for grid, y in zip(grids, places, strict=True) if grid.source["axis"] == axis)
         panel.text(-SHOWN * 0.99, first - 0.95, f"over {axis}", va="center", fontsize=8, weight="bold")
     for x, title in zip(COLUMNS, ("LRs × seeds × sizes", "what check says"), strict=True):
         panel.text(x, min(places) - 0.95, title, va="center", fontsize=7.5, weight="bold")
-    names = {
-        "inside": "limits inside the tolerance", "outside": "limits outside it", "across": "limits on both sides"
-    }  # fmt: skip
-    for told, name in names.items():
-        colour, marker = styles[told]
+    label = f"drift of the best LR, octaves per doubling of the size (grey: tolerance of ±{tolerance:g})"
+    panel.set_xlabel(label, fontsize=8.5)
+    panel.set_yticks(places, [grid.source["label"] for grid in grids], fontsize=7.5)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.tick_params(axis="y", length=0)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    for name, colour, marker in STYLES.values():
         panel.plot([], [], color=colour, marker=marker, markerfacecolor="white", linewidth=1.4, label=name)
     title = (
-        "line: limits of the grid, with an arrow where the best LR is its last; mark: fitted drift, without an interval"
+        "line: limits of the grid, an arrow where the best LR is its last; mark: fitted drift; black bar: its interval"
     )
     figure.legend(
         loc="outside lower center", ncols=3, frameon=False, fontsize="small", title=title, title_fontsize="small"
     )
-    panel.tick_params(axis="y", length=0)
-    panel.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 
@@ -176,13 +162,24 @@ def _places(grids: Sequence[Grid]) -> list[float]:
     return [number + 1.4 * axes.index(grid.source["axis"]) for number, grid in enumerate(grids)]
 
 
-def _draw_limits(panel: Axes, ends: tuple[float, float], y: float, colour: str) -> None:
-    """A line between two drifts; an arrow where it goes on beyond the figure, a cap where it ends."""
-    low, high = (max(-SHOWN, min(SHOWN, end)) for end in ends)
+def _draw(panel: Axes, grid: Grid, y: float) -> None:
+    """The line of a grid, and the columns beside it."""
+    for x, cell in zip(COLUMNS, (grid.size, f"{grid.judged.answer}: {grid.judged.cause}"), strict=True):
+        panel.text(x, y, cell, va="center", fontsize=7.5)
+    if grid.limits is None:
+        panel.text(0.3, y, "one size: no drift to see", va="center", fontsize=7.5, style="italic")
+        return
+    _, colour, marker = STYLES[grid.told]
+    low, high = (max(-SHOWN, min(SHOWN, end)) for end in grid.limits)
     panel.plot([low, high], [y, y], color=colour, linewidth=1.4, zorder=2)
-    for shown, end, arrow in ((low, ends[0], "<"), (high, ends[1], ">")):
-        marker, size = ("|", 7.0) if shown == end else (arrow, 6.0)
-        panel.plot(shown, y, marker=marker, color=colour, markersize=size, clip_on=False, zorder=3)
+    for shown, end, arrow in ((low, grid.limits[0], "<"), (high, grid.limits[1], ">")):
+        cap, size = ("|", 7.0) if shown == end else (arrow, 6.0)
+        panel.plot(shown, y, marker=cap, color=colour, markersize=size, zorder=3)
+    drift = grid.judged.drift
+    if drift is not None:
+        panel.plot([drift.low, drift.high], [y, y], color="black", linewidth=3.5, zorder=3)
+    if grid.fitted is not None:
+        panel.plot(grid.fitted, y, marker=marker, color=colour, markersize=6, markerfacecolor="white", zorder=4)
 
 
 def rows(grids: Sequence[Grid]) -> list[list[str]]:
@@ -205,15 +202,20 @@ def _row(grid: Grid) -> list[str]:
         origin,
         source["axis"],
         grid.size,
-        "" if grid.fitted is None else f"{grid.fitted:+.2f}",
+        "" if grid.fitted is None else _octaves(grid.fitted),
         "none" if judged.drift is None else f"{judged.drift}",
-        "" if grid.limits is None else "{:+.2f} to {:+.2f}".format(*grid.limits).replace("inf", "∞"),
+        "" if grid.limits is None else " to ".join(map(_octaves, grid.limits)),
         ", ".join(map(str, grid.edges)),
         f"{judged.answer}: {judged.cause}",
         grid.verdict.regret_text(judged.regret),
         judged.advice + ("" if runs is None else f" ({len(runs)} runs)"),
         source["changes_too"],
     ]
+
+
+def _octaves(drift: float) -> str:
+    """Two decimals with a sign; that of nothing is a plus, whatever rounding made of it."""
+    return f"{round(drift, 2) + 0.0:+.2f}".replace("inf", "∞")
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:

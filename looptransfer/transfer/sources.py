@@ -48,8 +48,8 @@ def read_results(
 
     Args:
         source: a .csv, .json, .jsonl or .parquet file, a pipe, "-" for standard input, a ledger, or the URL of an
-            Optuna study with #NAME behind it. JSON is an array of objects, or an object a line; objects within them give
-            columns with dots, such as config.lr. Several files are one table.
+            Optuna study with #NAME behind it. JSON is an array of objects, or an object a line; objects within them
+            give columns with dots, such as config.lr. Several files are one table.
         columns: what a needed column is called there, such as {"lr": "config.lr", "loss": "summary.val_loss"}.
         axis: the column that plays the part of N.
         where: conditions such as "State=finished" or "loss!=" that a row must meet; others are left out and counted.
