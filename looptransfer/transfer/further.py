@@ -66,15 +66,15 @@ class FurtherRuns:
 
         One call for the N that have the same LRs. EXPERIMENT is the user's.
         """
-        target = {"--ledger": table, "-o": "more.csv"} if ledger else {"--append": table}
         calls = []
-        for counts, lrs in self.grids:
+        for number, (counts, lrs) in enumerate(self.grids, 1):
+            new = "more.csv" if number == 1 else f"more-{number}.csv"
             options = {
                 "--loops": ",".join(map(str, counts)),
                 "--lrs": ",".join(f"{lr:.6g}" for lr in lrs),
                 "--seeds": _ranges(self.seeds),
                 "--rules": rule,
-                **target,
+                **({"--ledger": table, "-o": new} if ledger else {"--append": table}),
             }
             calls.append(
                 "looptransfer sweep EXPERIMENT " + shlex.join(part for option in options.items() for part in option)

@@ -56,6 +56,8 @@ def test_new_seeds_are_advised_at_the_lrs_that_each_n_has() -> None:
     first, second = runs.command("factored", "runs.csv").split(" && ")
     assert f"--lrs {','.join(low)}" in first
     assert f"--lrs {','.join(high)}" in second
+    files = [call.rpartition(" ")[2] for call in runs.command("factored", "runs.db", ledger=True).split(" && ")]
+    assert files == ["more.csv", "more-2.csv"]  # sweep writes no table over another
 
 
 def test_seeds_that_some_n_lack_are_advised_there() -> None:
