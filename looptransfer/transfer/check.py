@@ -9,7 +9,7 @@ import pandas as pd
 from looptransfer.checks import check_number
 from looptransfer.errors import InputError
 from looptransfer.transfer import drift
-from looptransfer.transfer.advice import advised
+from looptransfer.transfer.causes import advised
 from looptransfer.transfer.judge import judge_tables, situation_of
 from looptransfer.transfer.optimum import Interval, Optimum, curve_height, curves, t_interval_of_runs
 from looptransfer.transfer.results import at_horizon, tidy

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looptransfer.errors import InputError
-from looptransfer.transfer.advice import ROWS
+from looptransfer.transfer.causes import ROWS
 from looptransfer.transfer.check import check
 from looptransfer.transfer.further import FurtherRuns
 from looptransfer.transfer.optimum import Interval, curve, curve_height
