@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from looptransfer.errors import InputError, UserCodeError
 from looptransfer.files import write_file
 from looptransfer.optim import param_groups
+from looptransfer.rewrite.caveats import VARIES
 from looptransfer.rewrite.parametrize import apply_plan, parametrize, remove
 from looptransfer.rewrite.plan import ScalingPlan, planned
-from looptransfer.rewrite.planner import VARIES
 from looptransfer.rules import Rule
 from looptransfer.trials.hooks import (
     autocast,
