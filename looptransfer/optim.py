@@ -12,7 +12,7 @@ from torch import nn
 from looptransfer.checks import is_number
 from looptransfer.errors import InputError
 from looptransfer.rewrite.names import module_of, named_parameters, parameter_names
-from looptransfer.rewrite.plan import ROLES, Branch, Role, ScalingPlan, planned
+from looptransfer.rewrite.plan import ROLES, SHOWN, Branch, Role, ScalingPlan, planned
 from looptransfer.rewrite.width import Growth, growth, width_divisor
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
@@ -23,6 +23,7 @@ OnStream = Literal["scale", "leave"]
 DecayPolicy = Literal["coefficient", "product"]
 Group = dict[str, Any]
 NONE = DepthFactors(1.0, 1.0, 1.0)
+MAKE = "make the optimizer of looptransfer.param_groups(model, …)"
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """
     if not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr < 0:
         raise InputError(f"lr is {lr!r}; it must be a finite number from 0 up")
-    strange = [number for number, group in enumerate(optimizer.param_groups) if "lr_factor" not in group]
-    if strange:
-        raise InputError(
-            f"group {strange[0]} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or "
-            "its state was loaded from such an optimizer; make the optimizer of param_groups"
-        )
+    for problem in strange_groups(optimizer.param_groups):
+        raise InputError(problem)
     for group in optimizer.param_groups:
         _put_lr(group, lr * group["lr_factor"])
+
+
+def strange_groups(groups: Iterable[Mapping[str, Any]], owner: str = "the optimizer") -> list[str]:
+    """A sentence on the groups of an optimizer that `param_groups` did not make; none where it made them all."""
+    strange = [str(number) for number, group in enumerate(groups) if "lr_factor" not in group]
+    if not strange:
+        return []
+    return [
+        f"group {', '.join(strange[:SHOWN])} of {owner} holds no lr_factor: it was not made by "
+        "looptransfer.param_groups, as where a trainer groups the parameters itself, or its state was loaded from such "
+        f"an optimizer; {MAKE} and hand it to the trainer"
+    ]
 
 
 def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
