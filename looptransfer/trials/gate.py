@@ -17,6 +17,7 @@ from looptransfer.transfer.comparison import ComparedOptimum, Comparison
 from looptransfer.transfer.repeats import Repeat, confirmed, is_noise, is_same, is_small, largest_gap, runs_to_repeat
 from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.transfer.stored import StoredOptimum
+from looptransfer.trials.devices import slots
 from looptransfer.trials.function import as_trainable
 from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
@@ -133,9 +134,10 @@ def gate(
     with TemporaryDirectory(prefix="looptransfer-") as folder:
         first = list(search.wanted({}))
         every = [*first, *(run for n in counts for run in search.bracket(stored[n]))]
-        study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), workers, devices)
+        places = slots(devices, workers)
+        study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), places[0])
         _ask(study, first)
-        run_search(experiment, search, study, workers, devices, limit, called="gate")
+        run_search(experiment, search, study, places, limit, "gate", alone=workers is None)
         holding = search.confirmed(study.losses)
         bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n])]
         _ask(study, bracket)

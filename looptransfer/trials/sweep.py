@@ -126,13 +126,14 @@ def tune(
     trainable = as_trainable(train)
     lr = 2.0 ** START[0]
     starts = [Run(rule, count, lr, seed) for count in _loop_counts([loops]) for seed in chosen]
-    study, begun = open_ledger(trainable, starts, ledger, workers, devices, target)
+    places = slots(devices, workers)
+    study, begun = open_ledger(trainable, starts, ledger, places[0], target)
     stored = _stored_rule(begun.get(loops), rule)
     request = {"kind": "tune", "loops": loops, "seeds": list(chosen), "rule": stored}
     request |= {"regret": regret, "precision": precision}
     search = _proxy_search(request)
     study.ask(request)
-    run_search(trainable, search, study, workers, devices, limit, f"tune at N = {loops}")
+    run_search(trainable, search, study, places, limit, f"tune at N = {loops}", alone=workers is None)
     losses = {run: study.losses[run] for run in search.wanted(study.losses)}
     rows = [{**study.finished[run], "rule": rule} for run in losses]
     results = pd.DataFrame(rows, columns=[*COLUMNS, "last_loss"])
@@ -220,7 +221,8 @@ def sweep(
     if not missing:
         return pd.DataFrame(columns=COLUMNS)
     trainable = as_trainable(train)
-    study, starts = open_ledger(trainable, missing, ledger, workers, devices, target)
+    places = slots(devices, workers)
+    study, starts = open_ledger(trainable, missing, ledger, places[0], target)
     request = {
         "kind": "sweep",
         "cells": sorted([rule, count, _stored_rule(starts.get(count), rule)] for rule, count in pairs),
@@ -230,7 +232,7 @@ def sweep(
     }
     study.ask(request)
     try:
-        run_search(trainable, search_of(request), study, workers, devices, limit)
+        run_search(trainable, search_of(request), study, places, limit, alone=workers is None)
     except FailedRunError as error:
         error.finished = _table(study, request)
         raise
@@ -259,19 +261,17 @@ def open_ledger(
     trainable: Trainable,
     runs: Sequence[Run],
     place: str | Path,
-    workers: int | None,
-    devices: str | None,
+    slot: Slot,
     target: str | None = None,
 ) -> tuple[Ledger, Mapping[int, Any]]:
     """Look at the start of a training before runs of it are made, and open its ledger; with the starts by N.
 
     Raises:
-        InputError: as `Trainable.check`, `slots`, `Ledger` and `Ledger.admit`.
+        InputError: as `Trainable.check`, `Ledger` and `Ledger.admit`.
     """
     loops, seeds, rules = ([*dict.fromkeys(getattr(run, name) for run in runs)] for name in ("loops", "seed", "rule"))
     lrs = sorted({run.lr for run in runs})
-    slot = here(slots(devices, workers)[0])
-    first = slot.trial(Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0]), runs_directory(place))
+    first = here(slot).trial(Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0]), runs_directory(place))
     starts = trainable.check(first, loops, seeds, rules)
     ledger = Ledger(place)
     probes = {Run(first.rule, count, first.lr, first.seed): start.probe() for count, start in starts.items()}
@@ -280,7 +280,7 @@ def open_ledger(
 
 
 def _prober(trainable: Trainable, slot: Slot, place: str | Path) -> Callable[[Run], Mapping[str, Any]]:
-    return lambda run: trainable.probe(slot.trial(run, runs_directory(place)))
+    return lambda run: trainable.probe(here(slot).trial(run, runs_directory(place)))
 
 
 def join(
@@ -309,9 +309,10 @@ def join(
     ledger = Ledger(storage, study, create=False)
     if ledger.identity is None:
         raise InputError(f"the study {study} of {ledger.shown} was not begun by tune or sweep; begin it by one of them")
-    ledger.admit(trainable.identity(), {}, _prober(trainable, here(slots(devices, workers)[0]), storage))
+    places = slots(devices, workers)
+    ledger.admit(trainable.identity(), {}, _prober(trainable, places[0], storage))
     searches = Several([search_of(request) for request in ledger.requests])
-    run_search(trainable, searches, ledger, workers, devices, limit, study)
+    run_search(trainable, searches, ledger, places, limit, study, alone=workers is None)
     return len(ledger.finished)
 
 

@@ -1,6 +1,5 @@
 """The built-in training loop: a run in, a held-out loss out. Stopped in between, it goes on from its checkpoint."""
 
-import hashlib
 import io
 import math
 import random
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from looptransfer.errors import InputError, UserCodeError
 from looptransfer.files import write_file
@@ -24,6 +22,7 @@ from looptransfer.rewrite.caveats import VARIES
 from looptransfer.rewrite.parametrize import apply_plan, parametrize, remove
 from looptransfer.rewrite.plan import ScalingPlan, planned
 from looptransfer.rules import Rule
+from looptransfer.trials.batches import digest
 from looptransfer.trials.hooks import (
     autocast,
     batch_stream,
@@ -98,7 +97,7 @@ class Training:
         kind, keys, *rest = np.random.get_state()
         return {
             "step": self.step,
-            "batch": digest(self.batch),
+            "batch": digest([self.batch]),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "torch": torch.get_rng_state(),
@@ -115,7 +114,7 @@ class Training:
         """
         for _ in range(state["step"]):
             self.next_batch()
-        if digest(self.batch) != state["batch"]:
+        if digest([self.batch]) != state["batch"]:
             raise InputError("batches gives other batches now")
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
@@ -214,15 +213,6 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
         print(f"looptransfer: {path} cannot be read ({type(error).__name__}), so it is left aside", file=sys.stderr)
         return None
     return state if isinstance(state, dict) else None
-
-
-def digest(batch: Any) -> str:
-    """A hash of the tensors of a batch."""
-    sha = hashlib.sha256()
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def threads_of(trial: Trial) -> AbstractContextManager[None]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from looptransfer.errors import FailedRunError, InputError
-from looptransfer.trials.devices import Slot, environment, here, slots
+from looptransfer.trials.devices import Slot, environment, here
 from looptransfer.trials.ledger import Claim, Ledger
 from looptransfer.trials.progress import Progress, progress_of
 from looptransfer.trials.run import Run, Trainable, Trial, pickled
@@ -64,38 +64,37 @@ def run_search(
     trainable: Trainable,
     search: Search,
     ledger: Ledger,
-    workers: int | None = None,
-    devices: str | None = None,
+    places: Sequence[Slot],
     limit: float | None = None,
     called: str = "sweep",
+    alone: bool = False,
 ) -> None:
     """Make every run that `search` wants and the ledger lacks.
 
     Interrupted by anything, kill -9 included, it goes on where it was when called again: a finished run is never
-    repeated. Worker processes fill the machine, as `devices.slots` says; `workers=1` trains in this process, and so
-    does the default where the training cannot be sent to another one. A run that fails is left out, and tried again by
-    the next call.
+    repeated. With one place the runs are made in this process, else in one of its own at each place. A run that fails
+    is left out, and tried again by the next call.
 
     Args:
         trainable: what is trained.
         search: which runs.
         ledger: admitted for what is trained.
-        workers, devices: as `slots` takes them.
+        places: of the workers, as `slots` gives them.
         limit: seconds after which a run counts as failed; needs processes.
         called: what the search is, for the progress.
+        alone: where the training cannot be sent to another process, train in this one.
 
     Raises:
-        InputError: a number out of range, or the training cannot be sent to workers.
+        InputError: a limit out of range, or the training cannot be sent to workers.
         LedgerError: the ledger did not answer for minutes.
         FailedRunError: runs failed, or worker processes could not be started.
     """
     check_limit(limit)
-    places = slots(devices, workers)
     job = Job(ledger.url, ledger.name, search, ledger.since, ledger.directory, limit)
     todo = _Todo(ledger, search)
     with progress_of(called) as progress:
-        must = workers is not None or limit is not None
-        data = None if todo.ends() or (len(places) == 1 and limit is None) else _sent(trainable, must)
+        here_only = todo.ends() or (len(places) == 1 and limit is None)
+        data = None if here_only else _sent(trainable, alone and limit is None)
         if data is None:
             _work(todo, job, trainable, here(places[0]), progress=progress)
         else:
@@ -110,12 +109,12 @@ def check_limit(limit: float | None) -> None:
         raise InputError(f"the time limit is {limit}; give seconds above 0")
 
 
-def _sent(trainable: Trainable, must: bool) -> bytes | None:
-    """The training as worker processes are sent it; None where it cannot be, unless it must."""
+def _sent(trainable: Trainable, alone: bool) -> bytes | None:
+    """The training as worker processes are sent it; None where it cannot be and this process may train alone."""
     try:
         return pickled(trainable)
     except InputError as error:
-        if must:
+        if not alone:
             raise
         print(f"looptransfer: training in this process alone: {error}", file=sys.stderr)
         return None

@@ -144,7 +144,7 @@ def test_worker_processes_see_their_own_devices_alone(
 ) -> None:
     monkeypatch.setenv(trainings.SEEN, str(tmp_path))
     before = dict(os.environ)
-    run_search(Function(trainings.placed), Grid(RUNS), new_ledger(tmp_path / "l.db"), workers=2, devices=given)
+    run_search(Function(trainings.placed), Grid(RUNS), new_ledger(tmp_path / "l.db"), slots(given, 2))
     seen = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert len(seen) == len(RUNS)
     assert {(record["device"], record[VISIBLE]) for record in seen} == places

@@ -24,7 +24,7 @@ from looptransfer.transfer.check import check
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials import ledger as ledger_module
 from looptransfer.trials import workers as workers_module
-from looptransfer.trials.devices import available_cores
+from looptransfer.trials.devices import available_cores, slots
 from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import Grid, ProxySearch, Search
@@ -59,7 +59,7 @@ def grid(experiment: Any, ledger: Path, runs: tuple[Run, ...] = RUNS, workers: i
 def searched(experiment: Any, search: Search, place: str | Path, workers: int = 1, **options: Any) -> pd.DataFrame:
     ledger = Ledger(place)
     ledger.admit(experiment.identity(), {})
-    run_search(experiment, search, ledger, workers, **options)
+    run_search(experiment, search, ledger, slots(workers=workers), **options)
     return pd.DataFrame(list(ledger.finished.values()), columns=[*COLUMNS, "last_loss"])
 
 
