@@ -86,7 +86,7 @@ def rescale(
     problems += [*_membership_problems(model, optimizers), *_frozen_problems(model, optimizers)] if optimizers else []
     if problems:
         raise InputError(problems[0])
-    plan = rescale_model(model, example_inputs, loops=loops)
+    plan = rescale_model(model, example_inputs, loops)
     for live in optimizers:
         follow_plan(model, live)
     return plan

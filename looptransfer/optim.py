@@ -1,6 +1,5 @@
 """Ordinary parameter groups for an ordinary optimizer, scaled as the model's plan says."""
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -132,7 +131,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     Raises:
         InputError: a group that `param_groups` did not make, or an LR that is not a finite number from 0 up.
     """
-    if not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr < 0:
+    if not is_number(lr) or lr < 0:
         raise InputError(f"lr is {lr!r}; it must be a finite number from 0 up")
     for problem in strange_groups(optimizer.param_groups):
         raise InputError(problem)

@@ -44,9 +44,9 @@ def _demo(arguments: argparse.Namespace) -> Answer:
 
 
 def _inspect(arguments: argparse.Namespace) -> Answer:
-    from looptransfer.command.inspection import inspect_model
+    from looptransfer.command.inspection import rewritten
 
-    plan = inspect_model(arguments.target, arguments.inputs, **_settings(arguments))
+    _, plan = rewritten(arguments.target, arguments.inputs, **_settings(arguments))
     return plan.to_json() if arguments.json else str(plan), 0
 
 

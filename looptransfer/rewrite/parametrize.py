@@ -177,9 +177,7 @@ def apply_plan(model: nn.Module, plan: ScalingPlan | None = None) -> ScalingPlan
     return plan
 
 
-def rescale_model(
-    model: nn.Module, example_inputs: ExampleInputs | None = None, *, loops: float | None = None
-) -> ScalingPlan:
+def rescale_model(model: nn.Module, example_inputs: ExampleInputs | None, loops: float | None) -> ScalingPlan:
     """Recompute the multipliers for the loop count that a model has now; see `audit.rescale`."""
     inner, plan = planned(model)
     if example_inputs is None or isinstance(example_inputs, (int, float)):

@@ -176,7 +176,16 @@ class Paths:
             return self._mixed(number, operands[0])
         if self._multiplies(number, sources):
             return None
-        for operand in (s for s in operands if prod(self.graph.nodes[s].shape) >= prod(node.shape)):
+        return (
+            self._brought_past(number, operands)
+            or self._taken_apart(number, operands)
+            or self._learned_skip(number, operands)
+        )
+
+    def _brought_past(self, number: int, operands: list[int]) -> Join | None:
+        """One operand is as large as the result and came past the matrices, or is gated in another."""
+        size = prod(self.graph.nodes[number].shape)
+        for operand in (s for s in operands if prod(self.graph.nodes[s].shape) >= size):
             past = self._past(operand, operands)
             if past:
                 root = past.bit_length() - 1
@@ -185,7 +194,7 @@ class Paths:
             gated = [s for s in operands if s != operand and self.is_gated(operand, s)]
             if gated:
                 return Join(number, operand, operand, gated[0], learned_skip=False)
-        return self._taken_apart(number, operands) or self._learned_skip(number, operands)
+        return None
 
     def _mixed(self, number: int, source: int) -> Join | None:
         """An operation on one tensor that holds both side by side, and makes sums of its elements."""

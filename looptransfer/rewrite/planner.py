@@ -1,6 +1,5 @@
 """From an analysis and a rule to the plan."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from looptransfer.checks import is_number
 from looptransfer.errors import InputError
 from looptransfer.rewrite.analysis import Analysis, fullest
 from looptransfer.rewrite.branches import DECLARE, Group, scaled
@@ -31,10 +31,10 @@ def make_plan(
     draws: Sequence[Analysis],
     settings: Mapping[str, Any],
     *,
-    declared: bool = False,
-    layers: int | None = None,
-    loops: float | None = None,
-    preserve: bool = False,
+    declared: bool,
+    layers: int | None,
+    loops: float | None,
+    preserve: bool,
 ) -> ScalingPlan:
     """Decide multiplier and block of every residual branch.
 
@@ -97,7 +97,7 @@ def counts(
     """
     if loops is None:
         return fullest(draws).visits, fullest(draws).rest.uses
-    if not isinstance(loops, (int, float)) or isinstance(loops, bool) or not math.isfinite(loops) or loops < 1:
+    if not is_number(loops) or loops < 1:
         raise InputError(f"loops is {loops!r}; it must be a number from 1 up")
     visits, uses = [draw.visits for draw in draws], [draw.rest.uses for draw in draws]
     moving = {handle for draw in visits for handle in draw if len({other.get(handle, 0) for other in visits}) > 1}

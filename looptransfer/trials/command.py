@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from looptransfer.checks import check_count
 from looptransfer.errors import InputError, UserCodeError
 from looptransfer.rules import Rule
 from looptransfer.trials import guard
@@ -87,8 +88,7 @@ class Command(Reporting):
         self._check_metric()
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             raise InputError(f"the time limit is {self.time_limit}; it must be a number of seconds above 0")
-        if self.retries < 0:
-            raise InputError(f"retries is {self.retries}; it must be 0 or more")
+        check_count("retries", self.retries, 0)
 
     def _check_metric(self) -> None:
         if self.metric.startswith(STDOUT):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from looptransfer.checks import check_count
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
@@ -124,8 +125,7 @@ def gate(
     stored_in = baseline if isinstance(baseline, Baseline) else Baseline.read(baseline)
     if stored_in.axis != "loops":
         raise InputError(f"{stored_in.path} has optima over {stored_in.axis}; training needs those over loops")
-    if seeds < 2:
-        raise InputError(f"seeds is {seeds}; give two or more, since one cannot tell noise from a shift")
+    check_count("seeds", seeds, 2)  # one cannot tell noise from a shift
     stored = stored_in.fitted(rule)
     counts = _counts(list(stored), loops, stored_in.path)
     chosen = _seeds({seed for n in counts for seed in stored[n].loss_by_seed or ()}, seeds)

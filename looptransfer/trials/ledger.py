@@ -99,24 +99,15 @@ class Ledger:
         name: of the study; default what stands behind # in the URL, or "sweep".
         create: make a study that is not there.
         since: the id of the trial after which failures count; default the last one there is.
-        patience: seconds for which a storage that does not answer is asked again.
 
     Raises:
         InputError: the storage cannot be opened, or the study is not a ledger.
         LedgerError: the storage does not answer.
     """
 
-    def __init__(
-        self,
-        place: str | Path,
-        name: str = "",
-        create: bool = True,
-        since: int | None = None,
-        patience: float | None = None,
-    ) -> None:
+    def __init__(self, place: str | Path, name: str = "", create: bool = True, since: int | None = None) -> None:
         url, _, named = str(place).partition("#") if "://" in str(place) else (str(place), "", "")
         self.url, self.name = url, name or named or SWEEP
-        self.patience = PATIENCE if patience is None else patience
         self.shown = without_password(url)
         self.finished: dict[Run, dict[str, Any]] = {}
         self.losses: dict[Run, float] = {}
@@ -143,7 +134,7 @@ class Ledger:
         if journal is not None:
             _check_file(Path(journal))
         server = journal is None and file is None
-        patience = min(self.patience, OPENING) if server else self.patience
+        patience = min(PATIENCE, OPENING) if server else PATIENCE
         try:
             study = self._try(lambda: self._study(file, create), patience, (IntegrityError, ProgrammingError))
         except InputError:
@@ -186,7 +177,7 @@ class Ledger:
             patience: seconds.
             also: further errors that pass, such as those of processes that set up one database together.
         """
-        patience = self.patience if patience is None else patience
+        patience = PATIENCE if patience is None else patience
         end, pause = time.monotonic() + patience, 0.05
         tell_at: float | None = time.monotonic() + 2.0  # a lock that passes at once is no news
         while True:

@@ -140,8 +140,6 @@ def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start]
                 f"seeds {seed} and {other} give the same batches and the same weights{place(batches)}, so that seeds "
                 "would repeat one run and show no noise; draw the batches by the seed"
             )
-        if not callable(batches):  # a list, given for all seeds
-            return
         warnings.warn(
             f"batches({seed}) and batches({other}) are the same{place(batches)}: seeds differ by their initialisation "
             "alone, and the intervals hold for this one order of the data",

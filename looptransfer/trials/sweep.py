@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from looptransfer.checks import check_number
+from looptransfer.checks import check_count, check_number, counts_of, seeds_of
 from looptransfer.errors import FailedRunError, InputError
 from looptransfer.rules import RULES, Rule, check_rule
 from looptransfer.transfer.results import COLUMNS
@@ -115,21 +115,20 @@ def tune(
         InputError: as `Trainable.check`, `Ledger` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
-    chosen = _seeds(seeds)
+    check_count("loops", loops)
+    chosen = seeds_of(seeds)
     check_number("regret", regret)
     if precision is not None:
         check_number("precision", precision)
-    if len(chosen) < 2:
-        raise InputError(f"seeds is {seeds!r}; give two or more, since one cannot tell noise from an optimum")
     check_rule(rule)
     check_limit(limit)
     trainable = as_trainable(train)
     lr = 2.0 ** START[0]
-    starts = [Run(rule, count, lr, seed) for count in _loop_counts([loops]) for seed in chosen]
+    starts = [Run(rule, loops, lr, seed) for seed in chosen]
     places = slots(devices, workers)
     study, begun = open_ledger(trainable, starts, ledger, places[0], target)
     stored = _stored_rule(begun.get(loops), rule)
-    request = {"kind": "tune", "loops": loops, "seeds": list(chosen), "rule": stored}
+    request = {"kind": "tune", "loops": loops, "seeds": chosen, "rule": stored}
     request |= {"regret": regret, "precision": precision}
     search = _proxy_search(request)
     study.ask(request)
@@ -209,11 +208,11 @@ def sweep(
         InputError: as `Trainable.check`, `Ledger` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError. Its `finished` is the table of the others.
     """
-    plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
+    plan_of_loops = {rule: counts_of("loops", counts, 1) for rule, counts in _by_rule(loops, rules).items()}
     if not plan_of_loops:
         raise InputError("rules is empty; name one rule or more")
     check_limit(limit)
-    chosen = _seeds(seeds)
+    chosen = seeds_of(seeds, 1)
     grid = list(product(_as_known(_absolute(around, octaves, lrs), known), chosen))
     pairs = [(rule, count) for rule, counts in plan_of_loops.items() for count in counts]
     reported = {Run(rule, count, lr, seed) for rule, count in pairs for lr, seed in grid}
@@ -370,19 +369,3 @@ def _by_rule(
     for rule in mapping:
         check_rule(rule)
     return mapping
-
-
-def _loop_counts(loops: Sequence[int]) -> list[int]:
-    wrong = [count for count in loops if not isinstance(count, int) or count < 1]
-    if wrong or not loops or len(set(loops)) < len(loops):
-        raise InputError(
-            f"loops is {wrong[0] if wrong else loops!r}; loop counts are whole numbers from 1 up, each once"
-        )
-    return list(loops)
-
-
-def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise InputError(f"seeds is {seeds!r}; give a count from 1 up, or seeds that all differ")
-    return chosen

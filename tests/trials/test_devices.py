@@ -99,7 +99,7 @@ def test_all_gpus_where_there_is_none_are_refused(gpus: Any) -> None:
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_fewer_than_one_worker_are_refused(workers: int) -> None:
-    with pytest.raises(InputError, match=f"workers is {workers}; it must be 1 or more"):
+    with pytest.raises(InputError, match=f"workers is {workers}; it must be a whole number from 1 up"):
         slots("cpu", workers)
 
 

@@ -141,7 +141,7 @@ def test_a_storage_url_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, -2])
 def test_fewer_than_one_worker_are_refused(tmp_path: Path, workers: int) -> None:
-    with pytest.raises(InputError, match=rf"workers is {workers}; it must be 1 or more"):
+    with pytest.raises(InputError, match=rf"workers is {workers}; it must be a whole number from 1 up"):
         grid(tiny_experiment(), tmp_path / "ledger.db", workers=workers)
 
 
