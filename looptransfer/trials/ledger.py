@@ -232,14 +232,7 @@ class Ledger:
         declared = json.loads(json.dumps(identity))
         self._reread()  # another process may have begun it meanwhile
         if self.identity is None:
-            if self._read >= 0:
-                raise InputError(
-                    f"the study {self.name} of {self.shown} has trials that looptransfer did not make; choose another "
-                    "name or file"
-                )
-            self._set(FOLDER, secrets.token_hex(4))
-            self._set(IDENTITY, json.dumps(declared, sort_keys=True))
-            self._reread()
+            self._begin(declared)
         assert self.identity is not None
         remarks = check_identity(self.shown, self.identity, declared)
         stored = {key: value for key, value in self.attributes.items() if key.startswith(PROBE)}
@@ -261,6 +254,16 @@ class Ledger:
                 "is seen trainings start the same but for rounding, so its runs are used",
                 file=sys.stderr,
             )
+
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        if self._read >= 0:
+            raise InputError(
+                f"the study {self.name} of {self.shown} has trials that looptransfer did not make; choose another "
+                "name or file"
+            )
+        self._set(FOLDER, secrets.token_hex(4))
+        self._set(IDENTITY, json.dumps(identity, sort_keys=True))
+        self._reread()
 
     def _reread(self) -> None:
         self.attributes = self._try(lambda: dict(self.study.user_attrs))
