@@ -17,6 +17,7 @@ from looptransfer.trials.hooks import Batches, token_loss
 from looptransfer.trials.pairing import Start, check_start, probe
 from looptransfer.trials.run import Outcome, Trial
 from looptransfer.trials.training import train
+from looptransfer.user_code import qualified
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,13 @@ class Experiment:
         """The values that make results comparable: the settings and the versions of what ran."""
         leave = None if self.on_stream == "scale" else self.on_stream
         random_loops = None if self.loops is None else True
+        hooks = {"optimizer": self.optimizer, "schedule": self.schedule}
         options = {
             "branches": self.branches,
             "layers": self.layers,
             "on_stream": leave,
             "random_loops": random_loops,
-            "optimizer": _name(self.optimizer),
-            "schedule": _name(self.schedule),
+            **{name: None if hook is None else qualified(hook) for name, hook in hooks.items()},
             "autocast": None if self.autocast is None else str(self.autocast),
         }
         return {
@@ -159,10 +160,6 @@ class Experiment:
             return float(self.schedule(step, self.steps))
         rise = min(self.steps - 1, max(1, round(self.warmup * self.steps)))
         return min((step + 1) / rise, (self.steps - step) / (self.steps - rise))
-
-
-def _name(function: object) -> str | None:
-    return None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _betas(value: object) -> bool:

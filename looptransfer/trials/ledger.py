@@ -185,7 +185,7 @@ class Ledger:
                 return call()
             except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
                 cause = _cause(error)
-                torn = self._is_journal() and isinstance(cause, ValueError)  # a line that is being written
+                torn = journal_file(self.url) is not None and isinstance(cause, ValueError)  # a line being written
                 if isinstance(cause, InputError) or not (torn or isinstance(cause, (*PASSING, *also))):
                     raise
                 why = without_secrets(str(getattr(cause, "orig", cause)), self.url).strip().partition("\n")[0]
@@ -205,9 +205,6 @@ class Ledger:
                     )
                 time.sleep(wait)
                 pause = min(2 * pause, 5.0)
-
-    def _is_journal(self) -> bool:
-        return journal_file(self.url) is not None
 
     # -- whose it is
 

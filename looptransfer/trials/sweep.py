@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from looptransfer.checks import check_count, check_number, counts_of, seeds_of
+from looptransfer.checks import check_count, check_number, counts_of, is_number, seeds_of
 from looptransfer.errors import FailedRunError, InputError
 from looptransfer.rules import RULES, Rule, check_rule
 from looptransfer.transfer.results import COLUMNS
@@ -164,7 +164,7 @@ def read_tuned(path: str | Path) -> dict[str, Any]:
             f"{path} has schema_version {data['schema_version']!r}, not {SCHEMA}; tune again, or give its LR"
         )
     lr, identity = data["lr"], data["experiment"]
-    if not isinstance(lr, int | float) or not 0 < lr < math.inf or not isinstance(identity, dict):
+    if not is_number(lr, 0) or not isinstance(identity, dict):
         raise InputError(f"{path} holds the LR {lr!r} and is damaged; tune again, or give an LR")
     return data
 
@@ -344,11 +344,11 @@ def _absolute(around: TunedLR | float | None, octaves: Sequence[float], lrs: Seq
     if (around is None) == (lrs is None):
         raise InputError("give either around, the centre of the LRs, or lrs, the LRs themselves")
     if lrs is not None:
-        if not lrs or len(set(lrs)) < len(lrs) or not all(0 < lr < math.inf for lr in lrs):
+        if not lrs or len(set(lrs)) < len(lrs) or not all(is_number(lr, 0) for lr in lrs):
             raise InputError(f"lrs is {lrs!r}; give finite LRs above 0, each once, such as 0.001, 0.002, 0.004")
         return [float(lr) for lr in lrs]
     centre = around.lr if isinstance(around, TunedLR) else around
-    if centre is None or not 0 < centre < math.inf:
+    if centre is None or not is_number(centre, 0):
         raise InputError(f"around is {around!r}; the LR must be a finite number above 0")
     apart = len(set(octaves)) == len(octaves)
     if not octaves or not apart or not all(abs(math.log2(centre) + octave) < 1000 for octave in octaves):

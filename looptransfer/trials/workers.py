@@ -16,13 +16,14 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
+from looptransfer.checks import check_number
 from looptransfer.errors import FailedRunError, InputError
 from looptransfer.trials.devices import Slot, environment, here
 from looptransfer.trials.ledger import Claim, Ledger
@@ -105,8 +106,8 @@ def run_search(
 
 def check_limit(limit: float | None) -> None:
     """Refuse a time limit that is none."""
-    if limit is not None and not limit > 0:
-        raise InputError(f"the time limit is {limit}; give seconds above 0")
+    if limit is not None:
+        check_number("the time limit, in seconds,", limit)
 
 
 def _sent(trainable: Trainable, alone: bool) -> bytes | None:
@@ -148,7 +149,7 @@ class _Todo:
             self.left.pop(run, None)
         self.settled = len(self.ledger.settled)
 
-    def coming(self) -> Iterable[Run]:
+    def coming(self) -> Collection[Run]:
         """Runs that are neither finished nor failed nor given up."""
         failures = Counter((run.rule, run.loops) for run in self.ledger.failed)
         hopeless = {group for group, times in failures.items() if times >= HOPELESS}
@@ -159,7 +160,7 @@ class _Todo:
 
     def ends(self) -> bool:
         """Nothing is still to come."""
-        return not any(True for _ in self.coming())
+        return not self.coming()
 
     def next_run(self) -> Run | None:
         """A run that nobody makes: one of the first few, so that workers who ask together seldom meet."""
@@ -180,10 +181,10 @@ class _Todo:
         missing = [run for run in self.wanted if run not in self.ledger.finished]
         if not missing:
             return
-        failed = {run: error for run, error in self.ledger.failed.items() if run in self.wanted}
+        failed = [(run, error) for run, error in self.ledger.failed.items() if run in self.wanted]
         message = f"{len(missing)} of {len(self.wanted)} runs are missing; the same call makes only what lacks"
-        for run, error in list(failed.items())[:1]:
-            left_out = len(missing) - len(failed)
+        if failed:
+            (run, error), left_out = failed[0], len(missing) - len(failed)
             message += f". {len(failed)} failed" + f" and {left_out} more of their N were left out" * (left_out > 0)
             message += f"; {_name(run)}: {error}"
         raise FailedRunError(message)

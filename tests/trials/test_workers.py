@@ -314,7 +314,7 @@ def test_a_run_that_takes_its_worker_with_it_is_told_by_its_cause_and_the_others
 
 
 def test_a_time_limit_below_zero_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the time limit is -1; give seconds above 0"):
+    with pytest.raises(InputError, match=r"the time limit, in seconds, is -1; it must be a finite number above 0"):
         searched(tiny_experiment(), Grid(RUNS), tmp_path / "ledger.db", limit=-1)
 
 
