@@ -12,6 +12,7 @@ from looptransfer.rewrite.ends import gates
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rewrite.trace import ResidualAdd, Trace
+from looptransfer.text import few
 
 DIFFER = "visits differ"
 VARIES = (
@@ -56,7 +57,7 @@ def _unused(model: nn.Module, forward: Trace, groups: list[Group]) -> str | None
     if not idle:
         return None
     return (
-        f"never used in the traced forward: {', '.join(idle[:4])}{', …' * (len(idle) > 4)}. Branches that it passed by "
+        f"never used in the traced forward: {few(idle)}. Branches that it passed by "
         "get no multiplier and do not count in L; if layers are dropped at random in training, call model.eval() first"
     )
 
@@ -85,7 +86,7 @@ def _shared(names: tuple[str, ...]) -> str | None:
     if not names:
         return None
     return (
-        f"shared in part: {', '.join(names[:4])}{', …' * (len(names) > 4)} act in branches that have most of their "
+        f"shared in part: {few(names)} act in branches that have most of their "
         "weights to themselves (a projection, a router or a block that layers share). Such branches do not point the "
         "same way, and each counts its own visits"
     )
@@ -135,11 +136,7 @@ def _depth_scaling(forward: Trace, groups: list[Group], constants: list[tuple[fl
     ]
     learned = sorted(frozenset[str]().union(*(gates(forward, group) for group in groups)))
     causes = [f"a constant factor ({named[0]}, as residual_multiplier in some configurations)"] if named else []
-    causes += (
-        [f"learned factors ({', '.join(learned[:4])}{', …' * (len(learned) > 4)}; LayerScale, ReZero)"]
-        if learned
-        else []
-    )
+    causes += [f"learned factors ({few(learned)}; LayerScale, ReZero)"] if learned else []
     if not causes:
         return None
     return (
@@ -203,7 +200,7 @@ def _frozen(model: nn.Module, branches: tuple[Branch, ...]) -> str | None:
     if not still or len(still) == len(branches):
         return None
     return (
-        f"frozen weights: {', '.join(still[:4])}{', …' * (len(still) > 4)} hold nothing that is trained and are scaled "
+        f"frozen weights: {few(still)} hold nothing that is trained and are scaled "
         "all the same, since gradients go through them; if what they compute is to stay, declare the other branches, "
         "branches=[…]"
     )
@@ -238,7 +235,7 @@ def _unnamed(analysis: Analysis) -> str | None:
     if not lines:
         return None
     return (
-        f"branches that are not named: at {', '.join(list(lines)[:4])} data meets what learned matrices made of it, "
+        f"branches that are not named: at {few(lines)} data meets what learned matrices made of it, "
         "which keeps factor 1"
     )
 

@@ -24,6 +24,7 @@ from looptransfer.rewrite.roles import roles_of
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rewrite.width import base_shapes, check_attention, read_outs, rescale_weights
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
+from looptransfer.text import few
 
 DRAWS = 7  # further forwards where random numbers steer the model
 
@@ -194,7 +195,7 @@ def rescale_model(model: nn.Module, example_inputs: ExampleInputs | None, loops:
     if handles != live:
         raise InputError(
             "at its loop count the model has other branches than before "
-            f"({', '.join(sorted(map(str, handles ^ live))[:4])}); parametrize a fresh model at that count"
+            f"({few(sorted(map(str, handles ^ live)))}); parametrize a fresh model at that count"
         )
     analysis = fullest(draws)
     members = _members(plan, analysis)

@@ -15,6 +15,7 @@ from looptransfer.rewrite.caveats import find_caveats
 from looptransfer.rewrite.ends import factors, last_maps
 from looptransfer.rewrite.plan import Branch, LeftAlone, ScalingPlan
 from looptransfer.rewrite.roles import roles_of
+from looptransfer.text import few
 
 REASONS = {
     "composite": "the added branch holds residual adds of its own (an input injection or a long skip)",
@@ -75,7 +76,7 @@ def _check_found(analysis: Analysis) -> None:
     graph, paths = analysis.trace.graph, analysis.rest.paths
     met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n, -1)]
     lines = dict.fromkeys(graph.line(n) for n in [*(total.node for total in graph.sums), *met])
-    seen = f" What meets at {', '.join(list(lines)[:4])} is not of that form." if lines else ""
+    seen = f" What meets at {few(lines)} is not of that form." if lines else ""
     raise InputError(
         "no residual add was found: nothing of the form x + f(x), with learned matrices in f and x carried on, ran "
         f"in the forward.{seen} Check that the example inputs reach the looped layers and that the model was not "
