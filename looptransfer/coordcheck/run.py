@@ -19,13 +19,13 @@ from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTIC
 from looptransfer.errors import InputError, UserCodeError
 from looptransfer.optim import param_groups
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.parametrize import apply_plan, parametrize
+from looptransfer.rewrite.parametrize import apply_plan
 from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
 from looptransfer.rules import Rule, check_rule
 from looptransfer.trials.experiment import Experiment
 from looptransfer.trials.hooks import Batch, batch_stream, fresh_model, loss_of, seeded
 from looptransfer.trials.pairing import Start, check_finite, check_pairs, weights_of
-from looptransfer.trials.training import exchanged, own_plan, varies
+from looptransfer.trials.training import exchanged, own_plan, parametrized, varies
 from looptransfer.user_code import calls_back, place, user_code
 
 LOOPS = (1, 2, 4, 8, 16, 32, 64)
@@ -211,15 +211,7 @@ class _Runs:
             plan = traced.under(cast(Rule, rule))
             apply_plan(model, plan)
         elif rule != AS_MADE:
-            plan = parametrize(
-                model,
-                inputs,
-                cast(Rule, rule),
-                experiment.lam,
-                experiment.base_layers,
-                branches=experiment.branches,
-                layers=experiment.layers,
-            )
+            plan = parametrized(experiment, model, inputs, cast(Rule, rule))
         if plan is not None and (plan.random_loops or varies(plan)):
             raise UserCodeError(
                 f"the model of make_model({size.loops}) loops another number of times from one forward to the next"

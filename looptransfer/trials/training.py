@@ -253,16 +253,7 @@ def rewrite(experiment: "Experiment", model: nn.Module, inputs: Any, loops: int,
         with user_code(f"loops({loops}) fails", experiment.loops):
             mean = None if experiment.loops is None else experiment.loops(loops)
         with calls_back(f"the rewriting of make_model({loops}) fails", experiment.make_model):
-            plan = parametrize(
-                model,
-                inputs,
-                rule,
-                experiment.lam,
-                experiment.base_layers,
-                branches=experiment.branches,
-                layers=experiment.layers,
-                loops=mean,
-            )
+            plan = parametrized(experiment, model, inputs, rule, mean)
     elif (plan.lam, plan.base_layers) != (experiment.lam, experiment.base_layers):
         raise InputError(
             f"make_model({loops}) rewrote the model with lam={plan.lam:g}, base_layers={plan.base_layers}, and the "
@@ -278,6 +269,15 @@ def rewrite(experiment: "Experiment", model: nn.Module, inputs: Any, loops: int,
             "random, give its mean: Experiment(…, loops=float) if that is N, else a function of N"
         )
     return plan
+
+
+def parametrized(
+    experiment: "Experiment", model: nn.Module, inputs: Any, rule: Rule, loops: float | None = None
+) -> ScalingPlan:
+    """The plan of a fresh model, after it was rewritten as the experiment says; raises as `parametrize`."""
+    lam, base_layers = experiment.lam, experiment.base_layers
+    branches, layers = experiment.branches, experiment.layers
+    return parametrize(model, inputs, rule, lam, base_layers, branches=branches, layers=layers, loops=loops)
 
 
 def own_plan(model: nn.Module) -> ScalingPlan | None:
