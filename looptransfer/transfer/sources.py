@@ -1,6 +1,7 @@
 """Sources of a table of runs: CSV, JSON lines, Parquet, an Optuna study, our ledger, a tracker's export.
 
-A table is read as it is, once and from one open stream, or not at all; nothing that is read is written to.
+A table is read as it is, once and from one open stream, or not at all; nothing that is read is written to. A new format
+is a function that makes a frame, chosen in `_table`; a tracker's shape of a table is made one of runs in `exports`.
 """
 
 import contextlib
