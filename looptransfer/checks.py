@@ -44,7 +44,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise InputError(f"{name} is {value!r}; it must be a whole number from {least} up")
 
 
-def counts_of(name: str, counts: Any, least: int = 0) -> list[int]:
+def counts_of(name: str, counts: Any, least: int) -> list[int]:
     """Whole numbers from 1 up, such as loop counts, each once and `least` of them or more, in their order."""
     listed = list(counts) if isinstance(counts, Iterable) and not isinstance(counts, str) else [counts]
     if not all(map(is_count, listed)) or len(listed) < least or len(set(listed)) < len(listed):
@@ -57,5 +57,6 @@ def seeds_of(seeds: int | Sequence[int], least: int = 2) -> list[int]:
     """Seeds from how many there are, or which: whole numbers from 0 up, each once and `least` of them or more."""
     listed = list(range(seeds)) if is_count(seeds, 0) else list(seeds) if isinstance(seeds, Iterable) else []  # type: ignore[arg-type]
     if len(listed) < least or len(set(listed)) < len(listed) or not all(is_count(seed, 0) for seed in listed):
-        raise InputError(f"seeds is {seeds!r}; give {least} or more, such as 3 or [0, 1, 2]: one seed has no interval")
+        reason = ": one seed has no interval" if least > 1 else ", each once"
+        raise InputError(f"seeds is {seeds!r}; give {least} or more, such as 3 or [0, 1, 2]{reason}")
     return listed

@@ -1,6 +1,7 @@
 """Sources of a table of runs: CSV, JSON, Parquet, an Optuna study, our ledger, a tracker's export.
 
-A table is read as it is, once and from one open stream, or not at all; nothing that is read is written to.
+A table is read as it is, once and from one open stream, or not at all; nothing that is read is written to. A new format
+is a function that makes a frame, chosen in `_table`; a tracker's shape of a table is made one of runs in `exports`.
 """
 
 import contextlib
@@ -97,15 +98,20 @@ def _one_source(
     if by_name and "run" not in frame:
         frame = frame.assign(run=file)
     frame, names = _renamed(frame, {name: called for name, called in columns.items() if name not in LONG})
-    losses = [column for column in frame.columns if "loss" in str(column).casefold()]
-    needed = [name for name in implied if name not in names and (name != "loss" or len(losses) == 1)]
-    columns_of = {name: find(name, frame.columns, f"--columns {name}={{}}") for name in needed}
-    others = {name: column for name, column in columns_of.items() if column is not None and column != name}
-    frame = frame.rename(columns={column: name for name, column in others.items()})
+    frame, others = _implied(frame, [name for name in implied if name not in names])
     guessed = {name: column for name, column in (names | others).items() if column != columns.get(name)}
     if guessed:
         note(frame, ", ".join(f"{name} is {column}" for name, column in guessed.items()))
     return frame, shape | names | others
+
+
+def _implied(frame: pd.DataFrame, implied: Sequence[str]) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The table with names of ours for the only columns that end with them, and what those are called there."""
+    losses = [column for column in frame.columns if "loss" in str(column).casefold()]
+    needed = [name for name in implied if name != "loss" or len(losses) == 1]
+    columns_of = {name: find(name, frame.columns, f"--columns {name}={{}}") for name in needed}
+    others = {name: column for name, column in columns_of.items() if column is not None and column != name}
+    return frame.rename(columns={column: name for name, column in others.items()}), others
 
 
 def _together(sources: Sequence[str | Path], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:

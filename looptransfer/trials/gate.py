@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from looptransfer.checks import check_count
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
@@ -17,6 +18,7 @@ from looptransfer.transfer.comparison import ComparedOptimum, Comparison
 from looptransfer.transfer.repeats import Repeat, confirmed, is_noise, is_same, is_small, largest_gap, runs_to_repeat
 from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.transfer.stored import StoredOptimum
+from looptransfer.trials.devices import slots
 from looptransfer.trials.function import as_trainable
 from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
@@ -123,8 +125,7 @@ def gate(
     stored_in = baseline if isinstance(baseline, Baseline) else Baseline.read(baseline)
     if stored_in.axis != "loops":
         raise InputError(f"{stored_in.path} has optima over {stored_in.axis}; training needs those over loops")
-    if seeds < 2:
-        raise InputError(f"seeds is {seeds}; give two or more, since one cannot tell noise from a shift")
+    check_count("seeds", seeds, 2)  # one cannot tell noise from a shift
     stored = stored_in.fitted(rule)
     counts = _counts(list(stored), loops, stored_in.path)
     chosen = _seeds({seed for n in counts for seed in stored[n].loss_by_seed or ()}, seeds)
@@ -133,9 +134,10 @@ def gate(
     with TemporaryDirectory(prefix="looptransfer-") as folder:
         first = list(search.wanted({}))
         every = [*first, *(run for n in counts for run in search.bracket(stored[n]))]
-        study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), workers, devices)
+        places = slots(devices, workers)
+        study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), places[0])
         _ask(study, first)
-        run_search(experiment, search, study, workers, devices, limit, called="gate")
+        run_search(experiment, search, study, places, limit, "gate", alone=workers is None)
         holding = search.confirmed(study.losses)
         bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n])]
         _ask(study, bracket)

@@ -137,7 +137,7 @@ def test_a_killed_gate_goes_on_with_the_runs_that_are_left(swept: Baseline) -> N
     [
         ({"loops": [3]}, r"lr-optima\.json has no optimum of N = \[3\]; choose from 1, 2, 4"),
         ({"loops": []}, r"has no optimum of N = \[\]"),
-        ({"seeds": 1}, "seeds is 1; give two or more"),
+        ({"seeds": 1}, "seeds is 1; it must be a whole number from 2 up"),
         ({"rule": "sqrt"}, "has no optima of rule 'sqrt'"),
         ({"rule": "cubic"}, "cubic"),
         ({"baseline": replace(STORED, axis="width")}, "has optima over width"),
