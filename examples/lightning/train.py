@@ -48,11 +48,11 @@ class Counting(pl.LightningModule):
 
 def train(run) -> float:
     pl.seed_everything(run.seed, verbose=False)
-    model, settings = Counting(run.rule, run.loops, run.lr), {"max_epochs": 2, "enable_progress_bar": False}
+    settings = {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False}
     settings["callbacks"] = [EMAWeightAveraging(decay=0.9), ModelCheckpoint(run.directory, save_last=True)]
     trainer = pl.Trainer(accelerator=run.device, default_root_dir=run.directory, **settings)
-    trainer.fit(model, rows(1024, run.seed), ckpt_path="last")  # a killed run goes on
-    return trainer.validate(model, rows(256, 10**6), verbose=False)[0]["val_loss"]  # of the averaged weights
+    trainer.fit(Counting(run.rule, run.loops, run.lr), rows(1024, run.seed), ckpt_path="last")  # a killed run goes on
+    return trainer.validate(trainer.model, rows(256, 10**6), verbose=False)[0]["val_loss"]  # of the averaged weights
 
 
 if __name__ == "__main__":
