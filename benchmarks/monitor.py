@@ -22,7 +22,7 @@ TURNS, WARM_UP, BATCH = 15, 3, 16
 
 
 def shares(loops: int, width: int, layers: int, sequence: int, device: str, bf16: bool = False) -> dict[str, float]:
-    """Seconds of a step, and how many of them a measurement takes without and with the gradient."""
+    """Seconds of a step, and what a measurement takes of that without and with the gradient."""
     torch.manual_seed(0)
     tokens = torch.randint(256, (BATCH, sequence + 1), device=device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -61,14 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
-    for name, default in (("width", 64), ("layers", 2), ("sequence", 32)):
+    for name, default in (("width", 32), ("layers", 2), ("sequence", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
     torch.set_num_threads(1)
     for loops in (2, 8):
         share = shares(loops, **vars(parser.parse_args()))
         print(
-            f"N = {loops}: a step takes {share['step'] * 1e3:.0f} ms, a measurement {share['without']:.2f} steps, with the "
-            f"gradient {share['with']:.2f}: {share['with'] / EVERY:.2%} of the time at one in {EVERY} steps",
+            f"N = {loops}: a step takes {share['step'] * 1e3:.0f} ms, a measurement {share['without']:.2f} of it, with "
+            f"the gradient {share['with']:.2f}: {share['with'] / EVERY:.2%} of the time, every {EVERY} steps",
             flush=True,
         )
 

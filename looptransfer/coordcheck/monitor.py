@@ -15,7 +15,8 @@ from looptransfer.rewrite.insert import has_multiplier
 from looptransfer.rewrite.plan import planned
 
 EVERY = 200  # steps; a measurement takes less than two, where the inputs are a sequence or two
-NAMES = {"stream_rms": "stream_rms", "branch_rms": "increment_rms", "gradient_rms": "gradient_rms"}  # a statistic of a visit -> how it is logged
+# A statistic of a visit -> how it is logged.
+NAMES = {"stream_rms": "stream_rms", "branch_rms": "increment_rms", "gradient_rms": "gradient_rms"}
 ALIGNED = 0.75  # an exponent from here up is no random walk, which is ½
 
 
@@ -23,10 +24,11 @@ class Monitor:
     """Watches a rewritten model in training, by a forward of its own every `every` steps, and a backward with `loss`.
 
     `monitor(step)` returns numbers by name for any logger, and none between the measurements. For every visit from 1
-    there is `BRANCH/stream_rms/VISIT`, the stream after the addition, `BRANCH/increment_rms/VISIT`, what was added, and
-    with `loss` `BRANCH/gradient_rms/VISIT`, the gradient with respect to that stream, per element; `alignment` is the mean cosine between the increments of the loops, and `exponent` the p in ‖Σ δ_n‖ ∝ N^p that it
-    comes to: ½ where they point anywhere, 1 where all point the same way. Random state, buffers and the gradients of
-    parameters stay as they are, and nothing that is seen ends the training.
+    there is `BRANCH/stream_rms/VISIT`, the stream after the addition, and `BRANCH/increment_rms/VISIT`, what was added;
+    with `loss` also `BRANCH/gradient_rms/VISIT`, the gradient of the loss with respect to that stream, which is that
+    with respect to what was added as well. `alignment` is the mean cosine between the increments of the loops, and
+    `exponent` the p in ‖Σ δ_n‖ ∝ N^p that it comes to: ½ where they point anywhere, 1 where all point the same way.
+    Random state, buffers and the gradients of parameters stay as they are, and nothing that is seen ends the training.
 
     Args:
         model: rewritten; also inside DDP or compiled.
@@ -59,7 +61,7 @@ class Monitor:
         self.model, self.inputs, self.every, self.loss = model, example_inputs, every, loss
         self.branches = find_branches(inner, example_inputs, self.plan)
         if loss is not None:
-            observe(inner, example_inputs, self.branches, loss=loss)  # what is wrong with it is told before the training
+            observe(inner, example_inputs, self.branches, loss=loss)  # a loss that fails is told at once
         self.warned: set[str] = set()
 
     def __call__(self, step: int) -> dict[str, float]:

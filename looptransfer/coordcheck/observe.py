@@ -231,9 +231,7 @@ class _Observer(SiteCounter):
         logits = next((tensor for tensor in tensors_held(output) if tensor.is_floating_point()), None)
         if logits is not None:
             self.states[OUTPUT] = logits.detach().clone()
-            self.note(
-                OUTPUT, 0, "output_rms", VISIT_STATISTICS["stream_rms"](Visit(OUTPUT, 0, logits, logits, logits))
-            )
+            self.note(OUTPUT, 0, "output_rms", VISIT_STATISTICS["stream_rms"](Visit(OUTPUT, 0, logits, logits, logits)))
         increments = torch.stack(self.points).diff(dim=0) if len(self.points) > 1 else None
         matrix = cosines(increments) if increments is not None and len(increments) > 1 else None
         if matrix is not None:
