@@ -175,6 +175,8 @@ def test_bad_input() -> None:
     for loss in (lambda output: output, lambda output: output.loss, lambda output: output.detach().sum()):
         with pytest.raises(lt.InputError, match=r"the gradient of loss\(output\) cannot be measured.*test_monitor"):
             lt.Monitor(decoder(), tokens(), loss=loss)
+    with pytest.raises(lt.InputError, match=r"no branch has a gradient.*leave out loss="):
+        lt.Monitor(decoder().requires_grad_(False), tokens(), loss=mean_square)
     model = rewritten(small_decoder(loops=4), tokens(), loops=4)
     with pytest.raises(lt.InputError, match="random"):
         lt.Monitor(model, tokens())
