@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ from looptransfer.transfer.repeats import Repeat, confirmed, is_noise, is_same, 
 from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.transfer.stored import StoredOptimum
 from looptransfer.trials.function import as_trainable
+from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import Losses
 from looptransfer.trials.sweep import open_ledger
@@ -132,12 +134,22 @@ def gate(
         first = list(search.wanted({}))
         every = [*first, *(run for n in counts for run in search.bracket(stored[n]))]
         study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), workers, devices)
+        _ask(study, first)
         run_search(experiment, search, study, workers, devices, limit, called="gate")
-    holding = search.confirmed(study.losses)
-    bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n])]
+        holding = search.confirmed(study.losses)
+        bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n])]
+        _ask(study, bracket)
     table = tidy(pd.DataFrame([study.finished[run] for run in bracket or first], columns=COLUMNS))
     table.attrs["experiment"] = experiment.identity()
     return stored_in.bracket(table, rule, tolerance, confidence, counts, holding)
+
+
+def _ask(study: Ledger, runs: Sequence[Run]) -> None:
+    """Keep which runs the ledger is read for: all but the controls, whose LRs are no LRs of their own."""
+    for (rule, loops), of_one in groupby(sorted(runs), key=lambda run: (run.rule, run.loops)):
+        lrs, seeds = zip(*((run.lr, run.seed) for run in of_one), strict=True)
+        cells = [[rule, loops, rule]]
+        study.ask({"kind": "sweep", "cells": cells, "lrs": sorted({*lrs}), "seeds": sorted({*seeds}), "without": []})
 
 
 def _counts(stored: Sequence[int], loops: Sequence[int] | None, path: str) -> list[int]:
