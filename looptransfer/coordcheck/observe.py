@@ -149,7 +149,9 @@ class _Streams(TorchFunctionMode):
     def backward(self, loss: Callable[[Any], Tensor], output: Any) -> None:
         """Note the gradient of the loss at every visit that has one."""
         if not self.edges:
-            raise InputError("no branch has a gradient: none is trained, or all are added in torch.cond; leave out loss=")
+            raise InputError(
+                "no branch has a gradient: none is trained, or all are added in torch.cond; leave out loss="
+            )
         with user_code("the gradient of loss(output) cannot be measured", loss):
             gradients = torch.autograd.grad(loss(output), list(self.edges.values()), allow_unused=True)
         for (module, visit), gradient in zip(self.edges, gradients, strict=True):
