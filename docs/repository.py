@@ -10,6 +10,7 @@ ADDED = ("README.md", "CHANGELOG.md", "reports/**/*.*", "examples/**/*.*")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
+    """Add the files; what a folder's README is called in the repository, its index is in the site."""
     for path in sorted(path for pattern in ADDED for path in ROOT.glob(pattern)):
         if path.is_file() and path.suffix not in (".db", ".pyc"):
             name = path.relative_to(ROOT).as_posix()
