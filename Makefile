@@ -19,7 +19,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 docs: .venv/ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Where the lock's torch is a CUDA build, it needs its own libraries, which --no-deps leaves out: the third line fetches them.
 .venv/ready: requirements.lock pyproject.toml

@@ -86,7 +86,7 @@ def test_the_answer_that_the_pages_show_is_that_of_the_stored_sweep() -> None:
 
 def test_numbers_beside_the_papers_claims_stand_in_the_reports() -> None:
     table = (ROOT / "docs" / "theory.md").read_text().partition("| the paper | we measured | report |")[2]
-    rows = re.findall(r"^\| .* \| (.*) \| (.*) \|$", table.partition("\n\n")[0], flags=re.MULTILINE)
+    rows = re.findall(r"^\|.*\| (.*) \| (.*) \|$", table.partition("\n\n")[0], flags=re.MULTILINE)
     assert len(rows) == 10
     for measured, links in rows:
         reports = "".join((ROOT / "docs" / link).read_text() for link in re.findall(r"\]\((.*?)\)", links))
