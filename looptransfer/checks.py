@@ -44,7 +44,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise InputError(f"{name} is {value!r}; it must be a whole number from {least} up")
 
 
-def counts_of(name: str, counts: Any, least: int) -> list[int]:
+def counts_of(name: str, counts: Any, least: int = 0) -> list[int]:
     """Whole numbers from 1 up, such as loop counts, each once and `least` of them or more, in their order."""
     listed = list(counts) if isinstance(counts, Iterable) and not isinstance(counts, str) else [counts]
     if not all(map(is_count, listed)) or len(listed) < least or len(set(listed)) < len(listed):

@@ -16,7 +16,7 @@ from looptransfer.rewrite.width import Growth, growth, width_divisor
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
 # A class belongs to the first family that its name, or else the name of one of its bases, holds: a fused, 8-bit or
-# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size. A new family is a name in
+# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size. A new family has a name in
 # `rules.Family`, factors in `rules.depth_factors` and `width.width_divisor`, a pattern here, words in `explanation`.
 FAMILIES: dict[Family, str] = {"muon": "muon", "adamw": "adamw|adamatan2", "adam": "adam", "sgd": "sgd(?!w)"}
 OnStream = Literal["scale", "leave"]
