@@ -104,3 +104,8 @@ def test_the_limits_of_a_grid_are_the_drifts_that_the_lrs_beside_the_best_leave(
     assert audit.limits({1: bowl(2), 2: bowl(2)}) == (-2.0, 2.0)
     assert audit.limits({1: bowl(3), 4: bowl(1)}) == (-2.0, 0.0)
     assert audit.limits({1: bowl(2), 2: bowl(4)}) == (0.0, float("inf"))
+
+
+def test_the_cost_of_the_monitor_is_measured_beside_a_step() -> None:
+    share = load("monitor").shares(loops=2, width=16, layers=1, sequence=8, device="cpu")
+    assert 0 < share["without"] < share["with"]
