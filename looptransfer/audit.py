@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from looptransfer.errors import InputError, VerificationError
-from looptransfer.optim import Group, follow_plan, planned_settings, tensors_in
+from looptransfer.optim import MAKE, Group, follow_plan, planned_settings, strange_groups, tensors_in
 from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.parametrize import rescale_model
@@ -18,7 +18,6 @@ from looptransfer.rewrite.verify import verify_model
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 TOLERANCE = 1e-6  # relative, of a setting
-MAKE = "make the optimizer of looptransfer.param_groups(model, …)"
 
 
 def verify(model: nn.Module, example_inputs: ExampleInputs, *, optimizer: Optimizers | None = None) -> ScalingPlan:
@@ -79,14 +78,15 @@ def rescale(
 
     Raises:
         InputError: the model was not rewritten, no example inputs are given, it has other branches at this N, another
-            rank has another plan, or the optimizer was not made of `param_groups`. Then nothing was changed.
+            rank has another plan, or the optimizer was not made of `param_groups` or holds what was frozen since. Then
+            nothing was changed.
     """
     optimizers = [] if optimizer is None else _listed(optimizer)
     problems = [problem for live in optimizers for problem in _strange_groups(live)]
-    problems += _membership_problems(model, optimizers) if optimizers else []
+    problems += [*_membership_problems(model, optimizers), *_frozen_problems(model, optimizers)] if optimizers else []
     if problems:
         raise InputError(problems[0])
-    plan = rescale_model(model, example_inputs, loops=loops)
+    plan = rescale_model(model, example_inputs, loops)
     for live in optimizers:
         follow_plan(model, live)
     return plan
@@ -100,7 +100,7 @@ def optimizer_problems(model: nn.Module, optimizers: Sequence[torch.optim.Optimi
         problems += _state_problems(model, optimizer)
         groups = [group for group in optimizer.param_groups if group["params"]]
         if groups and not _strange_groups(optimizer):
-            problems += _factor_problems(model, groups) + _lr_problems(groups) + _setting_problems(model, groups)
+            problems += _factor_problems(model, groups) + _lr_problems(model, groups) + _setting_problems(model, groups)
     return problems
 
 
@@ -115,13 +115,7 @@ def _listed(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def _strange_groups(optimizer: torch.optim.Optimizer) -> list[str]:
-    strange = [str(number) for number, group in enumerate(optimizer.param_groups) if "lr_factor" not in group]
-    if not strange:
-        return []
-    return [
-        f"group {', '.join(strange[:SHOWN])} of the {type(optimizer).__name__} was not made by param_groups (it holds "
-        f"no lr_factor), as where a trainer groups the parameters itself; {MAKE} and hand it to the trainer"
-    ]
+    return strange_groups(optimizer.param_groups, f"the {type(optimizer).__name__}")
 
 
 def _membership_problems(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
@@ -135,6 +129,12 @@ def _membership_problems(model: nn.Module, optimizers: Sequence[torch.optim.Opti
         *_about([names[key] for key in names if times[key] > 1], "in two groups: stepped twice"),
         *([f"{foreign} parameters of the optimizer are not the model's; {MAKE}"] if foreign else []),
     ]
+
+
+def _frozen_problems(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    frozen = [name for name, p in named_parameters(model).items() if id(p) in held and not p.requires_grad]
+    return _about(frozen, f"frozen since the optimizer was made; unfreeze it for the call of rescale, or {MAKE} anew")
 
 
 def _about(names: list[str], fault: str) -> list[str]:
@@ -180,13 +180,14 @@ def _setting_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
 # -- LRs
 
 
-def _lr_problems(groups: Sequence[Group]) -> list[str]:
+def _lr_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     """The LRs of an optimizer's groups are one base LR times the factor of each; told by what else they are."""
     lrs, factors = [float(group["lr"]) for group in groups], [float(group["lr_factor"]) for group in groups]
     bases = [lr / factor for lr, factor in zip(lrs, factors, strict=True)]
     if _agree(bases):
         return []
-    widths = [_width_in(group) for group in groups]
+    by_group = {id(group): tensor.width for group, tensor in tensors_in(model, groups)}
+    widths = [by_group.get(id(group), 1.0) for group in groups]
     told = " for ".join(
         f"{name} {', '.join(f'{value:.4g}' for value in values[:SHOWN])}"
         for name, values in (("LRs", lrs), ("factors", factors))
@@ -210,11 +211,6 @@ def _lr_problems(groups: Sequence[Group]) -> list[str]:
         edited = [group["name"] for group, base in zip(groups, bases, strict=True) if f"{base:.6g}" != usual]
         fault = f"groups edited by hand ({', '.join(map(repr, edited[:SHOWN]))}; base LR of the others {usual}): {told}"
     return [fault]
-
-
-def _width_in(group: Group) -> float:
-    """The width multiplier in a group's factor, as its name has it."""
-    return float(group["name"].rpartition("width × ")[2]) if "width × " in group["name"] else 1.0
 
 
 def _is_floored(lrs: Sequence[float], factors: Sequence[float]) -> bool:

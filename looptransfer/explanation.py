@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from looptransfer.errors import InputError
-from looptransfer.optim import Group, TensorFactors, tensors_in
+from looptransfer.optim import Group, TensorFactors, strange_groups, tensors_in
 from looptransfer.rewrite.plan import planned
 from looptransfer.rules import Rule
 from looptransfer.text import text_table
@@ -73,9 +73,8 @@ def explain(
     """
     _, plan = planned(model)
     groups = list(_groups(optimizer))
-    for number, group in enumerate(groups):
-        if "lr_factor" not in group:
-            raise InputError(f"group {number} holds no lr_factor: it was not made by looptransfer.param_groups")
+    for problem in strange_groups(groups):
+        raise InputError(problem)
     rows = {tensor.name: _explained(tensor, group, plan.rule) for group, tensor in tensors_in(model, groups)}
     order = [name for name, _ in model.named_parameters()]
     return Explanation(tuple(sorted(rows.values(), key=lambda row: _place(order, row.parameter))))

@@ -1,6 +1,5 @@
 """Ordinary parameter groups for an ordinary optimizer, scaled as the model's plan says."""
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,17 +11,19 @@ from torch import nn
 from looptransfer.checks import is_number
 from looptransfer.errors import InputError
 from looptransfer.rewrite.names import module_of, named_parameters, parameter_names
-from looptransfer.rewrite.plan import ROLES, Branch, Role, ScalingPlan, planned
+from looptransfer.rewrite.plan import ROLES, SHOWN, Branch, Role, ScalingPlan, planned
 from looptransfer.rewrite.width import Growth, growth, width_divisor
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
 # A class belongs to the first family that its name, or else the name of one of its bases, holds: a fused, 8-bit or
-# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size.
+# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size. A new family has a name in
+# `rules.Family`, factors in `rules.depth_factors` and `width.width_divisor`, a pattern here, words in `explanation`.
 FAMILIES: dict[Family, str] = {"muon": "muon", "adamw": "adamw|adamatan2", "adam": "adam", "sgd": "sgd(?!w)"}
 OnStream = Literal["scale", "leave"]
 DecayPolicy = Literal["coefficient", "product"]
 Group = dict[str, Any]
 NONE = DepthFactors(1.0, 1.0, 1.0)
+MAKE = "make the optimizer of looptransfer.param_groups(model, …)"
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,24 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     Raises:
         InputError: a group that `param_groups` did not make, or an LR that is not a finite number from 0 up.
     """
-    if not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr < 0:
+    if not is_number(lr) or lr < 0:
         raise InputError(f"lr is {lr!r}; it must be a finite number from 0 up")
-    strange = [number for number, group in enumerate(optimizer.param_groups) if "lr_factor" not in group]
-    if strange:
-        raise InputError(
-            f"group {strange[0]} of the optimizer holds no lr_factor: it was not made by looptransfer.param_groups, or "
-            "its state was loaded from such an optimizer; make the optimizer of param_groups"
-        )
+    for problem in strange_groups(optimizer.param_groups):
+        raise InputError(problem)
     for group in optimizer.param_groups:
         _put_lr(group, lr * group["lr_factor"])
+
+
+def strange_groups(groups: Iterable[Mapping[str, Any]], owner: str = "the optimizer") -> list[str]:
+    """A sentence on the groups of an optimizer that `param_groups` did not make; none where it made them all."""
+    strange = [str(number) for number, group in enumerate(groups) if "lr_factor" not in group]
+    if not strange:
+        return []
+    return [
+        f"group {', '.join(strange[:SHOWN])} of {owner} holds no lr_factor: it was not made by "
+        "looptransfer.param_groups, as where a trainer groups the parameters itself, or its state was loaded from such "
+        f"an optimizer; {MAKE} and hand it to the trainer"
+    ]
 
 
 def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,10 +1,11 @@
 """Text for people: aligned tables, Markdown, and foreign words that terminals, logs and pages show as what they are."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import unquote
 
 SHOWN = 60  # characters of somebody else's value in a message
+FEW = 4  # names in one
 
 
 def printable(text: str) -> str:
@@ -18,6 +19,12 @@ def short(value: object) -> str:
     """A value in quotes, for an error."""
     text = str(value)
     return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
+
+
+def few(names: Iterable[object]) -> str:
+    """The first names of several, for a message; an ellipsis stands for the others."""
+    listed = list(map(str, names))
+    return ", ".join(listed[:FEW] + ["…"] * (len(listed) > FEW))
 
 
 def plain(text: str) -> str:

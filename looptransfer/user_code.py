@@ -120,6 +120,11 @@ def place(*hooks: object) -> str:
     return next(filter(None, map(_definition, hooks)), "")
 
 
+def qualified(function: object) -> str:
+    """The name of a function, or of a callable object's class, within its module."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
 def _definition(hook: object) -> str:
     if hook is None:
         return ""

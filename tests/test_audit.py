@@ -148,7 +148,7 @@ FAULTS: dict[Callable[[], Any], str] = {
     one_lr_by_hand: r"one LR, 0\.0005, was set for all groups",
     cosine_floor: r"a floor that is the same for all groups \(as CosineAnnealingLR's eta_min\)",
     timm_on_groups_with_its_key: "the factors were applied twice, as by a scheduler that multiplies",
-    trainers_own_groups: r"group 0, 1 of the AdamW was not made by param_groups .* as where a trainer groups",
+    trainers_own_groups: r"group 0, 1 of the AdamW holds no lr_factor: it was not made by .* as where a trainer groups",
     forgotten_parameter: r"layers\.\d\.[a-z]+\.[a-z]+\.weight: in no group: never trained",
     doubled_parameter: r"embedding\.weight: in two groups: stepped twice",
     stale_loop_count: r"loop_norm\.weight \(factor 0\.5, now 0\.25\), .*: stale N",
@@ -261,10 +261,28 @@ def test_a_strange_optimizer_is_refused_before_anything_is_changed() -> None:
     model = rewritten()
     plan = lt.verify(model, tokens())
     model.loops = 5
-    with pytest.raises(lt.InputError, match="was not made by param_groups"):
+    with pytest.raises(lt.InputError, match="group 0 of the AdamW holds no lr_factor"):
         lt.rescale(model, tokens(), optimizer=AdamW(model.parameters()))
     model.loops = 2
     assert lt.verify(model, tokens()) == plan
+
+
+def test_a_parameter_frozen_since_the_optimizer_was_made_is_refused_before_anything_is_changed() -> None:
+    model = Growing(2)
+    plan = lt.parametrize(model, X)
+    optimizer = optimizer_of(model)
+    model.loops, before = 4, factors(model, optimizer)
+    model.last_norm.requires_grad_(False)
+    with pytest.raises(lt.InputError, match=r"^last_norm\.weight, last_norm\.bias: frozen since .* unfreeze it"):
+        lt.rescale(model, X, optimizer=optimizer)
+    assert factors(model, optimizer) == before
+    model.loops = 2
+    assert lt.verify(model, X, optimizer=optimizer) == plan
+    model.loops = 4
+    model.last_norm.requires_grad_(True)
+    lt.rescale(model, X, optimizer=optimizer)
+    model.last_norm.requires_grad_(False)
+    lt.verify(model, X, optimizer=optimizer)
 
 
 def grow_on_two_ranks(rank: int, port: int) -> None:

@@ -39,7 +39,7 @@ def test_the_frame_and_the_text_hold_the_same_rows() -> None:
 def test_other_groups_are_refused() -> None:
     model = Growing(2)
     lt.parametrize(model, X)
-    with pytest.raises(lt.InputError, match="group 0 holds no lr_factor"):
+    with pytest.raises(lt.InputError, match="group 0 of the optimizer holds no lr_factor"):
         lt.explain(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(lt.InputError, match="optimizer holds 'sgd'; give optimizers, or groups"):
         lt.explain(model, ["sgd"])  # type: ignore[list-item]

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from looptransfer.text import (
     escaped,
+    few,
     markdown_table,
     plain,
     plain_lines,
@@ -71,6 +72,10 @@ def test_what_a_driver_says_is_shown_without_what_the_url_hides() -> None:
     said = "no user with se@cret or se%40cret in /home/hidden on host"
     assert without_secrets(said, url) == "no user with *** or *** in *** on host"
     assert without_secrets("said", "sqlite:///results.db") == "said"
+
+
+def test_of_many_names_the_first_few_are_shown_and_that_there_are_more() -> None:
+    assert (few([]), few("abcd"), few(iter("abcde"))) == ("", "a, b, c, d", "a, b, c, d, …")
 
 
 def test_tables_leave_out_what_is_empty_and_stand_for_nothing_without_rows() -> None:

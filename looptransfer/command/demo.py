@@ -7,13 +7,10 @@ import io
 import json
 import os
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +26,9 @@ from looptransfer.report.page import write_html
 from looptransfer.rules import Rule
 from looptransfer.transfer.check import check
 from looptransfer.transfer.optimum import t_interval_of_runs
+from looptransfer.transfer.provenance import page_origin
 from looptransfer.transfer.verdict import Verdict
+from looptransfer.trials.experiment import Experiment
 from looptransfer.trials.hooks import one_thread
 from looptransfer.trials.progress import one_story
 from looptransfer.trials.sweep import TunedLR, sweep, tune
@@ -94,34 +93,24 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     scale = QUICK if quick else FULL
     _check_writable(out)
     experiment = reference_experiment(scale.size, text)
-    seeds, ledger = range(seed, seed + scale.seeds), out / "ledger.db"
-    tuning, control = seeds[:TUNING_SEEDS], seeds[: scale.control_seeds]
-    with one_story("demo", _weight(scale)):
-        best = tune(experiment, PROXY, tuning, ledger, devices="cpu")
-        swept = partial(sweep, experiment, around=best, ledger=ledger, devices="cpu")
-        judged = swept(scale.loops, octaves=scale.octaves, seeds=seeds)
-        compared = partial(swept, seeds=control, rules=scale.controls)
-        start = compared(scale.loops[:1], octaves=scale.octaves)
-        target = compared(scale.loops[-1:], octaves=scale.control_octaves)
-    results = pd.concat([judged, start, target], ignore_index=True)
+    seeds = range(seed, seed + scale.seeds)
+    best, results = _trained(experiment, scale, seeds, out / "ledger.db")
     verdict = check(results, transferred_lr=best.lr)
     with one_thread():
         coordinates = coord_check(experiment, COORDINATE_LOOPS, ["factored", *scale.controls], seeds=COORDINATE_SEEDS)
     lines = _answer(best, results, verdict, coordinates)
-    identity = experiment.identity()
+    controls, tuning = seeds[: scale.control_seeds], seeds[:TUNING_SEEDS]
     tuned = {"loops": best.loops, "lr": best.lr, "regret": best.optimum.regret, "seeds": list(tuning)}
-    record = {**verdict.to_dict(), "tuned": tuned, "experiment": identity}
+    record = {**verdict.to_dict(), "tuned": tuned, "experiment": experiment.identity()}
     trained = results.drop_duplicates(["loops", "lr", "seed", "seconds"])["seconds"].sum()  # shared runs count once
     provenance = {
-        "date": time.strftime("%Y-%m-%d %H:%M %z"),
-        "command": shlex.join(["looptransfer", *sys.argv[1:]]),
+        **page_origin(),
         "wall time of this run": f"{time.monotonic() - started:.0f} s",
         "training time of the sweep": f"{trained:.0f} core-s",
-        "seeds": f"{seeds[0]} to {seeds[-1]}; of the controls to {control[-1]}, of the tuning to {tuning[-1]}",
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "seeds": f"{seeds[0]} to {seeds[-1]}; of the controls to {controls[-1]}, of the tuning to {tuning[-1]}",
         "python": platform.python_version(),
-        "looptransfer": version("looptransfer"),
-        **identity,
+        **experiment.identity(),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
     }
     write_file(out / "results.csv", results.to_csv(index=False))
     write_file(out / "verdict.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
@@ -132,6 +121,18 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
         figure.savefig(picture, format="png", dpi=150)
         write_file(out / f"{name}.png", picture.getvalue())
     return [*verdict.headline, *lines, f"Report: {out / 'report.html'}"]
+
+
+def _trained(experiment: Experiment, scale: DemoSize, seeds: range, ledger: Path) -> tuple[TunedLR, pd.DataFrame]:
+    """Make all runs: the tuned LR, and the table of the sweeps around it."""
+    with one_story("demo", _weight(scale)):
+        best = tune(experiment, PROXY, seeds[:TUNING_SEEDS], ledger, devices="cpu")
+        swept = partial(sweep, experiment, around=best, ledger=ledger, devices="cpu")
+        judged = swept(scale.loops, octaves=scale.octaves, seeds=seeds)
+        compared = partial(swept, seeds=seeds[: scale.control_seeds], rules=scale.controls)
+        start = compared(scale.loops[:1], octaves=scale.octaves)
+        target = compared(scale.loops[-1:], octaves=scale.control_octaves)
+    return best, pd.concat([judged, start, target], ignore_index=True)
 
 
 def _weight(scale: DemoSize) -> int:

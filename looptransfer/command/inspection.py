@@ -1,4 +1,4 @@
-"""The plan for a model that is named on the command line."""
+"""A model that is named on the command line, rewritten."""
 
 import re
 import warnings
@@ -12,39 +12,23 @@ from looptransfer.command.targets import load_target
 from looptransfer.errors import InputError, ScalingWarning
 from looptransfer.rewrite.parametrize import parametrize
 from looptransfer.rewrite.plan import ScalingPlan
-from looptransfer.rules import Rule
 from looptransfer.user_code import calls_back
 
 DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}
 FORMS = "float:2x16x32, long:2x16, bool:2x16 or a number; NAME=… for a keyword argument"
 
 
-def inspect_model(
-    target: str,
-    inputs: Sequence[str] = (),
-    *,
-    rule: Rule = "factored",
-    lam: float = 1.0,
-    base_layers: int = 1,
-    branches: Sequence[str] | None = None,
-    layers: int | None = None,
-    loops: float | None = None,
-) -> ScalingPlan:
-    """The plan for the model that `target`, "package.module:factory" or "path/to/file.py:factory", makes.
+def rewritten(target: str, inputs: Sequence[str] = (), **settings: Any) -> tuple[nn.Module, ScalingPlan]:
+    """The model that `target`, "package.module:factory" or "path/to/file.py:factory", makes, rewritten; and its plan.
 
     The factory takes no arguments and returns a model, or a model and example inputs; a model will do as well. `inputs`
     describe the example inputs, see `FORMS`; tensors of kind long hold zeros and ones, which fit any vocabulary.
+    `settings` are those of `parametrize`.
 
     Raises:
         InputError: the target cannot be imported or makes no model, or the inputs are not understood; and all that
             `parametrize` refuses.
     """
-    settings = {"rule": rule, "lam": lam, "base_layers": base_layers, "branches": branches, "layers": layers}
-    return rewritten(target, inputs, **settings, loops=loops)[1]
-
-
-def rewritten(target: str, inputs: Sequence[str] = (), **settings: Any) -> tuple[nn.Module, ScalingPlan]:
-    """The model that `target` makes, rewritten, and its plan; as for `inspect_model`."""
     model, example = _make(target)
     if inputs:
         example = parse_inputs(inputs)

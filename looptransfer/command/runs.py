@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +44,9 @@ def _demo(arguments: argparse.Namespace) -> Answer:
 
 
 def _inspect(arguments: argparse.Namespace) -> Answer:
-    from looptransfer.command.inspection import inspect_model
+    from looptransfer.command.inspection import rewritten
 
-    plan = inspect_model(arguments.target, arguments.inputs, **_settings(arguments))
+    _, plan = rewritten(arguments.target, arguments.inputs, **_settings(arguments))
     return plan.to_json() if arguments.json else str(plan), 0
 
 
@@ -89,10 +88,11 @@ def _coordcheck(arguments: argparse.Namespace) -> Answer:
             tolerance=arguments.tolerance,
         )
     if arguments.html:
+        from looptransfer.transfer.provenance import page_origin
+
         provenance = {
-            "date": time.strftime("%Y-%m-%d %H:%M %z"),
+            **page_origin("torch"),
             "experiment": arguments.experiment,
-            **{name: version(name) for name in ("looptransfer", "torch")},
             "steps": arguments.steps,
             "seeds": arguments.seeds,
             "LR": arguments.lr,
@@ -223,7 +223,11 @@ def _check(arguments: argparse.Namespace) -> Answer:
     )
     comparison = _against_baseline(arguments, verdict)
     if arguments.html:
-        provenance = _provenance(", ".join(arguments.source), verdict)
+        from looptransfer.transfer.provenance import fingerprint_of, page_origin
+
+        source = without_password(", ".join(arguments.source))
+        origin = {"source": source} | fingerprint_of(verdict.runs, verdict.axis)
+        provenance = page_origin("numpy", "scipy", "pandas") | origin
         lt.write_html(verdict, arguments.html, title=arguments.title, provenance=provenance)
     if arguments.todo:
         write_file(arguments.todo, verdict.rows_to_run().to_csv(index=False))
@@ -233,18 +237,6 @@ def _check(arguments: argparse.Namespace) -> Answer:
     if arguments.json:
         return _json(verdict.to_dict() | ({} if comparison is None else {"baseline": comparison.to_dict()})), status
     return "\n".join(result.to_markdown() if arguments.markdown else str(result) for result in results), status
-
-
-def _provenance(source: str, verdict: "lt.Verdict") -> dict[str, Any]:
-    from looptransfer.transfer.provenance import fingerprint_of
-
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M %z"),
-        "command": shlex.join(["looptransfer", *map(without_password, sys.argv[1:])]),
-        "source": without_password(source),
-        **{name: version(name) for name in ("looptransfer", "numpy", "scipy", "pandas")},
-        **fingerprint_of(verdict.runs, verdict.axis),
-    }
 
 
 def _keep_apart(reads: Mapping[str, str | Path | None], writes: Mapping[str, Path | None]) -> None:

@@ -19,13 +19,13 @@ from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTIC
 from looptransfer.errors import InputError, UserCodeError
 from looptransfer.optim import param_groups
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.parametrize import apply_plan, parametrize
+from looptransfer.rewrite.parametrize import apply_plan
 from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
 from looptransfer.rules import Rule, check_rule
 from looptransfer.trials.experiment import Experiment
-from looptransfer.trials.hooks import Batch, batch_stream, fresh_model, loss_of, seeded, token_loss
+from looptransfer.trials.hooks import Batch, batch_stream, fresh_model, loss_of, seeded
 from looptransfer.trials.pairing import Start, check_finite, check_pairs, weights_of
-from looptransfer.trials.training import exchanged, own_plan, varies
+from looptransfer.trials.training import exchanged, own_plan, parametrized, varies
 from looptransfer.user_code import calls_back, place, user_code
 
 LOOPS = (1, 2, 4, 8, 16, 32, 64)
@@ -194,7 +194,7 @@ class _Runs:
         layers = plan.layers if plan else len({branch.layer for branch in branches})
         place = (rule, size.loops, size.width or setting.experiment.width, layers, seed)
         self.rows += [(*place, 0, branch.module, 0, "multiplier", branch.multiplier) for branch in branches]
-        training = train_watched(model, optimizer, branches, data, setting.experiment.loss, plan, setting.statistics)
+        training = _train_watched(model, optimizer, branches, data, setting.experiment.loss, plan, setting.statistics)
         for step, observation, values in training:
             self.rows += [(*place, step, *value) for value in [*observation.values, *values]]
             if observation.cosines is not None and step in {0, setting.steps}:
@@ -211,15 +211,7 @@ class _Runs:
             plan = traced.under(cast(Rule, rule))
             apply_plan(model, plan)
         elif rule != AS_MADE:
-            plan = parametrize(
-                model,
-                inputs,
-                cast(Rule, rule),
-                experiment.lam,
-                experiment.base_layers,
-                branches=experiment.branches,
-                layers=experiment.layers,
-            )
+            plan = parametrized(experiment, model, inputs, cast(Rule, rule))
         if plan is not None and (plan.random_loops or varies(plan)):
             raise UserCodeError(
                 f"the model of make_model({size.loops}) loops another number of times from one forward to the next"
@@ -256,27 +248,19 @@ class _Runs:
 # -- one training
 
 
-def train_watched(
+def _train_watched(
     model: nn.Module,
     optimizer: Any,
     branches: list[TracedBranch],
     data: Sequence[Batch],
-    loss: Callable[[Any, Any], Tensor] = token_loss,
-    plan: ScalingPlan | None = None,
-    statistics: Statistics = VISIT_STATISTICS,
+    loss: Callable[[Any, Any], Tensor],
+    plan: ScalingPlan | None,
+    statistics: Statistics,
 ) -> Iterator[tuple[int, Observation, list[Value]]]:
     """Train on `data[1:]` and yield what the probe `data[0]` showed: step, observation, and changes and steps as rows.
 
-    Step 0 is initialisation. A loss that is no number ends the training.
-
-    Args:
-        model: any; its residual branches are `branches`.
-        optimizer: or (optimizer, scheduler).
-        branches: from `find_branches`.
-        data: batches (inputs, targets).
-        loss: (model output, targets) -> scalar.
-        plan: tells parameters on the stream from others.
-        statistics: of every visit.
+    Step 0 is initialisation. A loss that is no number ends the training. The plan tells parameters on the stream from
+    others.
     """
     stepped = optimizer if isinstance(optimizer, tuple) else (optimizer,)
     parts = _parts(model, plan, branches)

@@ -116,7 +116,7 @@ def _levels(rows: pd.DataFrame, rule: str, context: Context) -> Iterator[_Measur
     if not context.adam:
         return
     along = on_axis(rows, "loops")
-    first = along[(along["step"] == 1)]
+    first = along[along["step"] == 1]
     for module, lost in _by_module(first, "lost_to_eps").items():
         promise = Promise("loops", "lost_to_eps", "branches", "one", "all", -math.inf, 0.0)
         yield _Measured(rule, promise, module, lost, LOST_TO_EPS)

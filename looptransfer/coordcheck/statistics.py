@@ -1,4 +1,7 @@
-"""Statistics: named functions of a visit of a branch, of a change, and of an optimizer step."""
+"""Statistics: named functions of a visit of a branch, of a change, and of an optimizer step.
+
+A new one is a function in a table below; it is judged where `promises` says what a rule promises of it.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """One forward, understood: its residual adds, who hands their branches over, their blocks, and what remains without."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,3 +72,8 @@ def analyse(
     blocks = find_blocks(model, groups)
     layers = count_layers(model, blocks, groups, ties)
     return Analysis(forward, groups, blocks, layers, ties.shared(groups), rest)
+
+
+def fullest(draws: Sequence[Analysis]) -> Analysis:
+    """Of random depths the forward that shows most."""
+    return max(draws, key=lambda draw: sum(draw.visits.values()))

@@ -1,27 +1,32 @@
 """The things a model does that the rule was not derived for. Each is shown in the plan and warned of once."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from looptransfer.rewrite.analysis import Analysis
+from looptransfer.rewrite.analysis import Analysis, fullest
 from looptransfer.rewrite.branches import Group, scaled
 from looptransfer.rewrite.ends import gates
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.plan import Branch
+from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rewrite.trace import ResidualAdd, Trace
+from looptransfer.text import few
 
 DIFFER = "visits differ"
+VARIES = (
+    "visits vary: with other weights and random numbers the branches were visited another number of times (a random "
+    "loop count, adaptive halting, layer dropout). N is that of one forward; give the mean, loops=…"
+)
 
 
-def find_caveats(
-    model: nn.Module, analysis: Analysis, branches: tuple[Branch, ...], preserved: bool
-) -> tuple[str, ...]:
+def find_caveats(model: nn.Module, draws: Sequence[Analysis], plan: ScalingPlan, preserved: bool) -> tuple[str, ...]:
     """Sentences for the user, the gravest first.
 
-    `branches`: those of the plan. `preserved`: the rewrite leaves the function as it is.
+    `draws`: as `make_plan` takes them. `preserved`: the rewrite leaves the function as it is.
     """
+    analysis, branches = fullest(draws), plan.branches
     forward, groups, constants = analysis.trace, analysis.groups, [branch.factors for branch in branches]
     checks = [
         _unused(model, forward, groups),
@@ -38,6 +43,9 @@ def find_caveats(
         _frozen(model, branches),
         _left_frozen(forward),
         None if preserved else _trained(model),
+        None if plan.random_loops or all(draw.visits == draws[0].visits for draw in draws) else VARIES,
+        _unnamed(analysis) if plan.declared else None,
+        _unscaled(analysis.rest.matrices),
     ]
     return tuple(caveat for caveat in checks if caveat)
 
@@ -49,7 +57,7 @@ def _unused(model: nn.Module, forward: Trace, groups: list[Group]) -> str | None
     if not idle:
         return None
     return (
-        f"never used in the traced forward: {', '.join(idle[:4])}{', …' * (len(idle) > 4)}. Branches that it passed by "
+        f"never used in the traced forward: {few(idle)}. Branches that it passed by "
         "get no multiplier and do not count in L; if layers are dropped at random in training, call model.eval() first"
     )
 
@@ -78,7 +86,7 @@ def _shared(names: tuple[str, ...]) -> str | None:
     if not names:
         return None
     return (
-        f"shared in part: {', '.join(names[:4])}{', …' * (len(names) > 4)} act in branches that have most of their "
+        f"shared in part: {few(names)} act in branches that have most of their "
         "weights to themselves (a projection, a router or a block that layers share). Such branches do not point the "
         "same way, and each counts its own visits"
     )
@@ -128,11 +136,7 @@ def _depth_scaling(forward: Trace, groups: list[Group], constants: list[tuple[fl
     ]
     learned = sorted(frozenset[str]().union(*(gates(forward, group) for group in groups)))
     causes = [f"a constant factor ({named[0]}, as residual_multiplier in some configurations)"] if named else []
-    causes += (
-        [f"learned factors ({', '.join(learned[:4])}{', …' * (len(learned) > 4)}; LayerScale, ReZero)"]
-        if learned
-        else []
-    )
+    causes += [f"learned factors ({few(learned)}; LayerScale, ReZero)"] if learned else []
     if not causes:
         return None
     return (
@@ -196,7 +200,7 @@ def _frozen(model: nn.Module, branches: tuple[Branch, ...]) -> str | None:
     if not still or len(still) == len(branches):
         return None
     return (
-        f"frozen weights: {', '.join(still[:4])}{', …' * (len(still) > 4)} hold nothing that is trained and are scaled "
+        f"frozen weights: {few(still)} hold nothing that is trained and are scaled "
         "all the same, since gradients go through them; if what they compute is to stay, declare the other branches, "
         "branches=[…]"
     )
@@ -224,3 +228,23 @@ def _trained(model: nn.Module) -> str | None:
                 "preserve=True puts ε in without changing it"
             )
     return None
+
+
+def _unnamed(analysis: Analysis) -> str | None:
+    lines = dict.fromkeys(analysis.trace.graph.line(join.node) for join in analysis.rest.joins)
+    if not lines:
+        return None
+    return (
+        f"branches that are not named: at {few(lines)} data meets what learned matrices made of it, "
+        "which keeps factor 1"
+    )
+
+
+def _unscaled(matrices: Sequence[str]) -> str | None:
+    if not matrices:
+        return None
+    return (
+        f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
+        "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
+        "that is not recognised must be marked, looptransfer.residual(…, 'name'), or named, branches=[…]"
+    )

@@ -179,10 +179,7 @@ def _gated_streams(forward: Trace, rest: Remainder) -> Iterator[str]:
     for add in forward.of("composite"):
         if add.root == add.stream and rest.paths.is_gated(add.root, add.branch):
             yield forward.graph.line(add.total)
-    chains: defaultdict[frozenset[str], list[ResidualAdd]] = defaultdict(list)
-    for add in forward.of("leaf"):
-        chains[add.last].append(add)
-    for adds in chains.values():
+    for adds in forward.chains():
         for first, then in pairwise(adds):
             between = (n for n in rest.gates if rest.paths.skips(first.total, n) and rest.paths.skips(n, then.stream))
             yield from (forward.graph.line(n) for n in between)

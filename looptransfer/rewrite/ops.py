@@ -76,12 +76,7 @@ def operator(func: Any) -> Operator:
     writing = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     aliases = [value.alias_info for value in schema.returns if value.alias_info is not None]
     foreign = func.namespace not in {"aten", "prims", "prim"}
-    tags = _tags(func, name)
-    relation: Relation = "" if foreign else RELATIONS.get(name, "")
-    if not foreign and (name.endswith("_like") or name.startswith("new_")):
-        relation = "blank"
-    if "attention" in name:
-        relation = "product"
+    tags, relation = _tags(func, name), _relation(name, foreign)
     pointwise = torch.Tag.pointwise in tags
     draws = torch.Tag.nondeterministic_seeded in tags
     return Operator(
@@ -98,6 +93,14 @@ def operator(func: Any) -> Operator:
         accumulates=next((i for i, a in enumerate(schema.arguments) if a.name == "accumulate"), None),
         overwrites=relation == "blank" or name == "copy" or draws or any(a.kwarg_only for _, a in writing),
     )
+
+
+def _relation(name: str, foreign: bool) -> Relation:
+    if "attention" in name:
+        return "product"
+    if not foreign and (name.endswith("_like") or name.startswith("new_")):
+        return "blank"
+    return "" if foreign else RELATIONS.get(name, "")
 
 
 def _tags(func: Any, name: str) -> set[Any]:

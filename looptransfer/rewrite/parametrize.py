@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from looptransfer.errors import InputError, ScalingWarning
-from looptransfer.rewrite.analysis import Analysis, analyse
+from looptransfer.rewrite.analysis import Analysis, analyse, fullest
 from looptransfer.rewrite.caveats import renewed
 from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_input_multiplier, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
 from looptransfer.rewrite.plan import PLAN, ScalingPlan, holds_saved_plan, planned
-from looptransfer.rewrite.planner import counts, fullest, make_plan
+from looptransfer.rewrite.planner import counts, make_plan
 from looptransfer.rewrite.pretrained import carry, drop, forget_saved_plan, saved_plan
 from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import record
@@ -24,6 +24,7 @@ from looptransfer.rewrite.roles import roles_of
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rewrite.width import base_shapes, check_attention, read_outs, rescale_weights
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
+from looptransfer.text import few
 
 DRAWS = 7  # further forwards where random numbers steer the model
 
@@ -71,17 +72,9 @@ def parametrize(
         ScalingWarning: the model does something that the rule was not derived for; each is in `plan.caveats`.
     """
     _check_model(model)
-    if holds_saved_plan(model):
-        raise InputError(
-            "the config of the model holds the plan that its weights were trained with; call "
-            "looptransfer.apply_plan(model), and rescale where the loop count is another"
-        )
     _check_settings(rule, lam, base_layers, branches, layers)
     meta = any(parameter.is_meta for parameter in model.parameters())
-    if meta and preserve:
-        raise InputError(
-            "weights on the meta device can take no factor; give the model its weights first, then preserve=True"
-        )
+    _check_weights(model, meta, preserve)
     declared = None if branches is None else list(branches)
     small = None if base is None else _base_of(model, base, meta, preserve)
     draws = _draws(model, example_inputs, declared, meta)
@@ -185,9 +178,7 @@ def apply_plan(model: nn.Module, plan: ScalingPlan | None = None) -> ScalingPlan
     return plan
 
 
-def rescale_model(
-    model: nn.Module, example_inputs: ExampleInputs | None = None, *, loops: float | None = None
-) -> ScalingPlan:
+def rescale_model(model: nn.Module, example_inputs: ExampleInputs | None, loops: float | None) -> ScalingPlan:
     """Recompute the multipliers for the loop count that a model has now; see `audit.rescale`."""
     inner, plan = planned(model)
     if example_inputs is None or isinstance(example_inputs, (int, float)):
@@ -204,7 +195,7 @@ def rescale_model(
     if handles != live:
         raise InputError(
             "at its loop count the model has other branches than before "
-            f"({', '.join(sorted(map(str, handles ^ live))[:4])}); parametrize a fresh model at that count"
+            f"({few(sorted(map(str, handles ^ live)))}); parametrize a fresh model at that count"
         )
     analysis = fullest(draws)
     members = _members(plan, analysis)
@@ -296,6 +287,18 @@ def _check_model(model: object) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"{name} is uninitialised (a lazy module); run the model once before parametrize")
+
+
+def _check_weights(model: nn.Module, meta: bool, preserve: bool) -> None:
+    if holds_saved_plan(model):
+        raise InputError(
+            "the config of the model holds the plan that its weights were trained with; call "
+            "looptransfer.apply_plan(model), and rescale where the loop count is another"
+        )
+    if meta and preserve:
+        raise InputError(
+            "weights on the meta device can take no factor; give the model its weights first, then preserve=True"
+        )
 
 
 def _check_settings(rule: Rule, lam: float, base_layers: int, branches: Any, layers: int | None) -> None:

@@ -21,9 +21,8 @@ class Join:
 
     node: int
     root: int  # the data, as late as it is still the same on both ways
-    past: int  # the operand that came past the matrices
-    through: int  # and the one that came through them
-    learned_skip: bool  # other learned matrices act on the way past
+    through: int  # the operand that came through the matrices, and not past them
+    learned_skip: bool = False  # other learned matrices act on the way past
 
 
 @dataclass
@@ -176,16 +175,25 @@ class Paths:
             return self._mixed(number, operands[0])
         if self._multiplies(number, sources):
             return None
-        for operand in (s for s in operands if prod(self.graph.nodes[s].shape) >= prod(node.shape)):
+        return (
+            self._brought_past(number, operands)
+            or self._taken_apart(number, operands)
+            or self._learned_skip(number, operands)
+        )
+
+    def _brought_past(self, number: int, operands: list[int]) -> Join | None:
+        """One operand is as large as the result and came past the matrices, or is gated in another."""
+        size = prod(self.graph.nodes[number].shape)
+        for operand in (s for s in operands if prod(self.graph.nodes[s].shape) >= size):
             past = self._past(operand, operands)
             if past:
                 root = past.bit_length() - 1
                 others = [s for s in operands if s != operand and self.acts(root, s)]
-                return Join(number, root, operand, others[0], learned_skip=False)
+                return Join(number, root, others[0])
             gated = [s for s in operands if s != operand and self.is_gated(operand, s)]
             if gated:
-                return Join(number, operand, operand, gated[0], learned_skip=False)
-        return self._taken_apart(number, operands) or self._learned_skip(number, operands)
+                return Join(number, operand, gated[0])
+        return None
 
     def _mixed(self, number: int, source: int) -> Join | None:
         """An operation on one tensor that holds both side by side, and makes sums of its elements."""
@@ -197,14 +205,14 @@ class Paths:
         root = both.bit_length() - 1
         if node.op.reduces and prod(node.shape) < prod(self.graph.nodes[root].shape):
             return None  # a mean over positions
-        return Join(number, root, source, source, learned_skip=False)
+        return Join(number, root, source)
 
     def _taken_apart(self, number: int, operands: list[int]) -> Join | None:
         """A sum of different parts of one tensor that holds both side by side."""
         for p, q in ((p, q) for p in operands for q in operands if p < q and self.beside[p] & self.beside[q]):
             for held in bits(self._free(p) & self._free(q)):
                 if self.beside[held] and self._parts(held, p, number) != self._parts(held, q, number):
-                    return Join(number, self.beside[held].bit_length() - 1, p, q, learned_skip=False)
+                    return Join(number, self.beside[held].bit_length() - 1, q)
         return None
 
     def _parts(self, held: int, end: int, number: int) -> set[object]:
@@ -218,7 +226,7 @@ class Paths:
         first, *others = self.graph.nodes[number].sources
         others = [s for s in self._data(others) if s not in self.gone]
         past = self._free(first) & _union(self._free(s) | self.through[s] for s in others) & self.data
-        return Join(number, past.bit_length() - 1, first, others[0], learned_skip=False) if past else None
+        return Join(number, past.bit_length() - 1, others[0]) if past else None
 
     def _learned_skip(self, number: int, operands: list[int]) -> Join | None:
         """Both came through matrices of their own, and what they come from is as large: a skip with a map on it."""
@@ -231,7 +239,7 @@ class Paths:
                 if self.graph.nodes[root].shape == shape:
                     ways = [self._matrices(root, end) for end in (p, q)]
                     if all(ways) and not ways[0] & ways[1]:
-                        return Join(number, root, p, q, learned_skip=True)
+                        return Join(number, root, q, learned_skip=True)
                     break
         return None
 

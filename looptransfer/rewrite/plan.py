@@ -322,15 +322,16 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
         residual_multiplier(
             plan.rule, visits=branch.visits, layers=plan.layers, lam=plan.lam, base_layers=plan.base_layers
         )
-        if not (math.isfinite(branch.multiplier) and branch.multiplier > 0):
+        if not is_number(branch.multiplier, 0):
             raise InputError(f"the multiplier of {branch.handle} is {branch.multiplier!r}; it must be above 0")
     return plan
 
 
 def _count(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+    if not is_number(value) or value < 1:
         raise InputError(f"on_stream holds {value!r}; it must hold numbers from 1 up")
-    return value
+    count: float = value
+    return count
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -340,7 +341,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _factor(value: Any) -> float:
-    if not is_number(value) or value <= 0:
+    if not is_number(value, 0):
         raise InputError(f"read_outs holds {value!r}; it must hold finite numbers above 0")
     return float(value)
 

@@ -1,6 +1,5 @@
 """From an analysis and a rule to the plan."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from looptransfer.checks import is_number
 from looptransfer.errors import InputError
-from looptransfer.rewrite.analysis import Analysis
+from looptransfer.rewrite.analysis import Analysis, fullest
 from looptransfer.rewrite.branches import DECLARE, Group, scaled
 from looptransfer.rewrite.caveats import find_caveats
 from looptransfer.rewrite.ends import factors, last_maps
 from looptransfer.rewrite.plan import Branch, LeftAlone, ScalingPlan
 from looptransfer.rewrite.roles import roles_of
+from looptransfer.text import few
 
 REASONS = {
     "composite": "the added branch holds residual adds of its own (an input injection or a long skip)",
@@ -31,10 +32,10 @@ def make_plan(
     draws: Sequence[Analysis],
     settings: Mapping[str, Any],
     *,
-    declared: bool = False,
-    layers: int | None = None,
-    loops: float | None = None,
-    preserve: bool = False,
+    declared: bool,
+    layers: int | None,
+    loops: float | None,
+    preserve: bool,
 ) -> ScalingPlan:
     """Decide multiplier and block of every residual branch.
 
@@ -54,50 +55,34 @@ def make_plan(
         InputError: no residual add was found, or `loops` does not fit what was traced.
     """
     analysis = fullest(draws)
-    groups, graph, paths = analysis.groups, analysis.trace.graph, analysis.rest.paths
-    if not groups:
-        met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n, -1)]
-        lines = dict.fromkeys(graph.line(n) for n in [*(total.node for total in graph.sums), *met])
-        seen = f" What meets at {', '.join(list(lines)[:4])} is not of that form." if lines else ""
-        raise InputError(
-            "no residual add was found: nothing of the form x + f(x), with learned matrices in f and x carried on, ran "
-            f"in the forward.{seen} Check that the example inputs reach the looped layers and that the model was not "
-            "compiled. Where a branch is added in another way, mark it there: looptransfer.residual(…, 'name'). "
-            f"{DECLARE}"
-        )
+    _check_found(analysis)
     visits, uses = counts(draws, loops, declared)
     plan = ScalingPlan(
         **settings,
         layers=layers or analysis.layers,
-        branches=tuple(_branch(model, analysis, place) for place in range(len(groups))),
+        branches=tuple(_branch(model, analysis, place) for place in range(len(analysis.groups))),
         left_alone=_left_alone(analysis),
         roles=roles_of(model, analysis),
         declared=declared,
         random_loops=loops is not None,
     ).with_counts(visits, uses)
-    caveats = list(find_caveats(model, analysis, plan.branches, preserve))
-    if loops is None and any(draw.visits != draws[0].visits for draw in draws):
-        caveats.append(VARIES)
-    if declared and analysis.rest.joins:
-        lines = dict.fromkeys(graph.line(join.node) for join in analysis.rest.joins)
-        caveats.append(
-            f"branches that are not named: at {', '.join(list(lines)[:4])} data meets what learned matrices made of "
-            "it, which keeps factor 1"
-        )
-    if analysis.rest.matrices:
-        caveats.append(_stream_caveat(analysis.rest.matrices))
-    return replace(plan, caveats=tuple(caveats))
+    return replace(plan, caveats=find_caveats(model, draws, plan, preserve))
 
 
-VARIES = (
-    "visits vary: with other weights and random numbers the branches were visited another number of times (a random "
-    "loop count, adaptive halting, layer dropout). N is that of one forward; give the mean, loops=…"
-)
-
-
-def fullest(draws: Sequence[Analysis]) -> Analysis:
-    """Of random depths the forward that shows most."""
-    return max(draws, key=lambda draw: sum(draw.visits.values()))
+def _check_found(analysis: Analysis) -> None:
+    """Refuse a forward without residual adds, with the lines that might have been some."""
+    if analysis.groups:
+        return
+    graph, paths = analysis.trace.graph, analysis.rest.paths
+    met = [n for n in range(len(graph.nodes)) if paths.live >> n & 1 and paths.gates(n, -1)]
+    lines = dict.fromkeys(graph.line(n) for n in [*(total.node for total in graph.sums), *met])
+    seen = f" What meets at {few(lines)} is not of that form." if lines else ""
+    raise InputError(
+        "no residual add was found: nothing of the form x + f(x), with learned matrices in f and x carried on, ran "
+        f"in the forward.{seen} Check that the example inputs reach the looped layers and that the model was not "
+        "compiled. Where a branch is added in another way, mark it there: looptransfer.residual(…, 'name'). "
+        f"{DECLARE}"
+    )
 
 
 def counts(
@@ -113,7 +98,7 @@ def counts(
     """
     if loops is None:
         return fullest(draws).visits, fullest(draws).rest.uses
-    if not isinstance(loops, (int, float)) or isinstance(loops, bool) or not math.isfinite(loops) or loops < 1:
+    if not is_number(loops) or loops < 1:
         raise InputError(f"loops is {loops!r}; it must be a number from 1 up")
     visits, uses = [draw.visits for draw in draws], [draw.rest.uses for draw in draws]
     moving = {handle for draw in visits for handle in draw if len({other.get(handle, 0) for other in visits}) > 1}
@@ -159,14 +144,6 @@ def _follow(draws: Sequence[Mapping[Any, int]], drawn: Sequence[int], loops: flo
 
 def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
-
-
-def _stream_caveat(matrices: Sequence[str]) -> str:
-    return (
-        f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
-        "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
-        "that is not recognised must be marked, looptransfer.residual(…, 'name'), or named, branches=[…]"
-    )
 
 
 def _branch(model: nn.Module, analysis: Analysis, place: int) -> Branch:

@@ -15,6 +15,7 @@ from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.sites import run_scaled
 from looptransfer.rewrite.twin import twin_of
+from looptransfer.text import few
 from looptransfer.user_code import described, line_of
 
 SEED = 1  # of what a model draws while it is put to the proof
@@ -98,11 +99,11 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, analysis: An
         [expected[n] for n in graph.results if n in expected],
         twin,
     ):
-        names = ", ".join(str(group.handle) for group in groups[:4])
-        lines = list(dict.fromkeys(add.site.source for group in groups for add in group.adds))
+        names = few(group.handle for group in groups)
+        lines = few(dict.fromkeys(add.site.source for group in groups for add in group.adds))
         raise InputError(
-            f"multiplying what {names}{', …' * (len(groups) > 4)} hand over is not the same as multiplying what is "
-            f"added to the stream at {', '.join(lines[:4])}, so no faithful rewrite is known. Mark the branches: "
+            f"multiplying what {names} hand over is not the same as multiplying what is "
+            f"added to the stream at {lines}, so no faithful rewrite is known. Mark the branches: "
             f"x + looptransfer.residual(…, 'name'). {DECLARE}"
         )
 

@@ -87,6 +87,13 @@ class Trace:
                 queue += [n for alternative in self.graph.scaling(number) for n in alternative]
         return list(seen)
 
+    def chains(self) -> list[list[ResidualAdd]]:
+        """The leaves, together where their branches end in the same learned tensors."""
+        chains: defaultdict[frozenset[str], list[ResidualAdd]] = defaultdict(list)
+        for add in self.of("leaf"):
+            chains[add.last].append(add)
+        return list(chains.values())
+
     def marked(self, add: ResidualAdd) -> bool:
         """The user marked what is added there."""
         return any(h.mark is not None for n in self.proportional(add) for h in self.graph.nodes[n].handles)
@@ -413,10 +420,7 @@ def _fixed(forward: Trace, total: Sum) -> ResidualAdd | None:
 
 def _mark_time(forward: Trace, again: Rerun) -> None:
     """A recurrence over time. All adds of a chain are of one kind, also where the chain begins anew in every loop."""
-    chains: defaultdict[frozenset[str], list[ResidualAdd]] = defaultdict(list)
-    for add in forward.of("leaf"):
-        chains[add.last].append(add)
-    for adds in chains.values():
+    for adds in forward.chains():
         if runs_over_time(forward.graph, [add.total for add in adds], again):
             for add in adds:
                 add.kind = "time"

@@ -17,6 +17,7 @@ from looptransfer.rewrite.analysis import Analysis
 from looptransfer.rewrite.graph import Graph
 from looptransfer.rewrite.names import named_parameters, plain_names
 from looptransfer.rules import Family
+from looptransfer.text import few
 
 SURE = 4.0  # standard errors within which a measured scale is taken for a half power of the width
 Shape = tuple[int, ...]
@@ -35,7 +36,7 @@ def base_shapes(model: nn.Module, base: nn.Module) -> dict[str, Shape]:
     odd += [name for name in shapes if name in small and len(shapes[name]) != len(small[name])]
     if odd:
         raise InputError(
-            f"model and base do not have the same parameters ({', '.join(odd[:4])}); base must be the same model built "
+            f"model and base do not have the same parameters ({few(odd)}); base must be the same model built "
             "at a smaller width: same layers, heads of the same size"
         )
     grown = {name: small[name] for name, shape in shapes.items() if shape != small[name]}

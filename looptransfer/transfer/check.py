@@ -1,7 +1,7 @@
 """Judge a table of runs: every rule in it, the one asked for against its controls, and what else to know."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import pandas as pd
@@ -9,7 +9,7 @@ import pandas as pd
 from looptransfer.checks import check_number
 from looptransfer.errors import InputError
 from looptransfer.transfer import drift
-from looptransfer.transfer.advice import advised
+from looptransfer.transfer.causes import advised
 from looptransfer.transfer.judge import judge_tables, situation_of
 from looptransfer.transfer.optimum import Interval, Optimum, curve_height, curves, t_interval_of_runs
 from looptransfer.transfer.results import at_horizon, tidy
@@ -61,35 +61,30 @@ def check(
     """
     _check_terms(tolerance, regret_tolerance, transferred_lr, confidence)
     maximize = _is_maximized(results, maximize)
-    steps = tidy(results, axis)
-    if maximize:
-        steps["loss"] = (-steps["loss"]).mask(steps["diverged"], math.inf)
+    steps = _turned_round(tidy(results, axis)) if maximize else tidy(results, axis)
     runs = at_horizon(steps, axis)
     present = list(dict.fromkeys(runs["rule"]))
     rule = _rule(rule, present)
-    tables = {name: curves(runs[runs["rule"] == name], axis) for name in present}
+    order = [rule, *(name for name in present if name != rule)]
+    tables = {name: curves(runs[runs["rule"] == name], axis) for name in order}
     height = _height(tables[rule])
     unit = unit or (METRIC if maximize else results.attrs.get("unit")) or _unit(height, tables[rule])
     regret_tolerance = regret_tolerance or (REGRET_NATS if unit == NATS or height is None else REGRET_SHARE * height)
     terms = Terms(axis, transferred_lr, tolerance, regret_tolerance, confidence)
-    order = [rule, *(name for name in present if name != rule)]
     horizons = {name: _horizons(steps[steps["rule"] == name], terms) for name in order}
     verdicts = {name: judge_tables(name, tables[name], terms, horizons[name]) for name in order}
     differences = tuple(_difference(verdicts[rule], verdicts[name], terms) for name in order[1:])
     verdicts[rule] = _with_power(verdicts, rule, terms)
-    proxy = verdicts[rule].log2_lr  # of the transferred LR too
-    left_out = results.attrs.get("left_out")
-    late = (note for verdict in verdicts.values() for note in _late_moves(verdict, terms))
+    notes = (*_notes(runs, terms), *_late_moves(verdicts.values(), terms), results.attrs.get("left_out"))
+    proxy = verdicts[rule].log2_lr
+    if transferred_lr is None and proxy is not None:
+        terms = replace(terms, transferred_lr=2.0**proxy)
     return Verdict(
-        axis,
-        transferred_lr if transferred_lr is not None or proxy is None else 2.0**proxy,
-        tolerance,
-        regret_tolerance,
-        confidence,
-        rule,
-        verdicts,
-        differences,
-        (*_notes(runs, terms), *late, *([str(left_out)] if left_out else [])),
+        **vars(terms),
+        rule=rule,
+        rules=verdicts,
+        differences=differences,
+        notes=tuple(filter(None, notes)),
         unit=unit,
         source=str(results.attrs.get("source", "")),
         grows=results.attrs.get("grows"),
@@ -113,6 +108,10 @@ def _is_maximized(results: pd.DataFrame, maximize: bool) -> bool:
     if maximize and results.attrs.get("maximize") is False:
         raise InputError("the study minimizes its value; leave out --maximize")
     return maximize or bool(results.attrs.get("maximize"))
+
+
+def _turned_round(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(loss=(-table["loss"]).mask(table["diverged"], math.inf))
 
 
 def _rule(rule: str | None, present: list[str]) -> str:
@@ -193,12 +192,13 @@ def _notes(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
             yield f"{rule}, {label} = {n}: LR {named} is left out, not being run by all {seeds} seeds"
 
 
-def _late_moves(verdict: RuleVerdict, terms: Terms) -> Iterator[str]:
+def _late_moves(verdicts: Iterable[RuleVerdict], terms: Terms) -> Iterator[str]:
     """A note for every N whose optimum still moved by more than the tolerance over the last half of the training."""
-    for halfway, end in zip(verdict.horizons.get(HORIZONS[0], ()), verdict.optima, strict=False):
-        moved = _paired(end.by_seed, halfway.by_seed, terms.confidence)
-        if moved is not None and moved.outside(0.0) and abs(moved.estimate) > terms.tolerance:
-            yield (
-                f"{verdict.rule}, {terms.axis_label} = {end.n}: over the last half of the training the optimum still "
-                f"moved by {moved} octaves; train longer before it is transferred"
-            )
+    for verdict in verdicts:
+        for halfway, end in zip(verdict.horizons.get(HORIZONS[0], ()), verdict.optima, strict=False):
+            moved = _paired(end.by_seed, halfway.by_seed, terms.confidence)
+            if moved is not None and moved.outside(0.0) and abs(moved.estimate) > terms.tolerance:
+                yield (
+                    f"{verdict.rule}, {terms.axis_label} = {end.n}: over the last half of the training the optimum "
+                    f"still moved by {moved} octaves; train longer before it is transferred"
+                )

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from looptransfer.text import escaped, markdown_table, plain, short, text_table
-from looptransfer.transfer.advice import CENSORED
+from looptransfer.transfer.causes import CENSORED
 from looptransfer.transfer.further import seeds_needed
 from looptransfer.transfer.optimum import Interval, Optimum, t_interval
 from looptransfer.transfer.results import axis_label

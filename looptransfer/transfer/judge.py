@@ -1,4 +1,4 @@
-"""From the tables of one rule to a situation: measure, then decide. The table in `advice` says what follows."""
+"""From the tables of one rule to a situation: measure, then decide. The table in `causes` says what follows."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from looptransfer.transfer import drift
-from looptransfer.transfer.advice import advised
+from looptransfer.transfer.causes import advised
 from looptransfer.transfer.optimum import Optimum, curve_height, t_interval
 from looptransfer.transfer.verdict import Measured, RuleVerdict, Terms
 
@@ -55,7 +55,7 @@ def measure(
 
 
 def situation_of(measured: Measured, terms: Terms) -> str:
-    """The row of `advice.ROWS` that applies; what cannot be judged goes first, but for a drift beside hidden optima."""
+    """The row of `causes.ROWS` that applies; what cannot be judged goes first, but for a drift beside hidden optima."""
     if len(measured.optima) < 2:
         return "one N"
     moves = measured.drift is not None and measured.drift.outside(terms.tolerance)

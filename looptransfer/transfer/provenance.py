@@ -1,8 +1,11 @@
-"""The origin of a table of runs: the experiment, the code that is checked out, and what the table says itself."""
+"""The origin of a table of runs: the experiment, the code that is checked out, what the table says; and of a page."""
 
 import hashlib
 import json
+import shlex
 import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from looptransfer.checks import is_numeral
+from looptransfer.text import without_password
 from looptransfer.transfer.results import OF_A_RUN
 
 GIT = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "--no-optional-locks"]  # runs no hook
@@ -21,6 +25,13 @@ GIT_SECONDS = 30.0
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """Twelve characters that tell one experiment from another; `identity` holds JSON values."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def page_origin(*packages: str) -> dict[str, str]:
+    """When, by which command of ours and with which versions a page is made."""
+    command = shlex.join(["looptransfer", *map(without_password, sys.argv[1:])])
+    versions = {name: version(name) for name in ("looptransfer", *packages)}
+    return {"date": time.strftime("%Y-%m-%d %H:%M %z"), "command": command, **versions}
 
 
 def fingerprint_of(runs: pd.DataFrame, axis: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from looptransfer.checks import check_count, check_number
 from looptransfer.errors import InputError, UserCodeError
 from looptransfer.rules import Rule
 from looptransfer.trials import guard
@@ -85,10 +86,9 @@ class Command(Reporting):
                 "write it where the value belongs"
             )
         self._check_metric()
-        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
-            raise InputError(f"the time limit is {self.time_limit}; it must be a number of seconds above 0")
-        if self.retries < 0:
-            raise InputError(f"retries is {self.retries}; it must be 0 or more")
+        if self.time_limit is not None:
+            check_number("the time limit, in seconds,", self.time_limit)
+        check_count("retries", self.retries, 0)
 
     def _check_metric(self) -> None:
         if self.metric.startswith(STDOUT):

@@ -42,13 +42,11 @@ class Curve:
         grid: log2(LR)s.
         mean: the loss there, above the lowest loss that was run, in the unit of the loss.
         draws: curves as likely as the runs make them, a row each.
-        unit: of the losses.
     """
 
     grid: Array
     mean: Array
     draws: Array
-    unit: float
     centre: float
     runs: Points  # their LRs from the centre
     likeliest: Setting
@@ -104,7 +102,7 @@ def curve_of(log2_lrs: Sequence[float], seeds: Sequence[int], losses: Sequence[f
             draws.append(rng.multivariate_normal(curve, covariance, share, check_valid="ignore", method="eigh"))
     mean *= unit / weights[weights > 1e-3].sum()
     likeliest = SETTINGS[int(weights.argmax())]
-    return Curve(grid, mean, unit * np.concatenate(draws), unit, centre, runs, likeliest)
+    return Curve(grid, mean, unit * np.concatenate(draws), centre, runs, likeliest)
 
 
 def _likelihood(setting: Setting, runs: Points, heights: Array) -> float:

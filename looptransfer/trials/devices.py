@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from looptransfer.checks import check_count
 from looptransfer.errors import InputError
 from looptransfer.trials.run import Run, Trial
 
@@ -49,8 +50,8 @@ def slots(devices: str | None = None, workers: int | None = None) -> list[Slot]:
     Raises:
         InputError: no such GPU, or fewer than one worker.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}; it must be 1 or more")
+    if workers is not None:
+        check_count("workers", workers)
     places = _places(devices)
     count = workers or (available_cores() if places[0].device == "cpu" else len(places))
     threads = None if count == 1 else max(1, available_cores() // count)

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from looptransfer.checks import is_count, is_number
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule
 from looptransfer.trials.hooks import Batches, token_loss
 from looptransfer.trials.pairing import Start, check_start, probe
 from looptransfer.trials.run import Outcome, Trial
 from looptransfer.trials.training import train
+from looptransfer.user_code import qualified
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,20 @@ class Experiment:
         loss: (model output, targets) -> mean loss in nats.
         steps: optimizer steps of one run.
         warmup: share of the steps over which the LR rises.
-        weight_decay, betas: of AdamW.
+        weight_decay: of AdamW.
+        betas: of AdamW.
         clip: largest norm of the whole gradient; None leaves it as it is.
         optimizer: (rewritten model, base LR) -> an optimizer, or several, whose LRs are those at the schedule's top;
             make its groups with `param_groups`. Default AdamW.
         schedule: (step, steps) -> share of the LR at that step, from 0. Default a linear rise and fall.
         autocast: torch.bfloat16 runs forward and loss under torch.autocast.
         log: called as log(run, step, loss) with the training loss in nats before every step.
-        lam, base_layers: λ and L_ref, as `parametrize` takes them.
+        lam: λ, as `parametrize` takes it.
+        base_layers: L_ref, as `parametrize` takes it.
         settings: JSON values that tell this experiment from others, such as sizes and the hash of the data.
         width: written into the results, where given.
-        branches, layers: as `parametrize` takes them, where the trace cannot tell.
+        branches: as `parametrize` takes them, where the trace cannot tell.
+        layers: as `parametrize` takes it, where the trace cannot tell.
         loops: N -> mean loop count, of a model that draws its loop count afresh in every forward; `loops=float` where
             N is the mean.
         on_stream: as `param_groups` takes it.
@@ -90,20 +95,20 @@ class Experiment:
             ("held_out", callable(self.held_out), "it must be a function, called as held_out()"),
             ("loss", callable(self.loss), "it must be a function, called as loss(output, targets)"),
             ("loops", self.loops is None or callable(self.loops), "give N -> mean loop count, such as loops=float"),
-            ("steps", _whole(self.steps, 2), "a run needs 2 or more, as an int"),
-            ("warmup", _between(self.warmup, 1e-9, 1 - 1e-9), "it is a share of the steps, between 0 and 1"),
-            ("weight_decay", _between(self.weight_decay, 0, 1e9), "it must be a number from 0 up"),
+            ("steps", is_count(self.steps, 2), "a run needs 2 or more, as an int"),
+            ("warmup", is_number(self.warmup, 0, 1), "it is a share of the steps, between 0 and 1"),
+            ("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "it must be a number from 0 up"),
             ("betas", _betas(self.betas), "give AdamW's two, each from 0 to below 1"),
-            ("clip", self.clip is None or _between(self.clip, 1e-30, 1e30), "it must be a finite number above 0"),
+            ("clip", self.clip is None or is_number(self.clip, 0), "it must be a finite number above 0"),
             ("optimizer", self.optimizer is None or callable(self.optimizer), "give (model, lr) -> optimizer"),
             ("schedule", self.schedule is None or callable(self.schedule), "give (step, steps) -> share of the LR"),
             ("autocast", self.autocast in (None, torch.bfloat16), "choose torch.bfloat16, which needs no loss scaling"),
             ("log", self.log is None or callable(self.log), "it must be a function, called as log(run, step, loss)"),
-            ("lam", _between(self.lam, 1e-30, 1e30), "it must be a number above 0"),
-            ("base_layers", _whole(self.base_layers, 1), "it must be a whole number from 1 up"),
-            ("width", self.width is None or _whole(self.width, 1), "it must be a whole number from 1 up"),
+            ("lam", is_number(self.lam, 0), "it must be a number above 0"),
+            ("base_layers", is_count(self.base_layers), "it must be a whole number from 1 up"),
+            ("width", self.width is None or is_count(self.width), "it must be a whole number from 1 up"),
             ("branches", self.branches is None or _names(self.branches), "give names such as ['layers.*.mlp']"),
-            ("layers", self.layers is None or _whole(self.layers, 1), "it must be a whole number from 1 up"),
+            ("layers", self.layers is None or is_count(self.layers), "it must be a whole number from 1 up"),
             ("on_stream", self.on_stream in ("scale", "leave"), "choose scale or leave"),
         ]
         for name, good, allowed in values:
@@ -118,13 +123,13 @@ class Experiment:
         """The values that make results comparable: the settings and the versions of what ran."""
         leave = None if self.on_stream == "scale" else self.on_stream
         random_loops = None if self.loops is None else True
+        hooks = {"optimizer": self.optimizer, "schedule": self.schedule}
         options = {
             "branches": self.branches,
             "layers": self.layers,
             "on_stream": leave,
             "random_loops": random_loops,
-            "optimizer": _name(self.optimizer),
-            "schedule": _name(self.schedule),
+            **{name: None if hook is None else qualified(hook) for name, hook in hooks.items()},
             "autocast": None if self.autocast is None else str(self.autocast),
         }
         return {
@@ -160,20 +165,9 @@ class Experiment:
         return min((step + 1) / rise, (self.steps - step) / (self.steps - rise))
 
 
-def _name(function: object) -> str | None:
-    return None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
-
-
 def _betas(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_between(beta, 0, 1 - 1e-9) for beta in value)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _between(value: object, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    two = isinstance(value, (list, tuple)) and len(value) == 2
+    return two and all(is_number(beta) and 0 <= beta < 1 for beta in value)  # type: ignore[attr-defined]
 
 
 def _names(value: object) -> bool:

@@ -23,7 +23,7 @@ from looptransfer.files import write_file
 from looptransfer.rules import Rule
 from looptransfer.transfer.provenance import fingerprint
 from looptransfer.trials.run import Outcome, Trainable, Trial
-from looptransfer.user_code import place, refuse_unguarded, user_code
+from looptransfer.user_code import place, qualified, refuse_unguarded, user_code
 
 FEW = 3  # losses by which the starts of two trainings are compared
 PAIRED = 10  # times by which two seeds differ more than two equal runs, where the seed says what a run is
@@ -209,17 +209,17 @@ class Function(Reporting):
             )
 
     def __str__(self) -> str:
-        return f"{_named(self.function)}(run){place(self.function)}"
+        return f"{qualified(self.function)}(run){place(self.function)}"
 
     def identity(self) -> dict[str, Any]:
         """The function's name, its version or else a hash of its source, and the version of what runs it."""
-        name = f"{_module(self.function)}.{_named(self.function)}"
+        name = f"{_module(self.function)}.{qualified(self.function)}"
         code = {"version": self.version} if self.version else _source(self.function)
         return {"name": name, **code, "looptransfer": version("looptransfer")}
 
     def reports(self, trial: Trial) -> Iterator[Report]:
         """The losses that the function yields, or returns."""
-        call = f"{_named(self.function)}(run)"
+        call = f"{qualified(self.function)}(run)"
         with user_code(f"{call} fails", self.function):
             result = self.function(trial)
         if not isinstance(result, Iterator):
@@ -273,10 +273,6 @@ def _source(function: Any) -> dict[str, str]:
 
 def _shown(value: object) -> str:
     return " ".join(repr(value).split())[:100]
-
-
-def _named(function: object) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def as_trainable(train: Any) -> Trainable:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 
+from looptransfer.checks import check_count
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
@@ -16,7 +18,9 @@ from looptransfer.transfer.comparison import ComparedOptimum, Comparison
 from looptransfer.transfer.repeats import Repeat, confirmed, is_noise, is_same, is_small, largest_gap, runs_to_repeat
 from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.transfer.stored import StoredOptimum
+from looptransfer.trials.devices import slots
 from looptransfer.trials.function import as_trainable
+from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import Losses
 from looptransfer.trials.sweep import open_ledger
@@ -108,7 +112,9 @@ def gate(
         seeds: how many for the bracket, two at least; the first of the baseline, so that they are paired with it.
         rule: the scaling rule.
         ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
-        workers, devices, limit: as `tune` takes them.
+        workers: as `tune` takes it.
+        devices: as `tune` takes it.
+        limit: as `tune` takes it.
         loss_tolerance: by how much the loss at the stored LR may become worse; default as the baseline has it.
         confidence: of the two-sided intervals.
 
@@ -121,8 +127,7 @@ def gate(
     stored_in = baseline if isinstance(baseline, Baseline) else Baseline.read(baseline)
     if stored_in.axis != "loops":
         raise InputError(f"{stored_in.path} has optima over {stored_in.axis}; training needs those over loops")
-    if seeds < 2:
-        raise InputError(f"seeds is {seeds}; give two or more, since one cannot tell noise from a shift")
+    check_count("seeds", seeds, 2)  # one cannot tell noise from a shift
     stored = stored_in.fitted(rule)
     counts = _counts(list(stored), loops, stored_in.path)
     chosen = _seeds({seed for n in counts for seed in stored[n].loss_by_seed or ()}, seeds)
@@ -131,13 +136,24 @@ def gate(
     with TemporaryDirectory(prefix="looptransfer-") as folder:
         first = list(search.wanted({}))
         every = [*first, *(run for n in counts for run in search.bracket(stored[n]))]
-        study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), workers, devices)
-        run_search(experiment, search, study, workers, devices, limit, called="gate")
-    holding = search.confirmed(study.losses)
-    bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n])]
+        places = slots(devices, workers)
+        study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), places[0])
+        _ask(study, first)
+        run_search(experiment, search, study, places, limit, "gate", alone=workers is None)
+        holding = search.confirmed(study.losses)
+        bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n])]
+        _ask(study, bracket)
     table = tidy(pd.DataFrame([study.finished[run] for run in bracket or first], columns=COLUMNS))
     table.attrs["experiment"] = experiment.identity()
     return stored_in.bracket(table, rule, tolerance, confidence, counts, holding)
+
+
+def _ask(study: Ledger, runs: Sequence[Run]) -> None:
+    """Keep which runs the ledger is read for: all but the controls, whose LRs are no LRs of their own."""
+    for (rule, loops), of_one in groupby(sorted(runs), key=lambda run: (run.rule, run.loops)):
+        lrs, seeds = zip(*((run.lr, run.seed) for run in of_one), strict=True)
+        cells = [[rule, loops, rule]]
+        study.ask({"kind": "sweep", "cells": cells, "lrs": sorted({*lrs}), "seeds": sorted({*seeds}), "without": []})
 
 
 def _counts(stored: Sequence[int], loops: Sequence[int] | None, path: str) -> list[int]:

@@ -88,11 +88,11 @@ def autocast(dtype: torch.dtype | None, device: str) -> AbstractContextManager[o
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
 
 
-def batch_stream(batches: Batches | Iterable[Batch], seed: int, count: int) -> Iterator[Batch]:
+def batch_stream(batches: Batches, seed: int, count: int) -> Iterator[Batch]:
     """The first `count` batches of a seed; an early end is an error."""
-    call = f"batches({seed})" if callable(batches) else "batches"
+    call = f"batches({seed})"
     with user_code(f"{call} fails", batches):
-        stream = iter(batches(seed) if callable(batches) else batches)
+        stream = iter(batches(seed))
     for number in range(count):
         with user_code(f"{call} fails", batches):
             batch = next(stream, END)

@@ -99,24 +99,15 @@ class Ledger:
         name: of the study; default what stands behind # in the URL, or "sweep".
         create: make a study that is not there.
         since: the id of the trial after which failures count; default the last one there is.
-        patience: seconds for which a storage that does not answer is asked again.
 
     Raises:
         InputError: the storage cannot be opened, or the study is not a ledger.
         LedgerError: the storage does not answer.
     """
 
-    def __init__(
-        self,
-        place: str | Path,
-        name: str = "",
-        create: bool = True,
-        since: int | None = None,
-        patience: float | None = None,
-    ) -> None:
+    def __init__(self, place: str | Path, name: str = "", create: bool = True, since: int | None = None) -> None:
         url, _, named = str(place).partition("#") if "://" in str(place) else (str(place), "", "")
         self.url, self.name = url, name or named or SWEEP
-        self.patience = PATIENCE if patience is None else patience
         self.shown = without_password(url)
         self.finished: dict[Run, dict[str, Any]] = {}
         self.losses: dict[Run, float] = {}
@@ -143,7 +134,7 @@ class Ledger:
         if journal is not None:
             _check_file(Path(journal))
         server = journal is None and file is None
-        patience = min(self.patience, OPENING) if server else self.patience
+        patience = min(PATIENCE, OPENING) if server else PATIENCE
         try:
             study = self._try(lambda: self._study(file, create), patience, (IntegrityError, ProgrammingError))
         except InputError:
@@ -186,7 +177,7 @@ class Ledger:
             patience: seconds.
             also: further errors that pass, such as those of processes that set up one database together.
         """
-        patience = self.patience if patience is None else patience
+        patience = PATIENCE if patience is None else patience
         end, pause = time.monotonic() + patience, 0.05
         tell_at: float | None = time.monotonic() + 2.0  # a lock that passes at once is no news
         while True:
@@ -194,7 +185,7 @@ class Ledger:
                 return call()
             except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
                 cause = _cause(error)
-                torn = self._is_journal() and isinstance(cause, ValueError)  # a line that is being written
+                torn = journal_file(self.url) is not None and isinstance(cause, ValueError)  # a line being written
                 if isinstance(cause, InputError) or not (torn or isinstance(cause, (*PASSING, *also))):
                     raise
                 why = without_secrets(str(getattr(cause, "orig", cause)), self.url).strip().partition("\n")[0]
@@ -214,9 +205,6 @@ class Ledger:
                     )
                 time.sleep(wait)
                 pause = min(2 * pause, 5.0)
-
-    def _is_journal(self) -> bool:
-        return journal_file(self.url) is not None
 
     # -- whose it is
 
@@ -241,14 +229,7 @@ class Ledger:
         declared = json.loads(json.dumps(identity))
         self._reread()  # another process may have begun it meanwhile
         if self.identity is None:
-            if self._read >= 0:
-                raise InputError(
-                    f"the study {self.name} of {self.shown} has trials that looptransfer did not make; choose another "
-                    "name or file"
-                )
-            self._set(FOLDER, secrets.token_hex(4))
-            self._set(IDENTITY, json.dumps(declared, sort_keys=True))
-            self._reread()
+            self._begin(declared)
         assert self.identity is not None
         remarks = check_identity(self.shown, self.identity, declared)
         stored = {key: value for key, value in self.attributes.items() if key.startswith(PROBE)}
@@ -270,6 +251,16 @@ class Ledger:
                 "is seen trainings start the same but for rounding, so its runs are used",
                 file=sys.stderr,
             )
+
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        if self._read >= 0:
+            raise InputError(
+                f"the study {self.name} of {self.shown} has trials that looptransfer did not make; choose another "
+                "name or file"
+            )
+        self._set(FOLDER, secrets.token_hex(4))
+        self._set(IDENTITY, json.dumps(identity, sort_keys=True))
+        self._reread()
 
     def _reread(self) -> None:
         self.attributes = self._try(lambda: dict(self.study.user_attrs))

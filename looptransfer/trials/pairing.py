@@ -5,7 +5,6 @@ So the start of a training, two steps, is made at every N, and at the smallest N
 with another, and compared.
 """
 
-import hashlib
 import itertools
 import math
 import warnings
@@ -13,15 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from looptransfer.errors import InputError, PairingWarning
-from looptransfer.rewrite.forward import tensors_held
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
+from looptransfer.trials.batches import digest, same_batch
 from looptransfer.trials.hooks import Batch, fresh_model, held_out_batches, held_out_loss, seeded
 from looptransfer.trials.run import Trial
 from looptransfer.trials.training import Training, threads_of
@@ -53,9 +50,9 @@ class Start:
     def probe(self) -> dict[str, Any]:
         """JSON values that differ where another experiment is started: text to the bit, numbers but for rounding."""
         return {
-            "the first batches": _hash(self.batches),
+            "the first batches": digest(self.batches),
             "the held-out batches": self.held_out,
-            "the parameters": _hash([sorted((name, *shape) for name, shape in self.shapes.items())]),
+            "the parameters": digest([sorted((name, *shape) for name, shape in self.shapes.items())]),
             "the initial weights": sum(self.weights),
             "the loss at initialisation": self.loss,
             "the loss after a step": self.next_loss,
@@ -72,7 +69,7 @@ class Start:
 
     def has_batches_of(self, other: "Start") -> bool:
         """The same data, bit for bit."""
-        return all(_equal(a, b) for a, b in zip(self.batches, other.batches, strict=True))
+        return all(same_batch(a, b) for a, b in zip(self.batches, other.batches, strict=True))
 
 
 def weights_of(model: nn.Module) -> tuple[float, ...]:
@@ -99,7 +96,7 @@ def check_start(experiment: "Experiment", first: Trial, loops: Iterable[int], se
     first = replace(first, loops=smallest, seed=seed, lr=LR)
     _check_fresh(experiment, smallest, seed)
     starts = {n: start(experiment, replace(first, loops=n)) for n in counts}
-    held_out = _check_held_out(experiment)
+    held_out = digest(_steady_held_out(experiment))
     repeated = start(experiment, first, to_the_end=True)
     others = {other: start(experiment, replace(first, seed=other)) for other in seeds[1:2]}
     check_pairs(experiment.make_model, experiment.batches, {seed: starts[smallest], **others}, repeated)
@@ -143,8 +140,6 @@ def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start]
                 f"seeds {seed} and {other} give the same batches and the same weights{place(batches)}, so that seeds "
                 "would repeat one run and show no noise; draw the batches by the seed"
             )
-        if not callable(batches):  # a list, given for all seeds
-            return
         warnings.warn(
             f"batches({seed}) and batches({other}) are the same{place(batches)}: seeds differ by their initialisation "
             "alone, and the intervals hold for this one order of the data",
@@ -199,7 +194,7 @@ def probe(experiment: "Experiment", trial: Trial) -> dict[str, Any]:
         InputError: as `start`.
     """
     begun = start(experiment, replace(trial, lr=LR))
-    return replace(begun, held_out=_hash(held_out_batches(experiment.held_out))).probe()
+    return replace(begun, held_out=digest(held_out_batches(experiment.held_out))).probe()
 
 
 def _check_fresh(experiment: "Experiment", loops: int, seed: int) -> None:
@@ -213,64 +208,22 @@ def _check_fresh(experiment: "Experiment", loops: int, seed: int) -> None:
         )
 
 
-def _check_held_out(experiment: "Experiment") -> str:
-    """Two calls give the same batches, whose hash is returned; only one of each is held at a time."""
-    sha = hashlib.sha256()
+def _steady_held_out(experiment: "Experiment") -> Iterator[Batch]:
+    """The held-out batches, which two calls must give alike; only one of each is held at a time."""
     both = itertools.zip_longest(*(held_out_batches(experiment.held_out) for _ in range(2)))
     for number, (first, second) in enumerate(both):
-        if not _equal(first, second):
+        if not same_batch(first, second):
             raise InputError(
                 f"held_out() gives another batch {number} at its second call{place(experiment.held_out)}; losses are "
                 "compared between runs, so it must be the same at every call: draw it with a seed of its own"
             )
-        _add(sha, first)
-    return sha.hexdigest()[:12]
+        yield first
 
 
 def _check_same(batches: object, seed: int, first: Start, second: Start, moment: str) -> None:
     for number, pair in enumerate(zip(first.batches, second.batches, strict=True)):
-        if not _equal(*pair):
+        if not same_batch(*pair):
             raise InputError(
                 f"batches({seed}) gives another batch {number} {moment}{place(batches)}; runs of one seed must see the "
                 "same data: draw it from a generator of its own, such as torch.Generator().manual_seed(seed)"
             )
-
-
-def _equal(first: Batch, second: Batch) -> bool:
-    """Two batches hold the same tensors and arrays, bit for bit, and the same numbers and words."""
-    pairs = itertools.zip_longest(_values(first), _values(second))
-    return all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-        else type(a) is type(b) and a == b
-        for a, b in pairs
-    )
-
-
-def _values(batch: Any) -> Iterator[Any]:
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, (int, float, str, bytes)):
-            yield leaf
-        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
-            yield (leaf.shape, leaf.dtype.str, leaf.tobytes())
-        yield from (tensor for tensor in tensors_held(leaf) if tensor.layout == torch.strided)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-
-
-def _hash(batches: Iterable[Any]) -> str:
-    """Twelve characters that tell data apart, bit for bit."""
-    sha = hashlib.sha256()
-    for batch in batches:
-        _add(sha, batch)
-    return sha.hexdigest()[:12]
-
-
-def _add(sha: "hashlib._Hash", batch: Any) -> None:
-    for value in _values(batch):
-        described = (tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else value
-        sha.update(repr(described).encode())
-        if isinstance(value, Tensor):
-            sha.update(_bytes(value).cpu().numpy().tobytes())

@@ -11,6 +11,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from looptransfer.checks import check_count
 from looptransfer.errors import InputError
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import ProxyOptimum, ProxySearch
@@ -41,8 +42,7 @@ class LRSampler(BaseSampler):
     """
 
     def __init__(self, seeds: int = 4) -> None:
-        if seeds < 2:
-            raise InputError(f"seeds is {seeds}; give two or more, since one cannot tell noise from an optimum")
+        check_count("seeds", seeds, 2)  # one cannot tell noise from an optimum
         self.search = ProxySearch(1, tuple(range(seeds)))
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

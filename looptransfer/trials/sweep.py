@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from looptransfer.checks import check_number
+from looptransfer.checks import check_count, check_number, counts_of, is_number, seeds_of
 from looptransfer.errors import FailedRunError, InputError
 from looptransfer.rules import RULES, Rule, check_rule
 from looptransfer.transfer.results import COLUMNS
@@ -115,24 +115,24 @@ def tune(
         InputError: as `Trainable.check`, `Ledger` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError.
     """
-    chosen = _seeds(seeds)
+    check_count("loops", loops)
+    chosen = seeds_of(seeds)
     check_number("regret", regret)
     if precision is not None:
         check_number("precision", precision)
-    if len(chosen) < 2:
-        raise InputError(f"seeds is {seeds!r}; give two or more, since one cannot tell noise from an optimum")
     check_rule(rule)
     check_limit(limit)
     trainable = as_trainable(train)
     lr = 2.0 ** START[0]
-    starts = [Run(rule, count, lr, seed) for count in _loop_counts([loops]) for seed in chosen]
-    study, begun = open_ledger(trainable, starts, ledger, workers, devices, target)
+    starts = [Run(rule, loops, lr, seed) for seed in chosen]
+    places = slots(devices, workers)
+    study, begun = open_ledger(trainable, starts, ledger, places[0], target)
     stored = _stored_rule(begun.get(loops), rule)
-    request = {"kind": "tune", "loops": loops, "seeds": list(chosen), "rule": stored}
+    request = {"kind": "tune", "loops": loops, "seeds": chosen, "rule": stored}
     request |= {"regret": regret, "precision": precision}
     search = _proxy_search(request)
     study.ask(request)
-    run_search(trainable, search, study, workers, devices, limit, f"tune at N = {loops}")
+    run_search(trainable, search, study, places, limit, f"tune at N = {loops}", alone=workers is None)
     losses = {run: study.losses[run] for run in search.wanted(study.losses)}
     rows = [{**study.finished[run], "rule": rule} for run in losses]
     results = pd.DataFrame(rows, columns=[*COLUMNS, "last_loss"])
@@ -164,7 +164,7 @@ def read_tuned(path: str | Path) -> dict[str, Any]:
             f"{path} has schema_version {data['schema_version']!r}, not {SCHEMA}; tune again, or give its LR"
         )
     lr, identity = data["lr"], data["experiment"]
-    if not isinstance(lr, int | float) or not 0 < lr < math.inf or not isinstance(identity, dict):
+    if not is_number(lr, 0) or not isinstance(identity, dict):
         raise InputError(f"{path} holds the LR {lr!r} and is damaged; tune again, or give an LR")
     return data
 
@@ -196,7 +196,11 @@ def sweep(
         rules: the rule of interest and its controls; a mapping of `loops` decides by itself.
         seeds: how many, or which; paired across LRs, loop counts and rules.
         octaves: the LRs as log2 distances from the centre.
-        ledger, workers, devices, limit, target: as `tune` takes them.
+        ledger: as `tune` takes it.
+        workers: as `tune` takes it.
+        devices: as `tune` takes it.
+        limit: as `tune` takes it.
+        target: as `tune` takes it.
         lrs: the LRs themselves, absolute, instead of `around` and `octaves`.
         known: runs that another table holds, left out here; an LR within a millionth of one of theirs becomes theirs.
 
@@ -208,11 +212,11 @@ def sweep(
         InputError: as `Trainable.check`, `Ledger` and `run_search`, or numbers out of range.
         FailedRunError: a run failed; an InputError and a RuntimeError. Its `finished` is the table of the others.
     """
-    plan_of_loops = {rule: _loop_counts(counts) for rule, counts in _by_rule(loops, rules).items()}
+    plan_of_loops = {rule: counts_of("loops", counts, 1) for rule, counts in _by_rule(loops, rules).items()}
     if not plan_of_loops:
         raise InputError("rules is empty; name one rule or more")
     check_limit(limit)
-    chosen = _seeds(seeds)
+    chosen = seeds_of(seeds, 1)
     grid = list(product(_as_known(_absolute(around, octaves, lrs), known), chosen))
     pairs = [(rule, count) for rule, counts in plan_of_loops.items() for count in counts]
     reported = {Run(rule, count, lr, seed) for rule, count in pairs for lr, seed in grid}
@@ -220,7 +224,8 @@ def sweep(
     if not missing:
         return pd.DataFrame(columns=COLUMNS)
     trainable = as_trainable(train)
-    study, starts = open_ledger(trainable, missing, ledger, workers, devices, target)
+    places = slots(devices, workers)
+    study, starts = open_ledger(trainable, missing, ledger, places[0], target)
     request = {
         "kind": "sweep",
         "cells": sorted([rule, count, _stored_rule(starts.get(count), rule)] for rule, count in pairs),
@@ -230,7 +235,7 @@ def sweep(
     }
     study.ask(request)
     try:
-        run_search(trainable, search_of(request), study, workers, devices, limit)
+        run_search(trainable, search_of(request), study, places, limit, alone=workers is None)
     except FailedRunError as error:
         error.finished = _table(study, request)
         raise
@@ -259,19 +264,17 @@ def open_ledger(
     trainable: Trainable,
     runs: Sequence[Run],
     place: str | Path,
-    workers: int | None,
-    devices: str | None,
+    slot: Slot,
     target: str | None = None,
 ) -> tuple[Ledger, Mapping[int, Any]]:
     """Look at the start of a training before runs of it are made, and open its ledger; with the starts by N.
 
     Raises:
-        InputError: as `Trainable.check`, `slots`, `Ledger` and `Ledger.admit`.
+        InputError: as `Trainable.check`, `Ledger` and `Ledger.admit`.
     """
     loops, seeds, rules = ([*dict.fromkeys(getattr(run, name) for run in runs)] for name in ("loops", "seed", "rule"))
     lrs = sorted({run.lr for run in runs})
-    slot = here(slots(devices, workers)[0])
-    first = slot.trial(Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0]), runs_directory(place))
+    first = here(slot).trial(Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0]), runs_directory(place))
     starts = trainable.check(first, loops, seeds, rules)
     ledger = Ledger(place)
     probes = {Run(first.rule, count, first.lr, first.seed): start.probe() for count, start in starts.items()}
@@ -280,7 +283,7 @@ def open_ledger(
 
 
 def _prober(trainable: Trainable, slot: Slot, place: str | Path) -> Callable[[Run], Mapping[str, Any]]:
-    return lambda run: trainable.probe(slot.trial(run, runs_directory(place)))
+    return lambda run: trainable.probe(here(slot).trial(run, runs_directory(place)))
 
 
 def join(
@@ -309,9 +312,10 @@ def join(
     ledger = Ledger(storage, study, create=False)
     if ledger.identity is None:
         raise InputError(f"the study {study} of {ledger.shown} was not begun by tune or sweep; begin it by one of them")
-    ledger.admit(trainable.identity(), {}, _prober(trainable, here(slots(devices, workers)[0]), storage))
+    places = slots(devices, workers)
+    ledger.admit(trainable.identity(), {}, _prober(trainable, places[0], storage))
     searches = Several([search_of(request) for request in ledger.requests])
-    run_search(trainable, searches, ledger, workers, devices, limit, study)
+    run_search(trainable, searches, ledger, places, limit, study, alone=workers is None)
     return len(ledger.finished)
 
 
@@ -344,11 +348,11 @@ def _absolute(around: TunedLR | float | None, octaves: Sequence[float], lrs: Seq
     if (around is None) == (lrs is None):
         raise InputError("give either around, the centre of the LRs, or lrs, the LRs themselves")
     if lrs is not None:
-        if not lrs or len(set(lrs)) < len(lrs) or not all(0 < lr < math.inf for lr in lrs):
+        if not lrs or len(set(lrs)) < len(lrs) or not all(is_number(lr, 0) for lr in lrs):
             raise InputError(f"lrs is {lrs!r}; give finite LRs above 0, each once, such as 0.001, 0.002, 0.004")
         return [float(lr) for lr in lrs]
     centre = around.lr if isinstance(around, TunedLR) else around
-    if centre is None or not 0 < centre < math.inf:
+    if centre is None or not is_number(centre, 0):
         raise InputError(f"around is {around!r}; the LR must be a finite number above 0")
     apart = len(set(octaves)) == len(octaves)
     if not octaves or not apart or not all(abs(math.log2(centre) + octave) < 1000 for octave in octaves):
@@ -369,19 +373,3 @@ def _by_rule(
     for rule in mapping:
         check_rule(rule)
     return mapping
-
-
-def _loop_counts(loops: Sequence[int]) -> list[int]:
-    wrong = [count for count in loops if not isinstance(count, int) or count < 1]
-    if wrong or not loops or len(set(loops)) < len(loops):
-        raise InputError(
-            f"loops is {wrong[0] if wrong else loops!r}; loop counts are whole numbers from 1 up, each once"
-        )
-    return list(loops)
-
-
-def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise InputError(f"seeds is {seeds!r}; give a count from 1 up, or seeds that all differ")
-    return chosen

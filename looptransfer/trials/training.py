@@ -1,6 +1,5 @@
 """The built-in training loop: a run in, a held-out loss out. Stopped in between, it goes on from its checkpoint."""
 
-import hashlib
 import io
 import math
 import random
@@ -14,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from looptransfer.errors import InputError, UserCodeError
 from looptransfer.files import write_file
 from looptransfer.optim import param_groups
+from looptransfer.rewrite.caveats import VARIES
 from looptransfer.rewrite.parametrize import apply_plan, parametrize, remove
 from looptransfer.rewrite.plan import ScalingPlan, planned
-from looptransfer.rewrite.planner import VARIES
 from looptransfer.rules import Rule
+from looptransfer.trials.batches import digest
 from looptransfer.trials.hooks import (
     autocast,
     batch_stream,
@@ -98,7 +97,7 @@ class Training:
         kind, keys, *rest = np.random.get_state()
         return {
             "step": self.step,
-            "batch": digest(self.batch),
+            "batch": digest([self.batch]),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "torch": torch.get_rng_state(),
@@ -115,7 +114,7 @@ class Training:
         """
         for _ in range(state["step"]):
             self.next_batch()
-        if digest(self.batch) != state["batch"]:
+        if digest([self.batch]) != state["batch"]:
             raise InputError("batches gives other batches now")
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
@@ -216,15 +215,6 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def digest(batch: Any) -> str:
-    """A hash of the tensors of a batch."""
-    sha = hashlib.sha256()
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
 def threads_of(trial: Trial) -> AbstractContextManager[None]:
     """One thread on a CPU, where a small model is slower with more and sums come out the same; else torch's own."""
     return one_thread() if trial.device == "cpu" else nullcontext()
@@ -263,16 +253,7 @@ def rewrite(experiment: "Experiment", model: nn.Module, inputs: Any, loops: int,
         with user_code(f"loops({loops}) fails", experiment.loops):
             mean = None if experiment.loops is None else experiment.loops(loops)
         with calls_back(f"the rewriting of make_model({loops}) fails", experiment.make_model):
-            plan = parametrize(
-                model,
-                inputs,
-                rule,
-                experiment.lam,
-                experiment.base_layers,
-                branches=experiment.branches,
-                layers=experiment.layers,
-                loops=mean,
-            )
+            plan = parametrized(experiment, model, inputs, rule, mean)
     elif (plan.lam, plan.base_layers) != (experiment.lam, experiment.base_layers):
         raise InputError(
             f"make_model({loops}) rewrote the model with lam={plan.lam:g}, base_layers={plan.base_layers}, and the "
@@ -288,6 +269,15 @@ def rewrite(experiment: "Experiment", model: nn.Module, inputs: Any, loops: int,
             "random, give its mean: Experiment(…, loops=float) if that is N, else a function of N"
         )
     return plan
+
+
+def parametrized(
+    experiment: "Experiment", model: nn.Module, inputs: Any, rule: Rule, loops: float | None = None
+) -> ScalingPlan:
+    """The plan of a fresh model, after it was rewritten as the experiment says; raises as `parametrize`."""
+    lam, base_layers = experiment.lam, experiment.base_layers
+    branches, layers = experiment.branches, experiment.layers
+    return parametrize(model, inputs, rule, lam, base_layers, branches=branches, layers=layers, loops=loops)
 
 
 def own_plan(model: nn.Module) -> ScalingPlan | None:

@@ -16,15 +16,16 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
+from looptransfer.checks import check_number
 from looptransfer.errors import FailedRunError, InputError
-from looptransfer.trials.devices import Slot, environment, here, slots
+from looptransfer.trials.devices import Slot, environment, here
 from looptransfer.trials.ledger import Claim, Ledger
 from looptransfer.trials.progress import Progress, progress_of
 from looptransfer.trials.run import Run, Trainable, Trial, pickled
@@ -64,38 +65,37 @@ def run_search(
     trainable: Trainable,
     search: Search,
     ledger: Ledger,
-    workers: int | None = None,
-    devices: str | None = None,
+    places: Sequence[Slot],
     limit: float | None = None,
     called: str = "sweep",
+    alone: bool = False,
 ) -> None:
     """Make every run that `search` wants and the ledger lacks.
 
     Interrupted by anything, kill -9 included, it goes on where it was when called again: a finished run is never
-    repeated. Worker processes fill the machine, as `devices.slots` says; `workers=1` trains in this process, and so
-    does the default where the training cannot be sent to another one. A run that fails is left out, and tried again by
-    the next call.
+    repeated. With one place the runs are made in this process, else in one of its own at each place. A run that fails
+    is left out, and tried again by the next call.
 
     Args:
         trainable: what is trained.
         search: which runs.
         ledger: admitted for what is trained.
-        workers, devices: as `slots` takes them.
+        places: of the workers, as `slots` gives them.
         limit: seconds after which a run counts as failed; needs processes.
         called: what the search is, for the progress.
+        alone: where the training cannot be sent to another process, train in this one.
 
     Raises:
-        InputError: a number out of range, or the training cannot be sent to workers.
+        InputError: a limit out of range, or the training cannot be sent to workers.
         LedgerError: the ledger did not answer for minutes.
         FailedRunError: runs failed, or worker processes could not be started.
     """
     check_limit(limit)
-    places = slots(devices, workers)
     job = Job(ledger.url, ledger.name, search, ledger.since, ledger.directory, limit)
     todo = _Todo(ledger, search)
     with progress_of(called) as progress:
-        must = workers is not None or limit is not None
-        data = None if todo.ends() or (len(places) == 1 and limit is None) else _sent(trainable, must)
+        here_only = todo.ends() or (len(places) == 1 and limit is None)
+        data = None if here_only else _sent(trainable, alone and limit is None)
         if data is None:
             _work(todo, job, trainable, here(places[0]), progress=progress)
         else:
@@ -106,16 +106,16 @@ def run_search(
 
 def check_limit(limit: float | None) -> None:
     """Refuse a time limit that is none."""
-    if limit is not None and not limit > 0:
-        raise InputError(f"the time limit is {limit}; give seconds above 0")
+    if limit is not None:
+        check_number("the time limit, in seconds,", limit)
 
 
-def _sent(trainable: Trainable, must: bool) -> bytes | None:
-    """The training as worker processes are sent it; None where it cannot be, unless it must."""
+def _sent(trainable: Trainable, alone: bool) -> bytes | None:
+    """The training as worker processes are sent it; None where it cannot be and this process may train alone."""
     try:
         return pickled(trainable)
     except InputError as error:
-        if must:
+        if not alone:
             raise
         print(f"looptransfer: training in this process alone: {error}", file=sys.stderr)
         return None
@@ -149,7 +149,7 @@ class _Todo:
             self.left.pop(run, None)
         self.settled = len(self.ledger.settled)
 
-    def coming(self) -> Iterable[Run]:
+    def coming(self) -> Collection[Run]:
         """Runs that are neither finished nor failed nor given up."""
         failures = Counter((run.rule, run.loops) for run in self.ledger.failed)
         hopeless = {group for group, times in failures.items() if times >= HOPELESS}
@@ -160,7 +160,7 @@ class _Todo:
 
     def ends(self) -> bool:
         """Nothing is still to come."""
-        return not any(True for _ in self.coming())
+        return not self.coming()
 
     def next_run(self) -> Run | None:
         """A run that nobody makes: one of the first few, so that workers who ask together seldom meet."""
@@ -181,10 +181,10 @@ class _Todo:
         missing = [run for run in self.wanted if run not in self.ledger.finished]
         if not missing:
             return
-        failed = {run: error for run, error in self.ledger.failed.items() if run in self.wanted}
+        failed = [(run, error) for run, error in self.ledger.failed.items() if run in self.wanted]
         message = f"{len(missing)} of {len(self.wanted)} runs are missing; the same call makes only what lacks"
-        for run, error in list(failed.items())[:1]:
-            left_out = len(missing) - len(failed)
+        if failed:
+            (run, error), left_out = failed[0], len(missing) - len(failed)
             message += f". {len(failed)} failed" + f" and {left_out} more of their N were left out" * (left_out > 0)
             message += f"; {_name(run)}: {error}"
         raise FailedRunError(message)

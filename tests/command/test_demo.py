@@ -1,4 +1,6 @@
 import json
+import os
+import platform
 from pathlib import Path
 
 import pandas as pd
@@ -45,6 +47,7 @@ def test_demo_writes_its_files_and_ends_with_the_answer(tmp_path: Path, monkeypa
     page = (tmp_path / "report.html").read_text()
     assert "<svg" in page
     assert 'href="coordinates.html"' in page
+    assert f"{platform.platform()}, {os.cpu_count()} cores" in page
     first = (tmp_path / "verdict.json").read_bytes()
     demo.run_demo(tmp_path, quick=True)
     assert (tmp_path / "verdict.json").read_bytes() == first

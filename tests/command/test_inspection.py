@@ -9,7 +9,7 @@ from torch import nn
 
 import looptransfer as lt
 from looptransfer.command.cli import main
-from looptransfer.command.inspection import inspect_model, parse_inputs
+from looptransfer.command.inspection import parse_inputs, rewritten
 from tests import models
 
 HERE = __name__
@@ -35,15 +35,15 @@ instance = models.ResidualMLP(loops=2)
 
 
 def test_a_factory_may_bring_its_inputs_and_they_may_be_described() -> None:
-    assert inspect_model(f"{HERE}:with_inputs").loops == 5
-    assert inspect_model(f"{HERE}:without_inputs", ["float:2x8"]).loops == 5
-    assert inspect_model(f"{HERE}:without_inputs", ["h=float:2x8"]).loops == 5
+    assert rewritten(f"{HERE}:with_inputs")[1].loops == 5
+    assert rewritten(f"{HERE}:without_inputs", ["float:2x8"])[1].loops == 5
+    assert rewritten(f"{HERE}:without_inputs", ["h=float:2x8"])[1].loops == 5
 
 
 def test_a_model_is_inspected_as_it_stands_and_a_class_is_called() -> None:
-    plan = inspect_model(f"{HERE}:instance", ["float:2x8"], base_layers=4, branches=["f"], layers=2)
+    _, plan = rewritten(f"{HERE}:instance", ["float:2x8"], base_layers=4, branches=["f"], layers=2)
     assert (plan.loops, plan.layers, plan.base_layers, plan.declared) == (2, 2, 4, True)
-    assert inspect_model("looptransfer:LoopedDecoder", ["long:2x16"], rule="unscaled").rule == "unscaled"
+    assert rewritten("looptransfer:LoopedDecoder", ["long:2x16"], rule="unscaled")[1].rule == "unscaled"
 
 
 def test_inputs_are_tensors_of_the_given_kind_and_shape_and_numbers() -> None:
@@ -85,7 +85,7 @@ def test_either_all_inputs_have_names_or_none() -> None:
 )
 def test_a_target_that_makes_no_model_is_refused_with_what_to_do(target: str, message: str) -> None:
     with pytest.raises(lt.InputError, match=message):
-        inspect_model(target)
+        rewritten(target)
 
 
 def test_lambda_and_a_mean_loop_count_are_those_of_parametrize(capsys: pytest.CaptureFixture[str]) -> None:

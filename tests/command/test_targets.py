@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import looptransfer as lt
-from looptransfer.command.inspection import inspect_model
+from looptransfer.command.inspection import rewritten
 from looptransfer.command.targets import load_experiment, load_target, load_trainable
 from looptransfer.trials.command import Command
 from looptransfer.trials.experiment import Experiment
@@ -72,7 +72,7 @@ def test_what_is_of_the_kind_is_not_called(tmp_path: Path) -> None:
 
 def test_a_model_is_inspected_from_a_file_as_well(tmp_path: Path) -> None:
     target = written(tmp_path, "import looptransfer as lt\nmake = lambda: lt.LoopedDecoder(loops=3)")
-    assert inspect_model(f"{target}:make", ["long:1x4"]).loops == 3
+    assert rewritten(f"{target}:make", ["long:1x4"])[1].loops == 3
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ def test_full_alignment_asks_for_the_papers_rule() -> None:
     assert measured.supports_paper
     assert measured.exponent == 1
     assert measured.at_init.estimate == pytest.approx(1, abs=0.1)
-    assert "the paper's rule" in str(measured)
 
 
 def test_visits_that_walk_at_random_do_not_support_it() -> None:
@@ -37,7 +36,6 @@ def test_visits_that_walk_at_random_do_not_support_it() -> None:
     assert not measured.supports_paper
     assert measured.at_init.estimate == pytest.approx(0.5, abs=0.15)
     assert 0.5 <= measured.exponent < 0.9
-    assert "does not support 1/N" in str(measured)
     assert set(measured.evidence["moment"]) == {"init", "end"}
 
 

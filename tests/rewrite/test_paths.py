@@ -68,7 +68,7 @@ def test_a_branch_that_is_cut_leaves_the_stream_and_no_join() -> None:
     one = Paths(graph, {first: stream[first]})
     join = one.join_at(second)
     assert join is not None
-    assert (join.root, join.past, join.learned_skip) == (start, first, False)
+    assert (join.root, join.learned_skip) == (start, False)
     assert Paths(graph, {first: None}).gone == {first}
 
 

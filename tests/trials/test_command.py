@@ -110,9 +110,9 @@ def test_a_metric_of_another_form_is_refused(metric: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ({"time_limit": 0}, "the time limit is 0; it must be a number of seconds above 0"),
-        ({"time_limit": math.nan}, "the time limit is nan"),
-        ({"retries": -1}, "retries is -1; it must be 0 or more"),
+        ({"time_limit": 0}, "the time limit, in seconds, is 0; it must be a finite number above 0"),
+        ({"time_limit": math.nan}, "the time limit, in seconds, is nan"),
+        ({"retries": -1}, "retries is -1; it must be a whole number from 0 up"),
         ({"env": {"X": "{nothing}"}}, r"env X '\{nothing\}' holds \{nothing\}"),
     ],
 )

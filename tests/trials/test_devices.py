@@ -99,7 +99,7 @@ def test_all_gpus_where_there_is_none_are_refused(gpus: Any) -> None:
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_fewer_than_one_worker_are_refused(workers: int) -> None:
-    with pytest.raises(InputError, match=f"workers is {workers}; it must be 1 or more"):
+    with pytest.raises(InputError, match=f"workers is {workers}; it must be a whole number from 1 up"):
         slots("cpu", workers)
 
 
@@ -144,7 +144,7 @@ def test_worker_processes_see_their_own_devices_alone(
 ) -> None:
     monkeypatch.setenv(trainings.SEEN, str(tmp_path))
     before = dict(os.environ)
-    run_search(Function(trainings.placed), Grid(RUNS), new_ledger(tmp_path / "l.db"), workers=2, devices=given)
+    run_search(Function(trainings.placed), Grid(RUNS), new_ledger(tmp_path / "l.db"), slots(given, 2))
     seen = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert len(seen) == len(RUNS)
     assert {(record["device"], record[VISIBLE]) for record in seen} == places

@@ -14,6 +14,7 @@ import torch
 
 import looptransfer as lt
 from looptransfer.errors import FailedRunError, InputError
+from looptransfer.trials.devices import slots
 from looptransfer.trials.function import CHECKED, Function, as_trainable
 from looptransfer.trials.run import Outcome, Run, Trainable, Trial
 from looptransfer.trials.search import Grid
@@ -240,7 +241,7 @@ def test_a_run_that_is_made_again_finds_its_directory(tmp_path: Path) -> None:
 
     def searched() -> Any:
         ledger, run = new_ledger(tmp_path / "l.db"), Run("factored", 2, LR, 0)
-        run_search(Function(resuming), Grid([run]), ledger, workers=1)
+        run_search(Function(resuming), Grid([run]), ledger, slots(workers=1))
         return ledger.losses[run]
 
     with pytest.raises(FailedRunError, match="in the middle"):
@@ -257,7 +258,7 @@ def test_a_new_ledger_takes_nothing_from_the_directories_of_an_old_one(tmp_path:
         return 2.0
 
     for _ in range(2):
-        run_search(Function(train), Grid([Run("factored", 2, LR, 0)]), new_ledger(ledger), workers=1)
+        run_search(Function(train), Grid([Run("factored", 2, LR, 0)]), new_ledger(ledger), slots(workers=1))
         ledger.unlink()
     assert seen[0] != seen[1]
     assert seen[0].parts[:-2] == seen[1].parts[:-2] == (tmp_path / "l.runs").parts

@@ -15,6 +15,7 @@ from looptransfer.transfer.sources import read_results
 from looptransfer.transfer.stored import StoredOptimum, losses_of
 from looptransfer.trials.experiment import Experiment
 from looptransfer.trials.gate import GateSearch, gate
+from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.sweep import sweep
 from tests.experiments import WIDTH, TinyTask, tiny_experiment
 
@@ -95,6 +96,19 @@ def test_code_that_sums_in_another_order_costs_three(swept: Baseline, tmp_path: 
     assert len(read_results(tmp_path / "gate.db")) <= 6
 
 
+def shifted(stored: StoredOptimum, by: float) -> StoredOptimum:
+    """An optimum whose runs have stored losses that are larger."""
+    losses = {lr: {seed: loss and loss + by for seed, loss in by_seed.items()} for lr, by_seed in stored.losses.items()}
+    return replace(stored, losses=losses)
+
+
+def test_a_ledger_of_the_gate_is_read_without_the_controls(swept: Baseline, tmp_path: Path) -> None:
+    ledger = tmp_path / "gate.db"
+    slightly_other = replace(swept, optima={"factored": (shifted(swept.optima["factored"][0], 1e-5),)})
+    gate(tiny_experiment(), slightly_other, loops=[1], ledger=ledger, workers=1, seeds=2)
+    assert len(read_results(ledger)) == len(Ledger(ledger).finished) - 1
+
+
 def test_code_that_trains_otherwise_is_looked_at_by_the_bracket(swept: Baseline, tmp_path: Path) -> None:
     told = gate(made_by(TinyTask(), lam=3.0), swept, ledger=tmp_path / "gate.db", workers=1, seeds=3)
     assert "Half, once and twice the stored LR;" in str(told)
@@ -103,10 +117,7 @@ def test_code_that_trains_otherwise_is_looked_at_by_the_bracket(swept: Baseline,
 
 def test_only_the_n_that_differs_is_looked_at_by_the_bracket(swept: Baseline, tmp_path: Path) -> None:
     optima = {at.n: at for at in swept.optima["factored"]}
-    other = {
-        lr: {seed: loss and loss + 0.5 for seed, loss in by_seed.items()} for lr, by_seed in optima[4].losses.items()
-    }
-    changed = replace(swept, optima={"factored": (optima[1], replace(optima[4], losses=other))})
+    changed = replace(swept, optima={"factored": (optima[1], shifted(optima[4], 0.5))})
     told = gate(tiny_experiment(), changed, ledger=tmp_path / "gate.db", workers=1, seeds=2)
     assert [finding.seeds for finding in told.findings] == [1, 2]
     assert "Stored runs made again, else half, once and twice the stored LR;" in str(told)
@@ -126,7 +137,7 @@ def test_a_killed_gate_goes_on_with_the_runs_that_are_left(swept: Baseline) -> N
     [
         ({"loops": [3]}, r"lr-optima\.json has no optimum of N = \[3\]; choose from 1, 2, 4"),
         ({"loops": []}, r"has no optimum of N = \[\]"),
-        ({"seeds": 1}, "seeds is 1; give two or more"),
+        ({"seeds": 1}, "seeds is 1; it must be a whole number from 2 up"),
         ({"rule": "sqrt"}, "has no optima of rule 'sqrt'"),
         ({"rule": "cubic"}, "cubic"),
         ({"baseline": replace(STORED, axis="width")}, "has optima over width"),

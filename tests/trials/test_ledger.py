@@ -234,7 +234,8 @@ def test_a_lock_that_stays_is_an_error_that_names_the_ledger_and_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ledger_module, "BUSY", 0.1)
-    ledger = ledger_at(tmp_path / "ledger.db", patience=4.0)
+    monkeypatch.setattr(ledger_module, "PATIENCE", 4.0)
+    ledger = ledger_at(tmp_path / "ledger.db")
     database = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
     database.execute("begin exclusive")
     with pytest.raises(LedgerError, match=r"ledger\.db does not answer: database is locked; finished runs"):

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import looptransfer as lt
-from looptransfer.trials.pairing import _equal, check_start
+from looptransfer.trials.pairing import check_start
 from looptransfer.trials.run import Trial
 from tests.experiments import BATCH, FEATURES, LoopedMLP, TinyTask, samples, squared_error, tiny_experiment
 
@@ -224,22 +222,3 @@ def test_data_from_the_random_state_that_is_seeded_pair_where_the_model_draws_al
     alike = make_model is LoopedMLP
     loops = (1, 2) if alike else (2,)
     start(loops, batches=from_the_global_state, make_model=make_model)
-
-
-values = st.one_of(
-    st.integers(),
-    st.text(),
-    st.lists(st.floats(width=32), max_size=3).map(torch.tensor),
-    st.lists(st.floats(), max_size=3).map(np.array),
-    st.booleans().map(lambda x: {"mask": torch.tensor(x)}),
-)
-
-
-@settings(derandomize=True, deadline=None, max_examples=50)
-@given(st.tuples(values, values))
-def test_a_batch_is_the_same_as_its_copy_nan_included(batch: Batch) -> None:
-    import copy  # noqa: PLC0415
-
-    assert _equal(batch, copy.deepcopy(batch))
-    assert not _equal(batch, (batch[0], torch.ones(7)))
-    assert not _equal(batch, (*batch, 1))

@@ -68,7 +68,7 @@ def test_trials_may_be_asked_for_by_hand() -> None:
 
 
 def test_what_the_search_does_not_know_is_refused() -> None:
-    with pytest.raises(InputError, match="seeds is 1; give two or more"):
+    with pytest.raises(InputError, match="seeds is 1; it must be a whole number from 2 up"):
         lt.LRSampler(1)
     trial = optuna.create_study(sampler=lt.LRSampler()).ask()
     with pytest.raises(InputError, match="'width' cannot be searched; LRSampler knows lr and seed alone"):

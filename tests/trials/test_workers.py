@@ -24,7 +24,7 @@ from looptransfer.transfer.check import check
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.trials import ledger as ledger_module
 from looptransfer.trials import workers as workers_module
-from looptransfer.trials.devices import available_cores
+from looptransfer.trials.devices import available_cores, slots
 from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import Grid, ProxySearch, Search
@@ -59,7 +59,7 @@ def grid(experiment: Any, ledger: Path, runs: tuple[Run, ...] = RUNS, workers: i
 def searched(experiment: Any, search: Search, place: str | Path, workers: int = 1, **options: Any) -> pd.DataFrame:
     ledger = Ledger(place)
     ledger.admit(experiment.identity(), {})
-    run_search(experiment, search, ledger, workers, **options)
+    run_search(experiment, search, ledger, slots(workers=workers), **options)
     return pd.DataFrame(list(ledger.finished.values()), columns=[*COLUMNS, "last_loss"])
 
 
@@ -141,7 +141,7 @@ def test_a_storage_url_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, -2])
 def test_fewer_than_one_worker_are_refused(tmp_path: Path, workers: int) -> None:
-    with pytest.raises(InputError, match=rf"workers is {workers}; it must be 1 or more"):
+    with pytest.raises(InputError, match=rf"workers is {workers}; it must be a whole number from 1 up"):
         grid(tiny_experiment(), tmp_path / "ledger.db", workers=workers)
 
 
@@ -314,7 +314,7 @@ def test_a_run_that_takes_its_worker_with_it_is_told_by_its_cause_and_the_others
 
 
 def test_a_time_limit_below_zero_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the time limit is -1; give seconds above 0"):
+    with pytest.raises(InputError, match=r"the time limit, in seconds, is -1; it must be a finite number above 0"):
         searched(tiny_experiment(), Grid(RUNS), tmp_path / "ledger.db", limit=-1)
 
 
