@@ -57,6 +57,6 @@ def seeds_of(seeds: int | Sequence[int], least: int = 2) -> list[int]:
     """Seeds from how many there are, or which: whole numbers from 0 up, each once and `least` of them or more."""
     listed = list(range(seeds)) if is_count(seeds, 0) else list(seeds) if isinstance(seeds, Iterable) else []  # type: ignore[arg-type]
     if len(listed) < least or len(set(listed)) < len(listed) or not all(is_count(seed, 0) for seed in listed):
-        reason = ": one seed has no interval" if least > 1 else ", each once"
-        raise InputError(f"seeds is {seeds!r}; give {least} or more, such as 3 or [0, 1, 2]{reason}")
+        reason = ": one seed has no interval" if least > 1 else ""
+        raise InputError(f"seeds is {seeds!r}; give {least} or more, each once, such as 3 or [0, 1, 2]{reason}")
     return listed
