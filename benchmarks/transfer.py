@@ -232,8 +232,9 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
         lines += ["", f"## {title.capitalize()}", "", table(rows_of(verdict))]
     lines += [
         "",
-        f"{len(finished)} of {len(CELLS)} cells are finished; their runs took {seconds:.0f} s in all, as long as each lasted, on",
-        "a machine that others used and that stood still at times. The small start over loops is reports/sweep/.",
+        f"{len(finished)} of {len(CELLS)} cells are finished; their runs took {seconds:.0f} s in all,",
+        "as long as each lasted, on a machine that others used and that stood still at times.",
+        "The small start over loops is reports/sweep/.",
         "Differences are paired by seed, over the sizes at which both rules have an optimum.",
         f"Python {platform.python_version()}, torch {version('torch')}, looptransfer {version('looptransfer')}, "
         f"{platform.machine()}, {os.cpu_count()} cores.",

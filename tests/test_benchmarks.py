@@ -109,3 +109,18 @@ def test_the_limits_of_a_grid_are_the_drifts_that_the_lrs_beside_the_best_leave(
 def test_the_cost_of_the_monitor_is_measured_beside_a_step() -> None:
     share = load("monitor").shares(loops=2, width=16, layers=1, sequence=8, device="cpu")
     assert 0 < share["without"] < share["with"]
+
+
+def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer = load("transfer")
+    made = transfer.experiment
+    monkeypatch.setattr(transfer, "OCTAVES", (-1.0, 0.0))
+    monkeypatch.setattr(transfer, "SEEDS", 1)
+    monkeypatch.setattr(transfer, "experiment", lambda start, layers, _, pair: made(start, layers, 4, pair))
+    cells = [cell for cell in transfer.depth_cells("0.02") if cell.exponents in (transfer.PAPER, (1.0, 0.0))]
+    for cell in cells:
+        cell.run(tmp_path, workers=1)
+    text = transfer.report(tmp_path, cells)
+    assert "| ε: 1/2, LR: 1/2 (the paper) | INCONCLUSIVE |" in text
+    assert "| ε: 1, LR: 0 | INCONCLUSIVE |" in text
+    assert (tmp_path / "drifts.png").exists()
