@@ -1,8 +1,8 @@
-# make demo: the whole story. make test: all tests and checks. make test-fast: the inner loop.
+# make demo: the whole story. make test: all tests and checks. make test-fast: the inner loop. make docs: the pages, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint docs clean
 
 demo: .venv/ready
 	$(BIN)/looptransfer demo
@@ -18,6 +18,9 @@ lint: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Where the lock's torch is a CUDA build, it needs its own libraries, which --no-deps leaves out: the third line fetches them.
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -28,4 +31,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv dist demo
+	rm -rf .venv dist demo site

@@ -333,6 +333,16 @@ def json_lines() -> Iterator[Bad]:
     yield Bad("JSON lines", "empty", file("", "runs.jsonl"), "is missing")
     yield Bad("JSON lines", "UTF-16", file("\n".join(good).encode("utf-16"), "runs.jsonl"), "UTF-16")
     yield Bad("JSON lines", "a list of objects", file(json.dumps(RECORDS), "runs.jsonl"), "holds no JSON object")
+    array = json.dumps(RECORDS)
+    for name, text, phrase in [
+        ("cut off", array[:-9], "begins as a JSON array and is not JSON"),
+        ("a number in it", json.dumps([*RECORDS, 3]), f"item {len(RECORDS) + 1} of the array is no JSON object"),
+        ("a name twice", array.replace("{", '{"lr": 1, ', 1), "'lr' stands there twice"),
+        ("depth", "[" * 100_000, "is not JSON"),
+        ("empty", "[]", "is missing"),
+        ("more behind", array + array, "is not JSON"),
+    ]:
+        yield Bad("JSON arrays", name, file(text, "runs.json"), phrase)
 
 
 def parquet() -> Iterator[Bad]:

@@ -83,3 +83,29 @@ def test_ways_to_choose_an_lr_are_measured_on_the_same_losses() -> None:
     assert all(draw.mean(choice.log2) - loss < 0.05 for choice in choices.values())
     assert choices["`tune`"].trainings < choices["grid, 8 LRs × 3 seeds"].trainings == 24
     assert len(list(search.held_out())) > 30
+
+
+def test_the_public_audit_judges_its_grids_and_its_report_is_current(tmp_path: Path) -> None:
+    audit = load("audit")
+    home = BENCHMARKS.parent / audit.HOME
+    grids = audit.read(home)
+    assert {grid.source["grid"] for grid in grids} == {path.stem for path in (home / "data").glob("*.csv")}
+    assert audit.markdown(audit.rows(grids)) in (home / "README.md").read_text()
+    audit.forest(grids).savefig(tmp_path / "forest.png")
+
+
+def test_the_limits_of_a_grid_are_the_drifts_that_the_lrs_beside_the_best_leave() -> None:
+    audit = load("audit")
+
+    def bowl(best: int) -> audit.pd.DataFrame:
+        return audit.pd.DataFrame({"0": [abs(x - best) for x in range(5)]}, index=[-4.0, -3.0, -2.0, -1.0, 0.0])
+
+    assert audit.limits({1: bowl(2)}) is None
+    assert audit.limits({1: bowl(2), 2: bowl(2)}) == (-2.0, 2.0)
+    assert audit.limits({1: bowl(3), 4: bowl(1)}) == (-2.0, 0.0)
+    assert audit.limits({1: bowl(2), 2: bowl(4)}) == (0.0, float("inf"))
+
+
+def test_the_cost_of_the_monitor_is_measured_beside_a_step() -> None:
+    share = load("monitor").shares(loops=2, width=16, layers=1, sequence=8, device="cpu")
+    assert 0 < share["without"] < share["with"]

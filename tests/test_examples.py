@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import looptransfer as lt
 from looptransfer.trials.function import Function
 from looptransfer.trials.ledger import Ledger
 from tests.test_pytest_plugin import ROOT, run_pytest
@@ -172,6 +175,74 @@ def test_trainer_is_tuned_and_swept_and_its_checkpoint_loads_as_it_was_trained(n
     losses = re.search(r"held-out loss (\S+) as trained, (\S+) as loaded", told)
     assert losses
     assert losses[1] == losses[2]
+
+
+SMALLER = {
+    "rows(1024, run.seed)": "rows(64, run.seed)",
+    "seeds=2, ledger": "seeds=2, workers=1, ledger",
+    "loops=1, seeds=2": "loops=1, regret=0.5, seeds=2",
+    "[-2, -1, 0, 1, 2]": "[0]",
+    "row[:, :-1], 50": "row[:, :-1], 2",
+    "run.directory, **settings": "run.directory, log_every_n_steps=2, **settings",
+}
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Path:
+    """The Lightning example with four steps an epoch."""
+    for package in ("pytorch_lightning", "tensorboard"):
+        pytest.importorskip(package)
+    text = (ROOT / "examples" / "lightning" / "train.py").read_text()
+    assert len(text.splitlines()) <= 60
+    for written, run_here in SMALLER.items():
+        assert written in text
+        text = text.replace(written, run_here)
+    (tmp_path / "counting.py").write_text(text)
+    return tmp_path / "counting.py"
+
+
+@pytest.mark.slow
+def test_lightning_is_tuned_and_swept(counting: Path) -> None:
+    assert "INCONCLUSIVE" in run(sys.executable, counting.name, cwd=counting.parent)
+
+
+@pytest.mark.slow
+def test_a_lightning_run_that_is_stopped_goes_on_to_the_same_average_under_its_plan(
+    counting: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(counting.parent)
+    example: Any = importlib.import_module("counting")
+    straight, stopped = (lt.Trial("factored", 2, 3e-3, 0, "cpu", counting.parent / name) for name in ("one", "two"))
+    loss = example.train(straight)
+
+    def fails_at_six(self: Any, batch: Any) -> Any:
+        assert self.global_step < 6
+        return training_step(self, batch)
+
+    training_step = example.Counting.training_step
+    monkeypatch.setattr(example.Counting, "training_step", fails_at_six)
+    with pytest.raises(AssertionError):
+        example.train(stopped)
+    monkeypatch.setattr(example.Counting, "training_step", training_step)
+    assert example.train(stopped) == loss
+
+    kept, again = (
+        example.Counting.load_from_checkpoint(trial.directory / "last.ckpt") for trial in (straight, stopped)
+    )
+    assert all(map(torch.equal, kept.state_dict().values(), again.state_dict().values()))
+    assert again.plan == kept.plan
+    assert lt.verify(again.model, again.probe[:, :-1]).loops == 2
+    with pytest.raises(lt.VerificationError, match="2 visits planned, 4 measured"):
+        example.Counting.load_from_checkpoint(straight.directory / "last.ckpt", loops=4)
+    logged = scalars(straight.directory / "lightning_logs" / "version_0")
+    assert [step for step, _ in logged["layers.0.mlp/gradient_rms/2"]] == [1, 3, 5, 7]  # from 0; after every other one
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves of a run in TensorBoard's files, by tag."""
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 TRAIN = """

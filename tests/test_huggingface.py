@@ -266,9 +266,11 @@ def test_a_callback_logs_what_the_visits_add(tmp_path: Path) -> None:
                 watched.log(values)
 
     watched = trainer(tmp_path, 4)
-    monitor = lt.Monitor(watched.model, IDS, every=2)
+    batch = {**IDS, "labels": IDS["input_ids"]}
+    monitor = lt.Monitor(watched.model, batch, every=2, loss=lambda output: output.loss)
     watched.add_callback(Watch())
     watched.train()
     logged = [row for row in watched.state.log_history if "alignment" in row]
     assert [row["step"] for row in logged] == [2, 4]
-    assert sum(name.endswith("increment_rms/3") for name in logged[0]) == 2
+    for name in ("increment_rms/3", "gradient_rms/3"):
+        assert sum(key.endswith(name) for key in logged[0]) == 2

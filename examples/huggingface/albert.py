@@ -1,4 +1,4 @@
-"""ALBERT in Hugging Face's Trainer: its LR tuned at N = 1 and swept over N, and a checkpoint that is loaded again.
+"""ALBERT in Hugging Face's Trainer: its LR tuned at N = 1 and swept over N, watched, its checkpoint loaded again.
 
 python albert.py     # N is num_hidden_layers: ALBERT applies one layer again and again
 """
@@ -17,16 +17,22 @@ def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(8, (count, 1), generator=generator)
     numbers = torch.randint(64, (count, 16), generator=generator)
-    marked = torch.rand(count, 16, generator=generator) < 0.5
-    numbers = torch.where(marked, numbers // 8 * 8 + classes, numbers)
+    numbers = torch.where(torch.rand(count, 16, generator=generator) < 0.5, numbers // 8 * 8 + classes, numbers)
     return [{"input_ids": row, "labels": label} for row, label in zip(numbers, classes[:, 0], strict=True)]
+
+
+class WatchedTrainer(Trainer):
+    def log(self, logs, *others) -> None:
+        super().log(logs | self.monitor(self.state.global_step), *others)
 
 
 def trainer_of(model, run, optimizer=None) -> Trainer:
     settings = {"max_steps": 60, "per_device_train_batch_size": 16, "warmup_steps": 5, "save_steps": 20}
     settings |= {"seed": run.seed, "use_cpu": run.device == "cpu", "report_to": "none", "disable_tqdm": True}
     data = {"train_dataset": rows(1024, run.seed), "eval_dataset": rows(256, 10**6)}
-    trainer = Trainer(model, TrainingArguments(run.directory, **settings), **data, optimizers=(optimizer, None))
+    trainer = WatchedTrainer(model, TrainingArguments(run.directory, **settings), **data, optimizers=(optimizer, None))
+    row = {name: value[None].to(run.device) for name, value in rows(1, 10**6)[0].items()}
+    trainer.monitor = lt.Monitor(model, row, 1, lambda output: output.loss)  # whenever Trainer logs, logging_steps
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -37,9 +43,8 @@ def train(run) -> float:
     config = AlbertConfig(vocab_size=64, num_hidden_layers=run.loops, num_labels=8, initializer_range=0.1, **sizes)
     model = AlbertForSequenceClassification(config)
     lt.parametrize(model, {"input_ids": torch.zeros(1, 16, dtype=torch.long)}, run.rule)
-    # Trainer keeps the groups of an optimizer that it is given, and its schedules multiply the LR of each.
     groups = lt.param_groups(model, torch.optim.AdamW, lr=run.lr, weight_decay=0.01)
-    trainer = trainer_of(model, run, torch.optim.AdamW(groups))
+    trainer = trainer_of(model, run, torch.optim.AdamW(groups))  # keeps the groups; its schedules multiply each LR
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run.directory))  # a killed run goes on
     trainer.save_model()  # the plan is in its config.json
     return trainer.evaluate()["eval_loss"]

@@ -59,7 +59,7 @@ Says FLAT, DRIFTS or INCONCLUSIVE for the LR optimum over N, and why. Trains not
   looptransfer check 'sqlite:///optuna.db#study' --axis width --markdown >> "$GITHUB_STEP_SUMMARY"
   zcat runs.csv.gz | looptransfer check -
 
-SOURCE is a table in CSV, JSON lines or Parquet, a pipe or - for standard input, a ledger of tune and sweep, or the URL
+SOURCE is a table in CSV, JSON or Parquet, a pipe or - for standard input, a ledger of tune and sweep, or the URL
 of an Optuna study; it is only read. It has one row per training run, with columns (or the only ones that end so, such
 as params.lr)
   loops     N, a whole number from 1 (or the column that --axis names)

@@ -8,12 +8,15 @@ and a few positions of the stream per loop: memory grows with branches, not with
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
 from looptransfer.coordcheck.result import OUTPUT, WatchedBranch
 from looptransfer.coordcheck.statistics import (
@@ -21,6 +24,7 @@ from looptransfer.coordcheck.statistics import (
     Visit,
     attention_logit_rms,
     cosines,
+    rms,
     written_out_logit_rms,
 )
 from looptransfer.errors import InputError
@@ -37,6 +41,7 @@ from looptransfer.rewrite.graph import Site, tensors_in
 from looptransfer.rewrite.ops import operator
 from looptransfer.rewrite.plan import ScalingPlan
 from looptransfer.rewrite.sites import SiteCounter
+from looptransfer.user_code import user_code
 
 POSITIONS = 32  # of the stream, evenly spread, on which the cosines of increments are taken
 PROBE_SEED = 0  # dropout draws the same masks in every probe
@@ -92,20 +97,29 @@ def observe(
     inputs: ExampleInputs,
     branches: list[TracedBranch],
     statistics: Mapping[str, Callable[[Visit], Any]] = VISIT_STATISTICS,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> Observation:
-    """Run one forward without gradients and measure.
+    """Run one forward and measure; with a loss also a backward, which leaves the gradients of parameters alone.
 
     The model is run in the mode it is in, with a fixed random seed; random state and buffers are given back. Cosines
     are those of the increments δ_n = h_n − h_(n−1) of the stream over loops, or over layers where nothing is looped, at
-    32 positions (arXiv 2606.18524, its cosine figures).
+    32 positions (arXiv 2606.18524, its cosine figures). "gradient_rms" is that of the loss with respect to the stream
+    after the addition, which is that with respect to what was added as well.
+
+    Args:
+        loss: model output -> loss.
 
     Raises:
-        InputError: the forward no longer runs the additions that were traced.
+        InputError: the forward no longer runs the additions that were traced, or the loss has no gradient.
     """
     observer = _Observer(model, branches, statistics)
+    streams = _Streams(observer)
     args, kwargs = call_arguments(inputs)
-    with torch.no_grad(), as_seeded(model, PROBE_SEED, observer.enter, observer.leave), observer:
-        output = model(*args, **kwargs)
+    with torch.set_grad_enabled(loss is not None), as_seeded(model, PROBE_SEED, observer.enter, observer.leave):
+        with observer, streams if loss else nullcontext():
+            output = model(*args, **kwargs)
+        if loss:
+            streams.backward(loss, output)
     for branch in branches:
         visits = observer.visits[branch.module]
         if visits == branch.visits:
@@ -117,6 +131,34 @@ def observe(
     return observer.finish(output)
 
 
+class _Streams(TorchFunctionMode):
+    """Where the streams that an observer sees stand in the graph of autograd, which the observer is below."""
+
+    def __init__(self, observer: "_Observer") -> None:
+        super().__init__()
+        self.observer = observer
+        self.edges: dict[tuple[str, int], GradientEdge] = {}  # branch and visit -> the stream after the addition
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.observer.latest = None
+        out = func(*args, **(kwargs or {}))
+        if self.observer.latest and isinstance(out, Tensor) and out.requires_grad:
+            self.edges[self.observer.latest] = get_gradient_edge(out)  # the tensor itself may be added to in place
+        return out
+
+    def backward(self, loss: Callable[[Any], Tensor], output: Any) -> None:
+        """Note the gradient of the loss at every visit that has one."""
+        if not self.edges:
+            raise InputError(
+                "no branch has a gradient: none is trained, or all are added in torch.cond; leave out loss="
+            )
+        with user_code("the gradient of loss(output) cannot be measured", loss):
+            gradients = torch.autograd.grad(loss(output), list(self.edges.values()), allow_unused=True)
+        for (module, visit), gradient in zip(self.edges, gradients, strict=True):
+            if gradient is not None:
+                self.observer.note(module, visit, "gradient_rms", rms(gradient))
+
+
 class _Observer(SiteCounter):
     def __init__(
         self, model: nn.Module, branches: list[TracedBranch], statistics: Mapping[str, Callable[[Visit], Any]]
@@ -126,6 +168,7 @@ class _Observer(SiteCounter):
         self.by_key = {key: (branch, position) for branch in branches for key, position in branch.adds}
         self.boundaries, self.last = _boundaries(branches)
         self.visits: Counter[str] = Counter()
+        self.latest: tuple[str, int] | None = None  # branch and visit that were seen last
         self.attention: Counter[str] = Counter()
         self.added: dict[str, Tensor] = {}
         self.points: list[Tensor] = []  # the stream at the boundaries of loops, at a few positions
@@ -159,11 +202,12 @@ class _Observer(SiteCounter):
         module = branch.module
         self.visits[module] += 1
         number = self.visits[module]
+        self.latest = (module, number)
         added = self.added.get(module)
         self.added[module] = operand.detach().clone() if added is None else added.add_(operand)
         visit = Visit(module, number, operand.detach(), self.added[module], stream.detach())
         for name, function in self.statistics.items():
-            self._note(module, number, name, function(visit))
+            self.note(module, number, name, function(visit))
         if number == branch.visits:
             self.states[module] = stream.detach().clone()
             if module == self.last:
@@ -180,9 +224,10 @@ class _Observer(SiteCounter):
             return
         module = self.running[-1] if self.running else ""
         self.attention[module] += 1
-        self._note(module, self.attention[module], "attention_logit_rms", value)
+        self.note(module, self.attention[module], "attention_logit_rms", value)
 
-    def _note(self, module: str, number: int, statistic: str, value: Any) -> None:
+    def note(self, module: str, number: int, statistic: str, value: Any) -> None:
+        """Keep a value, on its device until the end."""
         self.labels.append((module, number, statistic))
         self.numbers.append(torch.as_tensor(value).detach().double())
 
@@ -190,14 +235,12 @@ class _Observer(SiteCounter):
         logits = next((tensor for tensor in tensors_held(output) if tensor.is_floating_point()), None)
         if logits is not None:
             self.states[OUTPUT] = logits.detach().clone()
-            self._note(
-                OUTPUT, 0, "output_rms", VISIT_STATISTICS["stream_rms"](Visit(OUTPUT, 0, logits, logits, logits))
-            )
+            self.note(OUTPUT, 0, "output_rms", VISIT_STATISTICS["stream_rms"](Visit(OUTPUT, 0, logits, logits, logits)))
         increments = torch.stack(self.points).diff(dim=0) if len(self.points) > 1 else None
         matrix = cosines(increments) if increments is not None and len(increments) > 1 else None
         if matrix is not None:
             count = len(matrix)
-            self._note("increments", 0, "alignment", (matrix.sum() - matrix.trace()) / (count * (count - 1)))
+            self.note("increments", 0, "alignment", (matrix.sum() - matrix.trace()) / (count * (count - 1)))
         numbers = torch.stack([number.cpu() for number in self.numbers]).tolist() if self.numbers else []
         values = [(*label, value) for label, value in zip(self.labels, numbers, strict=True)]
         return Observation(values, self.states, matrix)

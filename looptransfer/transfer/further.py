@@ -21,43 +21,65 @@ Tables = Mapping[int, pd.DataFrame]  # by N: losses as `curve` makes them
 
 @dataclass(frozen=True)
 class FurtherRuns:
-    """Runs at every combination of `counts` (N, or values of the axis), `lrs` (absolute) and `seeds`."""
+    """Runs with every seed at the LRs (absolute) of every N, or value of the axis."""
 
-    counts: tuple[int, ...]
-    lrs: tuple[float, ...]
+    lrs_by_count: Mapping[int, tuple[float, ...]]
     seeds: tuple[str, ...]
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The N."""
+        return tuple(self.lrs_by_count)
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """The LRs of some N or other."""
+        return tuple(sorted(set().union(*self.lrs_by_count.values())))
+
+    @property
+    def grids(self) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """The N that have the same LRs, and those LRs."""
+        alike: dict[tuple[float, ...], tuple[int, ...]] = {}
+        for n, lrs in self.lrs_by_count.items():
+            alike[lrs] = (*alike.get(lrs, ()), n)
+        return [(counts, lrs) for lrs, counts in alike.items()]
+
     def __len__(self) -> int:
-        return len(self.counts) * len(self.lrs) * len(self.seeds)
+        return sum(map(len, self.lrs_by_count.values())) * len(self.seeds)
 
     def text(self, label: str) -> str:
         """The combinations, in one line."""
-        return (
-            f"{len(self)} runs: {label} = {listed(self.counts)}; LR {listed(f'{lr:.6g}' for lr in self.lrs)}; "
-            f"seed {listed(self.seeds)}"
-        )
+        grids = (f"{label} = {listed(counts)}; LR {listed(f'{lr:.6g}' for lr in lrs)}; " for counts, lrs in self.grids)
+        return f"{len(self)} runs: {''.join(grids)}seed {listed(self.seeds)}"
 
-    def to_dict(self, axis: str) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {axis: list(self.counts), "lr": list(self.lrs), "seed": list(self.seeds)}
+    def to_dict(self, axis: str) -> list[dict[str, Any]]:
+        """Plain JSON values: a grid for the N that have the same LRs."""
+        return [{axis: list(counts), "lr": list(lrs), "seed": list(self.seeds)} for counts, lrs in self.grids]
 
     def rows(self, axis: str) -> pd.DataFrame:
         """A row per run, with columns `axis`, lr and seed."""
-        return pd.DataFrame(product(self.counts, self.lrs, self.seeds), columns=[axis, "lr", "seed"])
+        runs = [(n, lr, seed) for n, lrs in self.lrs_by_count.items() for lr, seed in product(lrs, self.seeds)]
+        return pd.DataFrame(runs, columns=[axis, "lr", "seed"])
 
     def command(self, rule: str, table: str, ledger: bool = False) -> str:
         """The command that makes them over loop counts, and adds them to a table or a ledger of `sweep`.
 
-        EXPERIMENT is the user's.
+        One call for the N that have the same LRs. EXPERIMENT is the user's.
         """
-        options = {
-            "--loops": ",".join(map(str, self.counts)),
-            "--lrs": ",".join(f"{lr:.6g}" for lr in self.lrs),
-            "--seeds": _ranges(self.seeds),
-            "--rules": rule,
-            **({"--ledger": table, "-o": "more.csv"} if ledger else {"--append": table}),
-        }
-        return "looptransfer sweep EXPERIMENT " + shlex.join(part for option in options.items() for part in option)
+        calls = []
+        for number, (counts, lrs) in enumerate(self.grids, 1):
+            new = "more.csv" if number == 1 else f"more-{number}.csv"
+            options = {
+                "--loops": ",".join(map(str, counts)),
+                "--lrs": ",".join(f"{lr:.6g}" for lr in lrs),
+                "--seeds": _ranges(self.seeds),
+                "--rules": rule,
+                **({"--ledger": table, "-o": new} if ledger else {"--append": table}),
+            }
+            calls.append(
+                "looptransfer sweep EXPERIMENT " + shlex.join(part for option in options.items() for part in option)
+            )
+        return " && ".join(calls)
 
 
 def listed(values: Any) -> str:
@@ -93,29 +115,29 @@ def of_counts(tables: Tables, counts: Sequence[int]) -> Tables:
 
 
 def runs_at(tables: Tables, log2_lrs: Sequence[float]) -> FurtherRuns:
-    """LRs at every N of some tables with every seed that one of them has."""
-    return FurtherRuns(tuple(tables), _absolute(log2_lrs), all_seeds(tables))
+    """The same LRs at every N of some tables with every seed that one of them has."""
+    return FurtherRuns(dict.fromkeys(tables, _absolute(log2_lrs)), all_seeds(tables))
 
 
 def more_seeds(tables: Tables, total: int) -> FurtherRuns:
-    """Every LR at every N with new seeds, up to `total` in all."""
+    """The LRs of every N with new seeds, up to `total` in all."""
     seeds = all_seeds(tables)
     first = max((int(seed) for seed in seeds if seed.isdecimal()), default=-1) + 1
     fresh = tuple(map(str, range(first, first + max(0, total - len(seeds)))))
-    return FurtherRuns(tuple(tables), _absolute(_all_lrs(tables)), fresh)
+    return FurtherRuns(_own_lrs(tables), fresh)
 
 
 def missing_seeds(tables: Tables) -> FurtherRuns:
     """The seeds that some N has and another lacks, at those that lack them."""
     seeds = all_seeds(tables)
     lacking = [n for n, table in tables.items() if set(map(str, table.columns)) < set(seeds)]
-    return FurtherRuns(tuple(lacking), _absolute(_all_lrs(of_counts(tables, lacking))), seeds)
+    return FurtherRuns(_own_lrs(of_counts(tables, lacking)), seeds)
 
 
 def larger_n(tables: Tables, factor: int) -> FurtherRuns:
     """The LRs and seeds of the largest N at an N `factor` times as large."""
     largest = max(tables)
-    return FurtherRuns((largest * factor,), _absolute(tables[largest].index), all_seeds(of_counts(tables, [largest])))
+    return FurtherRuns({largest * factor: _absolute(tables[largest].index)}, all_seeds(of_counts(tables, [largest])))
 
 
 def closer_lrs(tables: Tables) -> FurtherRuns:
@@ -145,6 +167,11 @@ def _step(x: Array) -> float:
 
 def _all_lrs(tables: Tables) -> list[float]:
     return sorted({float(x) for table in tables.values() for x in table.index})
+
+
+def _own_lrs(tables: Tables) -> dict[int, tuple[float, ...]]:
+    """The LRs of each N: new seeds at an LR that another N alone has would have no old ones beside them."""
+    return {n: _absolute(table.index) for n, table in tables.items()}
 
 
 def _absolute(log2_lrs: Sequence[float] | pd.Index) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Sources of a table of runs: CSV, JSON lines, Parquet, an Optuna study, our ledger, a tracker's export.
+"""Sources of a table of runs: CSV, JSON, Parquet, an Optuna study, our ledger, a tracker's export.
 
 A table is read as it is, once and from one open stream, or not at all; nothing that is read is written to. A new format
 is a function that makes a frame, chosen in `_table`; a tracker's shape of a table is made one of runs in `exports`.
@@ -25,7 +25,7 @@ from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.transfer.rows import choose, find, listing, note
 from looptransfer.transfer.studies import SWEEP, read_study
 
-FORMATS = "give CSV, JSON lines (.jsonl), Parquet, or an Optuna study such as sqlite:///file.db#study"
+FORMATS = "give CSV, JSON (an array, or .jsonl), Parquet, or an Optuna study such as sqlite:///file.db#study"
 SQLITE = b"SQLite format 3\0"
 JOURNAL = b'{"op_code":'  # how the file of Optuna's journal begins
 CELL = re.compile(r' *(?:"([^"]*(?:""[^"]*)*)" *|([^",]*))(,|$)')
@@ -48,9 +48,9 @@ def read_results(
     plot export and a long table (run, tag, step, value) give a row per run and step of the metric that is the loss.
 
     Args:
-        source: a .csv, .jsonl or .parquet file, a pipe, "-" for standard input, a ledger, or the URL of an Optuna study
-            with #NAME behind it. Objects within JSON lines give columns with dots, such as config.lr. Several files are
-            one table.
+        source: a .csv, .json, .jsonl or .parquet file, a pipe, "-" for standard input, a ledger, or the URL of an
+            Optuna study with #NAME behind it. JSON is an array of objects, or an object a line; objects within them
+            give columns with dots, such as config.lr. Several files are one table.
         columns: what a needed column is called there, such as {"lr": "config.lr", "loss": "summary.val_loss"}.
         axis: the column that plays the part of N.
         where: conditions such as "State=finished" or "loss!=" that a row must meet; others are left out and counted.
@@ -195,7 +195,7 @@ def _table(data: bytes, suffix: str, shown: str) -> pd.DataFrame:
     text = _text(data, shown)
     if suffix in (".jsonl", ".ndjson") or text.lstrip().startswith("{"):
         return _json_lines(text, shown)
-    return _csv(text, shown)
+    return _json_array(text, shown) if text.lstrip().startswith("[") else _csv(text, shown)
 
 
 def _text(data: bytes, shown: str) -> str:
@@ -292,6 +292,18 @@ def _json_lines(text: str, shown: str) -> pd.DataFrame:
             if not isinstance(row, dict):
                 raise InputError(f"{shown}, line {number} holds no JSON object; write one object per run and line")
             rows[number] = row
+    return _frame(rows)
+
+
+def _json_array(text: str, shown: str) -> pd.DataFrame:
+    """The objects of an array; a row is called by its place, from 1."""
+    try:
+        rows = dict(enumerate(json.loads(text, object_pairs_hook=unique), start=1))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{shown} begins as a JSON array and is not JSON: {error}; write one object per run") from None
+    odd = next((number for number, row in rows.items() if not isinstance(row, dict)), None)
+    if odd is not None:
+        raise InputError(f"{shown}, item {odd} of the array is no JSON object; write one object per run")
     return _frame(rows)
 
 

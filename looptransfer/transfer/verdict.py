@@ -13,7 +13,7 @@ from looptransfer.transfer.optimum import Basin, Interval, Optimum
 from looptransfer.transfer.results import ALL_RUNS, axis_label
 from looptransfer.transfer.spread import spread
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 NATS, LOSS, METRIC = "nats", "of the loss", "of the metric"  # units; the last one of what is maximized, and negated
 Answer = Literal["FLAT", "DRIFTS", "INCONCLUSIVE"]
 EXIT_STATUS: dict[Answer, int] = {"FLAT": 0, "DRIFTS": 1, "INCONCLUSIVE": 3}

@@ -42,17 +42,20 @@ class Experiment:
         loss: (model output, targets) -> mean loss in nats.
         steps: optimizer steps of one run.
         warmup: share of the steps over which the LR rises.
-        weight_decay, betas: of AdamW.
+        weight_decay: of AdamW.
+        betas: of AdamW.
         clip: largest norm of the whole gradient; None leaves it as it is.
         optimizer: (rewritten model, base LR) -> an optimizer, or several, whose LRs are those at the schedule's top;
             make its groups with `param_groups`. Default AdamW.
         schedule: (step, steps) -> share of the LR at that step, from 0. Default a linear rise and fall.
         autocast: torch.bfloat16 runs forward and loss under torch.autocast.
         log: called as log(run, step, loss) with the training loss in nats before every step.
-        lam, base_layers: λ and L_ref, as `parametrize` takes them.
+        lam: λ, as `parametrize` takes it.
+        base_layers: L_ref, as `parametrize` takes it.
         settings: JSON values that tell this experiment from others, such as sizes and the hash of the data.
         width: written into the results, where given.
-        branches, layers: as `parametrize` takes them, where the trace cannot tell.
+        branches: as `parametrize` takes them, where the trace cannot tell.
+        layers: as `parametrize` takes it, where the trace cannot tell.
         loops: N -> mean loop count, of a model that draws its loop count afresh in every forward; `loops=float` where
             N is the mean.
         on_stream: as `param_groups` takes it.

@@ -112,7 +112,9 @@ def gate(
         seeds: how many for the bracket, two at least; the first of the baseline, so that they are paired with it.
         rule: the scaling rule.
         ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
-        workers, devices, limit: as `tune` takes them.
+        workers: as `tune` takes it.
+        devices: as `tune` takes it.
+        limit: as `tune` takes it.
         loss_tolerance: by how much the loss at the stored LR may become worse; default as the baseline has it.
         confidence: of the two-sided intervals.
 

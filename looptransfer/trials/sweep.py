@@ -196,7 +196,11 @@ def sweep(
         rules: the rule of interest and its controls; a mapping of `loops` decides by itself.
         seeds: how many, or which; paired across LRs, loop counts and rules.
         octaves: the LRs as log2 distances from the centre.
-        ledger, workers, devices, limit, target: as `tune` takes them.
+        ledger: as `tune` takes it.
+        workers: as `tune` takes it.
+        devices: as `tune` takes it.
+        limit: as `tune` takes it.
+        target: as `tune` takes it.
         lrs: the LRs themselves, absolute, instead of `around` and `octaves`.
         known: runs that another table holds, left out here; an LR within a millionth of one of theirs becomes theirs.
 

@@ -53,7 +53,14 @@ def test_pipes_and_standard_input_are_read_as_the_file_is(folder: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("name", "suffix"), [("csv", ".csv"), ("json lines", ".jsonl"), ("json lines", ".log"), ("parquet", ".parquet")]
+    ("name", "suffix"),
+    [
+        ("csv", ".csv"),
+        ("json lines", ".jsonl"),
+        ("json lines", ".log"),
+        ("json array", ".json"),
+        ("parquet", ".parquet"),
+    ],
 )
 def test_every_format_gives_every_row_and_every_digit(tmp_path: Path, name: str, suffix: str) -> None:
     lrs = ["0.00029999999999999997", "0.0010000000000000000208"]
@@ -65,6 +72,8 @@ def test_every_format_gives_every_row_and_every_digit(tmp_path: Path, name: str,
     elif name == "parquet":
         pytest.importorskip("pyarrow")
         table.assign(seed=table["seed"].map(str)).to_parquet(path)
+    elif name == "json array":
+        path.write_text(json.dumps(table.to_dict("records"), indent=2))
     else:
         path.write_text("\n".join(json.dumps(row) for row in table.to_dict("records")))
     runs = read_results(path)

@@ -44,6 +44,22 @@ def test_new_seeds_follow_those_there_are_at_every_n_and_lr() -> None:
     assert len(runs) == 2 * 2 * len(GRID)
 
 
+def test_new_seeds_are_advised_at_the_lrs_that_each_n_has() -> None:
+    tables = {512: table(seeds="0").iloc[:4], 768: table(seeds="0").iloc[1:], 1024: table(seeds="0").iloc[1:]}
+    runs = more_seeds(tables, 3)
+    assert len(runs) == len(runs.rows("width")) == 2 * sum(map(len, tables.values()))
+    low, high = ([f"{2.0**x:.6g}" for x in GRID[some]] for some in (slice(4), slice(1, None)))
+    assert runs.text("width") == (
+        f"32 runs: width = 512; LR {', '.join(low)}; width = 768, 1024; LR {', '.join(high)}; seed 1, 2"
+    )
+    assert [grid["width"] for grid in runs.to_dict("width")] == [[512], [768, 1024]]
+    first, second = runs.command("factored", "runs.csv").split(" && ")
+    assert f"--lrs {','.join(low)}" in first
+    assert f"--lrs {','.join(high)}" in second
+    files = [call.rpartition(" ")[2] for call in runs.command("factored", "runs.db", ledger=True).split(" && ")]
+    assert files == ["more.csv", "more-2.csv"]  # sweep writes no table over another
+
+
 def test_seeds_that_some_n_lack_are_advised_there() -> None:
     runs = missing_seeds({1: table(), 2: table(seeds="0"), 4: table(seeds="12")})
     assert (runs.counts, runs.seeds) == ((2, 4), ("0", "1", "2"))
@@ -101,7 +117,7 @@ def test_a_plateau_asks_for_seeds_where_the_lrs_reach_far_and_else_for_lrs() -> 
 def test_the_command_is_one_that_our_command_line_understands(
     counts: list[int], lrs: list[float], seeds: list[int], table_name: str
 ) -> None:
-    runs = FurtherRuns(tuple(counts), tuple(lrs), tuple(map(str, seeds)))
+    runs = FurtherRuns(dict.fromkeys(counts, tuple(lrs)), tuple(map(str, seeds)))
     command = shlex.split(runs.command("factored", table_name))
     assert command[:2] == ["looptransfer", "sweep"]
     arguments = parser().parse_args(command[1:])
