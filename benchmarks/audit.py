@@ -24,7 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import looptransfer as lt
-from looptransfer.transfer.optimum import REACH, pooled_vertex
+from benchmarks.verdict_simulations import table
+from looptransfer.transfer.optimum import REACH, Interval, pooled_vertex
 from looptransfer.transfer.verdict import RuleVerdict, Verdict
 
 HOME = Path("reports/audit")
@@ -74,11 +75,8 @@ class Grid:
         """Whether the grid's limits lie inside the tolerance, outside, or on both sides of it."""
         if self.limits is None:
             return "one size"
-        low, high = self.limits
-        tolerance = self.verdict.tolerance
-        if -tolerance < low <= high < tolerance:
-            return "inside"
-        return "outside" if low > tolerance or high < -tolerance else "across"
+        ends, tolerance = Interval(math.nan, *self.limits), self.verdict.tolerance
+        return "inside" if ends.inside(tolerance) else "outside" if ends.outside(tolerance) else "across"
 
 
 def read(home: Path) -> list[Grid]:
@@ -116,9 +114,9 @@ def limits(tables: Mapping[int, pd.DataFrame]) -> tuple[float, float] | None:
     weights = doublings - doublings.mean()
     weights = weights / float(weights @ weights)
     low = high = 0.0
-    for weight, table in zip(weights, tables.values(), strict=True):
-        x = [-math.inf, *table.index, math.inf]
-        best = 1 + int(np.argmin(table.mean(axis=1)))
+    for weight, losses in zip(weights, tables.values(), strict=True):
+        x = [-math.inf, *losses.index, math.inf]
+        best = 1 + int(np.argmin(losses.mean(axis=1)))
         ends = sorted((weight * x[best - 1], weight * x[best + 1])) if weight else (0.0, 0.0)
         low, high = low + ends[0], high + ends[1]
     return float(low), float(high)
@@ -182,13 +180,13 @@ def _draw(panel: Axes, grid: Grid, y: float) -> None:
         panel.plot(grid.fitted, y, marker=marker, color=colour, markersize=6, markerfacecolor="white", zorder=4)
 
 
-def rows(grids: Sequence[Grid]) -> list[list[str]]:
-    """The cells of the table, the header first."""
-    header = [
+def rows(grids: Sequence[Grid]) -> pd.DataFrame:
+    """The cells of the table, as text."""
+    columns = [
         "grid", "source", "axis", "LRs × seeds × sizes", "fitted drift", "interval", "limits of the grid",
         "best LR is the last at", "verdict", "regret", "what would tell", "what else changes",
     ]  # fmt: skip
-    return [header, *map(_row, grids)]
+    return pd.DataFrame(map(_row, grids), columns=columns)
 
 
 def _row(grid: Grid) -> list[str]:
@@ -216,12 +214,6 @@ def _row(grid: Grid) -> list[str]:
 def _octaves(drift: float) -> str:
     """Two decimals with a sign; that of nothing is a plus, whatever rounding made of it."""
     return f"{round(drift, 2) + 0.0:+.2f}".replace("inf", "∞")
-
-
-def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
 
 
 def report(grids: Sequence[Grid], not_had: pd.DataFrame, seconds: float) -> str:
@@ -257,9 +249,9 @@ def report(grids: Sequence[Grid], not_had: pd.DataFrame, seconds: float) -> str:
         "Drift, interval and limits are in octaves per doubling of the axis, the regret in the unit of the loss. A "
         "grid in which width and layers grow together stands under one of them, by whose column its sizes can be told "
         "apart. Where the LR is a multiple of a rule, a drift is one from that rule.",
-        markdown(rows(grids)),
+        table(rows(grids)),
         "## What could not be had",
-        markdown([list(not_had), *not_had.to_numpy().tolist()]),
+        table(not_had),
         "## How this was made",
         "The numbers are those of the sources, rounded to five or six digits where they had more; they were read from "
         "stored copies of the repositories and threads in November 2026, where the end of a long comment could be "

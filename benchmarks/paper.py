@@ -104,11 +104,16 @@ def decoder(scale: Scale, layers: int = 1, loops: int = 1) -> lt.LoopedDecoder:
     the embedding. The output of a matrix grows with √width; √(768/width) on the matrices makes up for it.
     """
     model = lt.LoopedDecoder(vocab=scale.vocab, width=scale.width, heads=scale.heads, layers=layers, loops=loops)
-    with torch.no_grad():
-        for parameter in model.layers.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(math.sqrt(PAPER_WIDTH / scale.width))
+    enlarge_matrices(model.layers, math.sqrt(PAPER_WIDTH / scale.width))
     return model.to(scale.device)
+
+
+def enlarge_matrices(layers: nn.Module, gain: float) -> None:
+    """Multiply the matrices of some layers, which were just initialised."""
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(gain)
 
 
 def random_tokens(scale: Scale, seed: int) -> Iterator[Batch]:

@@ -30,13 +30,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import looptransfer as lt
+from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rules import Rule
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "reports" / "transfer"
-PAPER_WIDTH = 768
 BASE_LAYERS = 2
 CENTRE = 0.014  # near the optimum of reports/sweep at N = 2
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
@@ -59,11 +59,7 @@ class Larger:
 
     def __call__(self, loops: int) -> nn.Module:
         model = self.make_model(loops)
-        layers = model.get_submodule("layers")
-        with torch.no_grad():
-            for parameter in layers.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(self.gain)
+        enlarge_matrices(model.get_submodule("layers"), self.gain)
         return model
 
 

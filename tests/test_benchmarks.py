@@ -90,7 +90,7 @@ def test_the_public_audit_judges_its_grids_and_its_report_is_current(tmp_path: P
     home = BENCHMARKS.parent / audit.HOME
     grids = audit.read(home)
     assert {grid.source["grid"] for grid in grids} == {path.stem for path in (home / "data").glob("*.csv")}
-    assert audit.markdown(audit.rows(grids)) in (home / "README.md").read_text()
+    assert audit.table(audit.rows(grids)) in (home / "README.md").read_text()
     audit.forest(grids).savefig(tmp_path / "forest.png")
 
 

@@ -1,5 +1,6 @@
 """What reports/README.md claims is what the reports say, and two of its claims are made again at a small size."""
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -19,6 +20,7 @@ ROWS = [
 ][1:]
 
 
+@functools.cache
 def evidence(report: Path) -> str:
     """The text of a report, and the verdict on its table, where it has one."""
     table, stored = report.parent / "results.csv", report.parent / "verdict.json"

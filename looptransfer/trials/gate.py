@@ -23,7 +23,7 @@ from looptransfer.trials.function import as_trainable
 from looptransfer.trials.ledger import Ledger
 from looptransfer.trials.run import Run
 from looptransfer.trials.search import Losses
-from looptransfer.trials.sweep import open_ledger
+from looptransfer.trials.sweep import open_ledger, request_for
 from looptransfer.trials.workers import run_search
 
 
@@ -150,10 +150,10 @@ def gate(
 
 def _ask(study: Ledger, runs: Sequence[Run]) -> None:
     """Keep which runs the ledger is read for: all but the controls, whose LRs are no LRs of their own."""
-    for (rule, loops), of_one in groupby(sorted(runs), key=lambda run: (run.rule, run.loops)):
-        lrs, seeds = zip(*((run.lr, run.seed) for run in of_one), strict=True)
-        cells = [[rule, loops, rule]]
-        study.ask({"kind": "sweep", "cells": cells, "lrs": sorted({*lrs}), "seeds": sorted({*seeds}), "without": []})
+    for (rule, loops), group in groupby(sorted(runs), key=lambda run: (run.rule, run.loops)):
+        of_optimum = list(group)
+        lrs, seeds = {run.lr for run in of_optimum}, {run.seed for run in of_optimum}
+        study.ask(request_for([(rule, loops, rule)], lrs, seeds))
 
 
 def _counts(stored: Sequence[int], loops: Sequence[int] | None, path: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -226,13 +226,8 @@ def sweep(
     trainable = as_trainable(train)
     places = slots(devices, workers)
     study, starts = open_ledger(trainable, missing, ledger, places[0], target)
-    request = {
-        "kind": "sweep",
-        "cells": sorted([rule, count, _stored_rule(starts.get(count), rule)] for rule, count in pairs),
-        "lrs": sorted({lr for lr, _ in grid}),
-        "seeds": sorted(chosen),
-        "without": [list(astuple(run)) for run in sorted(reported & set(known))],
-    }
+    cells = [(rule, count, _stored_rule(starts.get(count), rule)) for rule, count in pairs]
+    request = request_for(cells, {lr for lr, _ in grid}, chosen, reported & set(known))
     study.ask(request)
     try:
         run_search(trainable, search_of(request), study, places, limit, alone=workers is None)
@@ -240,6 +235,19 @@ def sweep(
         error.finished = _table(study, request)
         raise
     return _table(study, request)
+
+
+def request_for(
+    cells: Iterable[tuple[Rule, int, Rule]], lrs: Iterable[float], seeds: Iterable[int], without: Iterable[Run] = ()
+) -> dict[str, Any]:
+    """A request of every LR and seed in every cell (rule, N, rule it is stored as), as `asked` reads it."""
+    return {
+        "kind": "sweep",
+        "cells": sorted(map(list, cells)),
+        "lrs": sorted(lrs),
+        "seeds": sorted(seeds),
+        "without": [list(astuple(run)) for run in sorted(without)],
+    }
 
 
 def _table(ledger: Ledger, request: Mapping[str, Any]) -> pd.DataFrame:
