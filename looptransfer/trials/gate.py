@@ -15,7 +15,7 @@ from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
 from looptransfer.transfer.bracket import stored_lrs
 from looptransfer.transfer.comparison import ComparedOptimum, Comparison
-from looptransfer.transfer.repeats import Repeat, confirmed, is_noise, is_same, is_small, largest_gap, runs_to_repeat
+from looptransfer.transfer.repeats import SHARE, Repeat, are_noise, are_same, are_small, confirmed, runs_to_repeat
 from looptransfer.transfer.results import COLUMNS, tidy
 from looptransfer.transfer.stored import StoredOptimum
 from looptransfer.trials.devices import slots
@@ -55,35 +55,49 @@ class GateSearch:
         """The findings, by N, on the optima whose stored runs gave their losses again."""
         findings = {}
         for stored in self.optima:
-            if self._of(stored, done)[1]:
-                repeats = runs_to_repeat(stored)
-                findings[stored.n] = confirmed(stored, repeats, self._gap(repeats, done))
+            if repeats := self._of(stored, done)[1]:
+                findings[stored.n] = confirmed(stored, repeats, self._gaps(repeats, done))
         return findings
 
-    def _of(self, stored: StoredOptimum, done: Losses) -> tuple[list[Run], bool]:
-        """The runs of an optimum, and whether they confirm it."""
+    def _of(self, stored: StoredOptimum, done: Losses) -> tuple[list[Run], Sequence[Repeat]]:
+        """The runs of an optimum, and the stored ones that confirm it; these are none until they do."""
         repeats = runs_to_repeat(stored)
         if not repeats:
-            return self.bracket(stored), False
+            return self.bracket(stored), []
+        half, once = repeats[:1], repeats[1:]
+        runs, explained = self._look(half, SHARE * self.loss_tolerance, done)
+        for count in range(1, len(once) + 1):
+            further, explained_once = self._look(once[:count], self.loss_tolerance, done)
+            runs = list(dict.fromkeys([*runs, *further]))
+            if explained is None or explained_once is None:
+                return runs, []
+            if explained and explained_once:
+                return runs, [*half, *once[:count]]
+            if not explained:
+                break
+        return [*runs, *self.bracket(stored)], []
+
+    def _look(self, repeats: Sequence[Repeat], limit: float, done: Losses) -> tuple[list[Run], bool | None]:
+        """The runs that say whether float noise explains the gaps of stored ones, and, once all are done, whether."""
         runs = [self._run(repeat) for repeat in repeats]
         if not done.keys() >= set(runs):
-            return runs, False
-        gap, control = self._gap(repeats, done), replace(runs[-1], lr=repeats[-1].control_lr)
-        if is_same(gap, repeats):
+            return runs, None
+        gaps = self._gaps(repeats, done)
+        if are_same(repeats, gaps):
             return runs, True
-        if not is_small(gap, self.loss_tolerance):
-            return [*runs, *self.bracket(stored)], False
-        if control not in done:
-            return [*runs, control], False
-        if is_noise(gap, done[control] - done[runs[-1]]):
-            return [*runs, control], True
-        return [*runs, control, *self.bracket(stored)], False
+        if not are_small(gaps, limit):
+            return runs, False
+        controls = [replace(run, lr=repeat.control_lr) for run, repeat in zip(runs, repeats, strict=True)]
+        if not done.keys() >= set(controls):
+            return [*runs, *controls], None
+        differences = [done[control] - done[run] for control, run in zip(controls, runs, strict=True)]
+        return [*runs, *controls], are_noise(gaps, differences)
 
     def _run(self, repeat: Repeat) -> Run:
         return Run(self.rule, repeat.n, repeat.lr, repeat.seed)
 
-    def _gap(self, repeats: Sequence[Repeat], done: Losses) -> float:
-        return largest_gap(repeats, [done[self._run(repeat)] for repeat in repeats])
+    def _gaps(self, repeats: Sequence[Repeat], done: Losses) -> list[float]:
+        return [repeat.gap(done[self._run(repeat)]) for repeat in repeats]
 
 
 def gate(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looptransfer.transfer.optimum import Interval
-from looptransfer.transfer.repeats import is_noise, is_same, is_small, largest_gap, runs_to_repeat
+from looptransfer.transfer.repeats import are_noise, are_same, are_small, confirmed, runs_to_repeat
 from looptransfer.transfer.stored import Losses, StoredOptimum
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=100)
@@ -27,17 +27,18 @@ def table(seeds: str = "012", diverged: tuple[tuple[float, str], ...] = ()) -> L
 @reproducible
 @given(st.floats(-8.4, -3.6))
 def test_the_runs_nearest_to_half_and_once_the_optimum_are_made_again(log2_lr: float) -> None:
-    repeats = runs_to_repeat(stored(table(), log2_lr))
-    assert [repeat.seed for repeat in repeats] == [0, 0]
+    repeats = runs_to_repeat(stored(table("0123"), log2_lr))
+    assert [repeat.seed for repeat in repeats] == [0, 0, 1, 2]
     assert [repeat.loss for repeat in repeats] == [1.0 + repeat.lr for repeat in repeats]
-    half, once = (math.log2(repeat.lr) for repeat in repeats)
+    half, once = (math.log2(repeat.lr) for repeat in repeats[:2])
+    assert {repeat.lr for repeat in repeats[1:]} == {repeats[1].lr}
     assert abs(once - log2_lr) <= 0.5
     assert abs(half - (log2_lr - 1)) <= 0.5
 
 
 def test_a_seed_that_diverged_there_gives_way_to_the_next() -> None:
-    assert {repeat.seed for repeat in runs_to_repeat(stored(table("102", ((2.0**-6, "0"),))))} == {1}
-    assert {repeat.seed for repeat in runs_to_repeat(stored(table("102", ((2.0**-3, "0"),))))} == {0}
+    assert [repeat.seed for repeat in runs_to_repeat(stored(table("102", ((2.0**-6, "0"),))))] == [1, 1, 2]
+    assert [repeat.seed for repeat in runs_to_repeat(stored(table("102", ((2.0**-3, "0"),))))] == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_without_two_runs_of_a_numbered_seed_nothing_is_made_again(losses: Losse
 
 def test_seeds_are_in_the_order_of_their_numbers() -> None:
     losses = {repr(lr): {"10": 1.0, "9": 2.0} for lr in GRID}
-    assert {repeat.seed for repeat in runs_to_repeat(stored(losses))} == {9}
+    assert [repeat.seed for repeat in runs_to_repeat(stored(losses))] == [9, 9, 10]
 
 
 def test_a_control_differs_by_one_ulp_of_a_float32() -> None:
@@ -57,20 +58,31 @@ def test_a_control_differs_by_one_ulp_of_a_float32() -> None:
         assert np.float32(repeat.control_lr) == np.nextafter(np.float32(repeat.lr), np.float32(1))
 
 
-def test_a_gap_is_the_largest_and_a_diverged_run_is_no_small_one() -> None:
-    repeats = runs_to_repeat(stored(table()))
-    losses = [repeat.loss for repeat in repeats]
-    assert largest_gap(repeats, losses) == 0
-    assert is_same(0.0, repeats)
-    assert is_same(largest_gap(repeats, [losses[0] * (1 + 2.0**-22), losses[1]]), repeats)
-    assert not is_same(largest_gap(repeats, [losses[0], losses[1] + 1e-5]), repeats)
-    assert not is_small(largest_gap(repeats, [losses[0], math.inf]), 0.02)
-    assert not is_small(largest_gap(repeats, [losses[0], math.nan]), 0.02)
-    assert not is_noise(1e-4, math.nan)
+def test_the_last_digits_need_no_explanation_and_a_diverged_run_has_none() -> None:
+    half, once, *_ = runs_to_repeat(stored(table()))
+    assert are_same([half, once], [half.gap(half.loss), once.gap(once.loss * (1 + 2.0**-22))])
+    assert not are_same([half, once], [0.0, once.gap(once.loss + 1e-5)])
+    for diverged in (math.inf, math.nan):
+        assert not are_small([0.0, half.gap(diverged)], 0.02)
+        assert not are_noise([1e-4, 1e-4], [1e-4, diverged])
+        assert not are_noise([1e-4, 1e-4], [diverged, 1e-4])
 
 
-def test_what_a_control_explains_ends_well_below_the_tolerance_of_the_loss() -> None:
-    assert is_small(0.001, 0.02)
-    assert not is_small(0.005, 0.02)
-    assert is_noise(1e-4, -5e-5)
-    assert not is_noise(1e-4, 1e-6)
+def test_gaps_are_small_by_their_mean_and_noise_by_the_largest() -> None:
+    assert are_small([0.03, -0.01], 0.02)
+    assert not are_small([0.03, 0.02], 0.02)
+    assert are_noise([0.03, -0.01], [-0.004, 1e-6])
+    assert not are_noise([0.03, -0.01], [-0.003, 1e-6])
+
+
+def test_what_holds_says_by_how_much_each_loss_differs() -> None:
+    optimum = stored(table())
+    half, once, other, _ = runs_to_repeat(optimum)
+    told = confirmed(optimum, [half, once], [0.0, -0.012])
+    assert (told.answer, told.seeds, told.paired) == ("HOLDS", 1, True)
+    assert told.reason == "seed 0 gives the stored losses again: LR 0.00781 exactly, LR 0.0156 but for 0.01"
+    told = confirmed(optimum, [half, once, other], [2e-6, 0.03, -0.01])
+    assert told.seeds == 2
+    assert told.reason == (
+        "seeds 0, 1 give the stored losses again: LR 0.00781 but for 2e-06, LR 0.0156 but for 0.01 in the mean"
+    )
