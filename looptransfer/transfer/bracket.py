@@ -24,6 +24,11 @@ def stored_lrs(stored: StoredOptimum) -> tuple[float, ...]:
     return tuple(float(f"{2.0 ** (stored.log2_lr.estimate + octaves):.6g}") for octaves in OCTAVES)
 
 
+def first_seeds(count: int) -> int:
+    """How many of `count` seeds are looked at first: half, two at least."""
+    return max(2, count // 2)
+
+
 def bracket_optimum(
     stored: StoredOptimum, table: pd.DataFrame, loss_tolerance: float, confidence: float
 ) -> ComparedOptimum:

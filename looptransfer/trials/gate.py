@@ -1,5 +1,6 @@
 """The gate: a few short trainings that confirm, at every commit, that stored optima still hold."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -13,7 +14,7 @@ from looptransfer.checks import check_count
 from looptransfer.errors import InputError
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
-from looptransfer.transfer.bracket import stored_lrs
+from looptransfer.transfer.bracket import bracket_optimum, first_seeds, stored_lrs
 from looptransfer.transfer.comparison import ComparedOptimum, Comparison
 from looptransfer.transfer.repeats import SHARE, Repeat, are_noise, are_same, are_small, confirmed, runs_to_repeat
 from looptransfer.transfer.results import COLUMNS, tidy
@@ -31,15 +32,19 @@ from looptransfer.trials.workers import run_search
 class GateSearch:
     """Stored runs made again; where a loss differs, a control; where float noise does not explain it, the bracket.
 
+    The bracket takes half of its seeds first, and the others where these do not tell.
+
     Attributes:
         seeds: of the bracket.
         loss_tolerance: in the unit of the loss.
+        confidence: of the two-sided intervals.
     """
 
     optima: Sequence[StoredOptimum]
     rule: Rule
     seeds: Sequence[int]
     loss_tolerance: float
+    confidence: float
 
     def wanted(self, done: Losses) -> Sequence[Run]:
         """The runs of all optima, those of the largest N first."""
@@ -47,9 +52,18 @@ class GateSearch:
             run for stored in sorted(self.optima, key=lambda stored: -stored.n) for run in self._of(stored, done)[0]
         ]
 
-    def bracket(self, stored: StoredOptimum) -> list[Run]:
-        """Half, once and twice the stored LR."""
-        return [Run(self.rule, stored.n, lr, seed) for lr in stored_lrs(stored) for seed in self.seeds]
+    def bracket(self, stored: StoredOptimum, done: Losses) -> list[Run]:
+        """Half, once and twice the stored LR, with as many seeds as are needed."""
+        lrs = stored_lrs(stored)
+        for seeds in (self.seeds[: first_seeds(len(self.seeds))], self.seeds):
+            runs = {str(seed): [Run(self.rule, stored.n, lr, seed) for lr in lrs] for seed in seeds}
+            if not done.keys() >= {run for of_seed in runs.values() for run in of_seed}:
+                break
+            losses = {seed: [done[run] for run in of_seed] for seed, of_seed in runs.items()}
+            table = pd.DataFrame(losses, index=[math.log2(lr) for lr in lrs])
+            if bracket_optimum(stored, table, self.loss_tolerance, self.confidence).answer != "INCONCLUSIVE":
+                break
+        return [run for of_seed in runs.values() for run in of_seed]
 
     def confirmed(self, done: Losses) -> dict[int, ComparedOptimum]:
         """The findings, by N, on the optima whose stored runs gave their losses again."""
@@ -63,7 +77,7 @@ class GateSearch:
         """The runs of an optimum, and the stored ones that confirm it; these are none until they do."""
         repeats = runs_to_repeat(stored)
         if not repeats:
-            return self.bracket(stored), []
+            return self.bracket(stored, done), []
         half, once = repeats[:1], repeats[1:]
         runs, explained = self._look(half, SHARE * self.loss_tolerance, done)
         for count in range(1, len(once) + 1):
@@ -75,7 +89,7 @@ class GateSearch:
                 return runs, [*half, *once[:count]]
             if not explained:
                 break
-        return [*runs, *self.bracket(stored)], []
+        return [*runs, *self.bracket(stored, done)], []
 
     def _look(self, repeats: Sequence[Repeat], limit: float, done: Losses) -> tuple[list[Run], bool | None]:
         """The runs that say whether float noise explains the gaps of stored ones, and, once all are done, whether."""
@@ -117,13 +131,14 @@ def gate(
 
     First a few of the stored runs are made again, one seed at about half and once the stored LR: where their losses are
     the same, or differ by no more than float noise explains, the optimum holds. Elsewhere half, once and twice the
-    stored LR are trained with `seeds` seeds, and the optimum should still lie between.
+    stored LR are trained with half of `seeds` seeds, then with the others where these do not tell, and the optimum
+    should still lie between.
 
     Args:
         train: what is trained, as `tune` takes it.
         baseline: stored optima, or their file.
         loops: which of the stored N; default the smallest and the largest.
-        seeds: how many for the bracket, two at least; the first of the baseline, so that they are paired with it.
+        seeds: how many for the bracket at most, two at least; the baseline's first, so that they are paired with it.
         rule: the scaling rule.
         ledger: where finished runs are kept; default nowhere, since runs of other code would say nothing of this one.
         workers: as `tune` takes it.
@@ -146,16 +161,16 @@ def gate(
     counts = _counts(list(stored), loops, stored_in.path)
     chosen = _seeds({seed for n in counts for seed in stored[n].loss_by_seed or ()}, seeds)
     tolerance = stored_in.loss_tolerance if loss_tolerance is None else loss_tolerance
-    search = GateSearch([stored[n] for n in counts], rule, chosen, tolerance)
+    search = GateSearch([stored[n] for n in counts], rule, chosen, tolerance, confidence)
     with TemporaryDirectory(prefix="looptransfer-") as folder:
         first = list(search.wanted({}))
-        every = [*first, *(run for n in counts for run in search.bracket(stored[n]))]
+        every = [*first, *(Run(rule, n, stored[n].lr, seed) for n in counts for seed in chosen)]
         places = slots(devices, workers)
         study, _ = open_ledger(experiment, every, ledger or Path(folder, "gate.db"), places[0])
         _ask(study, first)
         run_search(experiment, search, study, places, limit, "gate", alone=workers is None)
         holding = search.confirmed(study.losses)
-        bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n])]
+        bracket = [run for n in counts if n not in holding for run in search.bracket(stored[n], study.losses)]
         _ask(study, bracket)
     table = tidy(pd.DataFrame([study.finished[run] for run in bracket or first], columns=COLUMNS))
     table.attrs["experiment"] = experiment.identity()
