@@ -1,6 +1,6 @@
 """What the gate costs on code that is unchanged in all that matters, and how often it raises a wrong alarm.
 
-    python -m benchmarks.gate_refactors [--commits 100] [--steps 60] [--out reports/gate] [--workers N]
+    python -m benchmarks.gate_refactors [--commits 100] [--steps 100] [--out reports/gate] [--workers N]
 
 A commit puts the hidden units of every MLP into another order: the same function, the same training, other sums. Every
 other one is gated as on another machine: its processes use PyTorch's kernels without AVX. Each is gated against the
@@ -67,7 +67,7 @@ def gated(job: tuple[int, int, str]) -> dict[str, Any]:
     commit_of = replace(experiment, make_model=Refactored(experiment, commit))
     with TemporaryDirectory() as folder:
         ledger, started = Path(folder, "gate.db"), time.process_time()
-        told = lt.gate(commit_of, baseline, ledger=ledger, workers=1)
+        told = lt.gate(commit_of, baseline, LOOPS, ledger=ledger, workers=1)
         seconds, trainings = time.process_time() - started, len(Ledger(ledger).finished)
     return {
         "commit": commit,
@@ -130,7 +130,7 @@ def _row(machine: object, group: pd.DataFrame, full: dict[str, float]) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commits", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("reports/gate"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
