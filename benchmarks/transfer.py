@@ -125,7 +125,7 @@ def loop_cells(steps: int) -> list[Cell]:
     return [Cell("0.02·√(768/width)", 2, steps, PAPER, LOOPS, ("factored", "sqrt"))]
 
 
-CELLS = [*depth_cells("0.02·√(768/width)"), *loop_cells(250), *depth_cells("0.02"), *loop_cells(1000)]
+CELLS = [*loop_cells(250), *loop_cells(1000), *depth_cells("0.02·√(768/width)"), *depth_cells("0.02")]
 
 
 def name_of(exponents: tuple[float, float]) -> str:
