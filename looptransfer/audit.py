@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from looptransfer.errors import InputError, VerificationError
+from looptransfer.errors import InputError, VerificationError, explained_in
 from looptransfer.optim import MAKE, Group, follow_plan, planned_settings, strange_groups, tensors_in
 from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.names import named_parameters
@@ -20,6 +20,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 TOLERANCE = 1e-6  # relative, of a setting
 
 
+@explained_in("symptoms.md#the-coordinate-check-fails")
 def verify(model: nn.Module, example_inputs: ExampleInputs, *, optimizer: Optimizers | None = None) -> ScalingPlan:
     """Measure on the live model what reaches the stream of each branch, and return the plan if it is what it says.
 
@@ -53,6 +54,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs, *, optimizer: Optimi
     return plan
 
 
+@explained_in("random-loops.md")
 def rescale(
     model: nn.Module,
     example_inputs: ExampleInputs | None = None,

@@ -1,5 +1,7 @@
 """Errors, and warnings of what deserves a second look."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -8,6 +10,17 @@ if TYPE_CHECKING:
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names the value, the allowed range and the fix."""
+
+
+@contextmanager
+def explained_in(page: str) -> Iterator[None]:
+    """Note on an InputError that leaves a function which page explains it; the innermost function has the word."""
+    try:
+        yield
+    except InputError as error:
+        if not getattr(error, "__notes__", None):
+            error.add_note(f"more: docs/{page}")
+        raise
 
 
 class UserCodeError(InputError):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from looptransfer.checks import is_number
-from looptransfer.errors import InputError
+from looptransfer.errors import InputError, explained_in
 from looptransfer.rewrite.names import module_of, named_parameters, parameter_names
 from looptransfer.rewrite.plan import ROLES, SHOWN, Branch, Role, ScalingPlan, planned
 from looptransfer.rewrite.width import Growth, growth, width_divisor
@@ -49,6 +49,7 @@ class TensorFactors:
         return self.depth.weight_decay * self.width if policy == "coefficient" else 1 / self.lr
 
 
+@explained_in("optimizers.md")
 def param_groups(
     model: nn.Module,
     optimizer: str | type[torch.optim.Optimizer],
@@ -120,6 +121,7 @@ def param_groups(
     return list(groups.values())
 
 
+@explained_in("optimizers.md#schedulers")
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the base LR of an optimizer over `param_groups`, each group's in its own proportion.
 

@@ -16,7 +16,7 @@ from looptransfer.coordcheck.observe import Observation, TracedBranch, find_bran
 from looptransfer.coordcheck.result import ON_STREAM, OUTPUT, OUTSIDE, Context, CoordCheck
 from looptransfer.coordcheck.significance import judge_frame
 from looptransfer.coordcheck.statistics import CHANGE_STATISTICS, STEP_STATISTICS, VISIT_STATISTICS, Change, Step, Visit
-from looptransfer.errors import InputError, UserCodeError
+from looptransfer.errors import InputError, UserCodeError, explained_in
 from looptransfer.optim import param_groups
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.parametrize import apply_plan
@@ -37,6 +37,7 @@ Statistics = Mapping[str, Callable[[Visit], Any]]
 Value = tuple[str, int, str, float]  # module, visit, statistic, value
 
 
+@explained_in("coordinates.md#a-coordinate-check-over-loops")
 def coord_check(
     experiment: Experiment,
     loops: Sequence[int] = LOOPS,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from looptransfer.errors import InputError, ScalingWarning
+from looptransfer.errors import InputError, ScalingWarning, explained_in
 from looptransfer.rewrite.analysis import Analysis, analyse, fullest
 from looptransfer.rewrite.caveats import renewed
 from looptransfer.rewrite.forward import ExampleInputs
@@ -29,6 +29,7 @@ from looptransfer.text import few
 DRAWS = 7  # further forwards where random numbers steer the model
 
 
+@explained_in("models.md#what-is-refused-and-what-settles-it")
 def parametrize(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -92,7 +93,7 @@ def parametrize(
     if small is not None:
         plan = _with_widths(model, small, example_inputs, fullest(draws), plan)
     for caveat in plan.caveats:
-        warnings.warn(caveat, ScalingWarning, stacklevel=2)
+        warnings.warn(caveat, ScalingWarning, stacklevel=3)
     if preserve:
         _scale_last_maps(model, plan, inverse=True)
     if small is not None:
@@ -150,6 +151,7 @@ def _seeds(analysis: Analysis) -> range:
     return range(DRAWS if analysis.trace.graph.chance_steers else 0)
 
 
+@explained_in("models.md#keep-it-load-it-export-it")
 def apply_plan(model: nn.Module, plan: ScalingPlan | None = None) -> ScalingPlan:
     """Put a plan into a fresh model in place: the one it was made for, built again. Nothing is traced.
 
@@ -231,6 +233,7 @@ def _members(plan: ScalingPlan, analysis: Analysis) -> dict[Handle, frozenset[st
     return before | {group.handle: group.parameters for group in analysis.groups}
 
 
+@explained_in("models.md#keep-it-load-it-export-it")
 def fold(model: nn.Module) -> None:
     """Make a plain model of a rewritten one, in place, for export and serving; its function stays the same.
 
@@ -253,6 +256,7 @@ def fold(model: nn.Module) -> None:
             named_parameters(inner)[f"{name}.weight"].mul_(factor)
 
 
+@explained_in("models.md#keep-it-load-it-export-it")
 def remove(model: nn.Module) -> None:
     """Take the multipliers out again, in place: every branch is added with factor 1, every module has its own class.
 

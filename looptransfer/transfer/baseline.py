@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from looptransfer.checks import check_number, is_number
-from looptransfer.errors import InputError
+from looptransfer.errors import InputError, explained_in
 from looptransfer.files import MOST_BYTES, open_file, write_file
 from looptransfer.records import parse_json, record_of, value_of
 from looptransfer.transfer.bracket import bracket_optimum
@@ -74,6 +74,7 @@ class Baseline:
         )
 
     @classmethod
+    @explained_in("ci.md")
     def read(cls, path: str | Path = PATH) -> "Baseline":
         """Read what `write` wrote.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 
 from looptransfer.checks import check_number
-from looptransfer.errors import InputError
+from looptransfer.errors import InputError, explained_in
 from looptransfer.transfer import drift
 from looptransfer.transfer.causes import advised
 from looptransfer.transfer.judge import judge_tables, situation_of
@@ -23,6 +23,7 @@ MOST_NAMED = 8  # LRs in a note
 HORIZONS = (0.5, 0.75)  # shares of the training at which the optimum is shown beside that at its end
 
 
+@explained_in("verdict.md")
 def check(
     results: pd.DataFrame,
     rule: str | None = None,

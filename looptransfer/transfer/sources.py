@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from looptransfer.errors import InputError
+from looptransfer.errors import InputError, explained_in
 from looptransfer.files import MOST_BYTES, open_file
 from looptransfer.records import unique
 from looptransfer.rules import RULES
@@ -34,6 +34,7 @@ IMPLIED = ("lr", "loss", "seed", "rule")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
+@explained_in("table.md#how-a-table-is-read")
 def read_results(
     source: str | Path | Sequence[str | Path],
     columns: Mapping[str, str] | None = None,

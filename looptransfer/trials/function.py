@@ -95,7 +95,7 @@ class Reporting(ABC):
             if paired:
                 print(f"looptransfer: {checked[key]}", file=sys.stderr)
             else:
-                warnings.warn(checked[key], PairingWarning, stacklevel=4)
+                warnings.warn(checked[key], PairingWarning, stacklevel=5)
         return {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from looptransfer.checks import check_count
-from looptransfer.errors import InputError
+from looptransfer.errors import InputError, explained_in
 from looptransfer.rules import Rule, check_rule
 from looptransfer.transfer.baseline import PATH, Baseline
 from looptransfer.transfer.bracket import bracket_optimum, first_seeds, stored_lrs
@@ -114,6 +114,7 @@ class GateSearch:
         return [repeat.gap(done[self._run(repeat)]) for repeat in repeats]
 
 
+@explained_in("ci.md")
 def gate(
     train: Any,
     baseline: str | Path | Baseline = PATH,

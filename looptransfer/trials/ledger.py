@@ -28,7 +28,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import IntegrityError, InterfaceError, InternalError, OperationalError, ProgrammingError
 
-from looptransfer.errors import InputError, LedgerError
+from looptransfer.errors import InputError, LedgerError, explained_in
 from looptransfer.rules import RULES
 from looptransfer.text import without_password, without_secrets
 from looptransfer.transfer.provenance import fingerprint
@@ -208,6 +208,7 @@ class Ledger:
 
     # -- whose it is
 
+    @explained_in("cluster.md#what-a-ledger-belongs-to")
     def admit(
         self,
         identity: Mapping[str, Any],
@@ -469,7 +470,7 @@ def _warn_of_shared(file: Path, shown: str) -> None:
             f"the ledger {shown} lies on a shared disk ({kind}), where SQLite's locks may not hold; give "
             f"--ledger journal://{path}, or PostgreSQL",
             UserWarning,
-            stacklevel=4,
+            stacklevel=7,
         )
 
 

@@ -144,7 +144,7 @@ def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start]
             f"batches({seed}) and batches({other}) are the same{place(batches)}: seeds differ by their initialisation "
             "alone, and the intervals hold for this one order of the data",
             PairingWarning,
-            stacklevel=4,
+            stacklevel=7,
         )
 
 

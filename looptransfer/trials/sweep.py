@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from looptransfer.checks import check_count, check_number, counts_of, is_number, seeds_of
-from looptransfer.errors import FailedRunError, InputError
+from looptransfer.errors import FailedRunError, InputError, explained_in
 from looptransfer.rules import RULES, Rule, check_rule
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.studies import asked, expanded
@@ -75,6 +75,7 @@ class TunedLR:
         return f"{text}; {100 * self.asked:g} % was asked for: runs of equal LR differ too much, or every LR is as good"
 
 
+@explained_in("training-script.md#tune-sweep-check")
 def tune(
     train: Any,
     loops: int,
@@ -169,6 +170,7 @@ def read_tuned(path: str | Path) -> dict[str, Any]:
     return data
 
 
+@explained_in("training-script.md#tune-sweep-check")
 def sweep(
     train: Any,
     loops: Sequence[int] | Mapping[Rule, Sequence[int]],
@@ -294,6 +296,7 @@ def _prober(trainable: Trainable, slot: Slot, place: str | Path) -> Callable[[Ru
     return lambda run: trainable.probe(here(slot).trial(run, runs_directory(place)))
 
 
+@explained_in("cluster.md#many-machines")
 def join(
     train: Any,
     storage: str | Path,

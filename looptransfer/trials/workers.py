@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from looptransfer.checks import check_number
-from looptransfer.errors import FailedRunError, InputError
+from looptransfer.errors import FailedRunError, InputError, explained_in
 from looptransfer.trials.devices import Slot, environment, here
 from looptransfer.trials.ledger import Claim, Ledger
 from looptransfer.trials.progress import Progress, progress_of
@@ -61,6 +61,7 @@ class Job:
     limit: float | None
 
 
+@explained_in("cluster.md#runs-that-fail")
 def run_search(
     trainable: Trainable,
     search: Search,

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import looptransfer as lt
 from looptransfer.report import page as report
+from tests.experiments import tiny_experiment
 from tests.report.test_figures import sweep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -36,17 +38,39 @@ document.querySelector("iframe").onload = ({{ target }}) => {{
 </script>"""
 
 
+def opened(file: Path, *more: str) -> tuple[Any, str]:
+    """The JSON that a page leaves as its text, and what the console says."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    command = [str(CHROMIUM), *flags, *more, f"--user-data-dir={file.parent / 'profile'}"]
+    command += ["--virtual-time-budget=20000", "--dump-dom", file.as_uri()]
+    home = {**os.environ, "HOME": str(file.parent)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100, env=home)
+    body = re.search(r"<body>([\[{].*[\]}])</body>", done.stdout, re.DOTALL)
+    assert body, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(html.unescape(body[1])), "".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
 def shown(folder: Path, width: int) -> tuple[dict[str, Any], str]:
     """What is measured in page.html on a screen of a width, and what the console says."""
     (folder / "wrapper.html").write_text(WRAPPER.format(width=width))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
-    command = [str(CHROMIUM), *flags, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000"]
-    command += ["--dump-dom", (folder / "wrapper.html").as_uri()]
-    home = {**os.environ, "HOME": str(folder)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100, env=home)
-    body = re.search(r"<body>(\{.*\})</body>", done.stdout, re.DOTALL)
-    assert body, done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads(html.unescape(body[1])), "".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return opened(folder / "wrapper.html")
+
+
+# What axe-core finds, with the scheme that the page has taken.
+AXE = """<script src="axe.js"></script><script>axe.run().then(({ violations, passes }) => {
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const told = violations.map(({ id, nodes }) => [id, ...nodes.slice(0, 3).map(({ html }) => html)]);
+  document.body.textContent = JSON.stringify({ dark, passes: passes.map(({ id }) => id), violations: told });
+});</script></body>"""
+
+
+def audited(page: Path, width: int, dark: bool) -> Any:
+    """What axe-core finds on a page."""
+    package = Path(str(getattr(find_spec("axe_playwright_python"), "origin", "")))  # for its copy of axe
+    shutil.copy(package.with_name("axe.min.js"), page.parent / "axe.js")
+    page.write_text(page.read_text().replace("</body>", AXE))
+    told, _ = opened(page, f"--window-size={width},900", *(["--force-dark-mode"] if dark else []))
+    return told
 
 
 @needs_chromium
@@ -60,6 +84,20 @@ def test_the_page_fits_the_screen_and_a_tap_reads_a_run(tmp_path: Path, width: i
     assert measured["before"].startswith("Point at a mark")
     assert measured["told"] == measured["title"]
     assert re.fullmatch(r"factored, N = 1, LR 0\.\d+, seed \d: [\d.]+", measured["told"])
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_axe_finds_nothing_wrong_with_either_page(tmp_path: Path, width: int, dark: bool) -> None:
+    coordinates = lt.coord_check(tiny_experiment(), loops=[1, 2, 4], steps=1, seeds=2)
+    lt.write_html(coordinates, tmp_path / "coordinates.html")
+    verdict = lt.check(pd.concat([sweep(), sweep("unscaled", -0.5)]), transferred_lr=0.015)
+    lt.write_html(verdict, tmp_path / "page.html", coordinates=tmp_path / "coordinates.html")
+    for page in ("page.html", "coordinates.html"):
+        told = audited(tmp_path / page, width, dark)
+        assert told["violations"] == []
+        assert told["dark"] == dark
+        assert {"color-contrast", "html-has-lang"} <= set(told["passes"])
 
 
 def luminance(colour: str) -> float:
