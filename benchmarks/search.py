@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,12 +27,14 @@ from scipy.interpolate import PchipInterpolator, UnivariateSpline
 
 from looptransfer.reference.experiment import reference_experiment
 from looptransfer.trials.search import LIMITS, REGRET, ProxySearch
-from looptransfer.trials.sweep import tune
+from looptransfer.trials.sweep import sweep, tune
 
 Mean = Callable[[float], float]
 Noise = Callable[[float, np.random.Generator, np.random.Generator], float]  # LR, draws of the seed, draws of the run
 SEEDS = (0, 1, 2, 3)
 SWEEP = "reports/sweep/results.csv"
+RANGE = (2.0**-14, 2.0**-1)  # the LRs of a range test
+SPAN = 20  # steps over which its losses are smoothed
 
 
 @dataclass(frozen=True)
@@ -279,27 +281,69 @@ def measure(times: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+class Target:
+    """N = 16 of the demo's model, by the smoothed means of reports/sweep/results.csv."""
+
+    def __init__(self) -> None:
+        self.surface = next(surface for surface in real(SWEEP, ["rule", "loops"]) if "factored 16" in surface.name)
+        self.best = min(self.surface.mean(log2) for log2 in np.linspace(-12, -2, 2001))
+
+    def regret(self, lr: float) -> float:
+        """What an LR loses there, in % of the lowest loss."""
+        return 100 * (self.surface.mean(float(np.log2(lr))) - self.best) / self.best
+
+
 def live() -> pd.DataFrame:
-    """The reference model tuned at small N: the bill against a grid of 8 LRs × 3 seeds at N = 16, and what the LR loses
-    there, on the smoothed means of reports/sweep/results.csv.
-    """
-    target = next(surface for surface in real(SWEEP, ["rule", "loops"]) if "factored 16" in surface.name)
-    best = min(target.mean(log2) for log2 in np.linspace(-12, -2, 2001))
-    rows = []
-    for loops in (1, 2):
+    """The demo's model tuned at small N: the bill against a grid of 8 LRs × 3 seeds at N = 16, and the regret there."""
+    target, rows = Target(), []
+    for loops, first in itertools.product((1, 2), (0, 4, 8)):
+        seeds = range(first, first + len(SEEDS))
         with TemporaryDirectory() as folder:
-            tuned = tune(reference_experiment(), loops, SEEDS, Path(folder, "ledger.db"), devices="cpu")
+            tuned = tune(reference_experiment(), loops, seeds, Path(folder, "ledger.db"), devices="cpu")
         rows.append(
             {
                 "N of the proxy": float(loops),
-                "seeds": f"{SEEDS[0]} to {SEEDS[-1]}",
+                "seeds": f"{seeds[0]} to {seeds[-1]}",
                 "trainings": float(len(tuned.results)),
                 "LR": tuned.lr,
                 "regret told %": 100 * tuned.optimum.regret / tuned.optimum.loss,
-                "regret at N = 16 %": 100 * (target.mean(float(np.log2(tuned.lr))) - best) / best,
+                "regret at N = 16 %": target.regret(tuned.lr),
                 "grid's visits ÷ proxy's": 24 * 16 / (len(tuned.results) * loops),
             }
         )
+    return pd.DataFrame(rows)
+
+
+def rising(step: int, steps: int) -> float:
+    """The schedule of an LR range test: from the lowest LR to the highest in equal ratios."""
+    low, high = np.log2(RANGE)
+    return float(2.0 ** ((low - high) * (1 - step / steps)))
+
+
+def range_tests() -> pd.DataFrame:
+    """An LR range test of the same proxies, one training each, read in the two usual ways."""
+    target, rows = Target(), []
+    for loops, seed in itertools.product((1, 2), range(3)):
+        losses: list[float] = []
+        experiment = replace(
+            reference_experiment(), schedule=rising, log=lambda run, step, loss, losses=losses: losses.append(loss)
+        )
+        with TemporaryDirectory() as folder:
+            sweep(experiment, [loops], lrs=[RANGE[1]], seeds=[seed], ledger=Path(folder, "ledger.db"), workers=1)
+        lrs = [RANGE[1] * rising(step, experiment.steps) for step in range(len(losses))]
+        smooth = pd.Series(losses).ewm(span=SPAN).mean()
+        readings = {"a tenth of the LR of the lowest loss": lrs[int(smooth.idxmin())] / 10}
+        readings["where the loss falls fastest"] = lrs[int(smooth.diff().iloc[SPAN:].idxmin())]
+        rows += [
+            {
+                "N": float(loops),
+                "seed": str(seed),
+                "reading": reading,
+                "LR": lr,
+                "regret at N = 16 %": target.regret(lr),
+            }
+            for reading, lr in readings.items()
+        ]
     return pd.DataFrame(rows)
 
 
@@ -325,11 +369,12 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
-def report(results: pd.DataFrame, tuned: pd.DataFrame, times: int, seconds: float) -> str:
+def report(results: pd.DataFrame, tuned: pd.DataFrame, ranges: pd.DataFrame, times: int, seconds: float) -> str:
     mine = results[results["way"] == "`tune`"]
     held = mine[mine["surfaces"] == "held out"]
     limit = 100 * held["below the limit"].mean()
     worst = held.loc[held["regret"].idxmax()]
+    low, high = RANGE
     return f"""# The LR that `tune` finds, and what it costs
 
 `python -m benchmarks.search --times {times}` wrote this in {seconds:.0f} core-s besides the trainings, with
@@ -340,7 +385,7 @@ surface, the others on {times}.
 
 **What falls short.** The regret that `tune` tells as its upper limit (90 %) holds for {limit:.0f} % of the held-out
 surfaces. The worst of them ({worst["surface"]}) loses {worst["regret"]:.2g} %, where {100 * REGRET:g} % was asked for.
-There is no LR range test beside it, and no live trainings of another model than the demo's.
+No model but the demo's is trained.
 
 ## Against what a user would do instead
 
@@ -356,6 +401,13 @@ The reference model of `looptransfer demo`, tuned at small N. Against it stands 
 visits of the looped layers; the regret at N = 16 is on the smoothed means of reports/sweep/results.csv.
 
 {markdown(tuned)}
+
+## An LR range test beside it
+
+One training in which the LR rises from {low:.3g} to {high:.3g} in equal ratios, its losses smoothed over {SPAN} steps. It
+costs one training, and says neither which reading to take nor what it loses.
+
+{markdown(ranges)}
 """
 
 
@@ -365,11 +417,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/search"))
     arguments = parser.parse_args()
     started = time.process_time()
-    tuned = live()
+    tuned, ranges = live(), range_tests()
     results = measure(arguments.times)
     arguments.out.mkdir(parents=True, exist_ok=True)
     results.to_csv(arguments.out / "choices.csv", index=False, float_format="%.5g")
-    text = report(results, tuned, arguments.times, time.process_time() - started)
+    text = report(results, tuned, ranges, arguments.times, time.process_time() - started)
     (arguments.out / "README.md").write_text(text, encoding="utf-8")
     print(text)
 
