@@ -404,8 +404,8 @@ visits of the looped layers; the regret at N = 16 is on the smoothed means of re
 
 ## An LR range test beside it
 
-One training in which the LR rises from {low:.3g} to {high:.3g} in equal ratios, its losses smoothed over {SPAN} steps. It
-costs one training, and says neither which reading to take nor what it loses.
+One training in which the LR rises from {low:.3g} to {high:.3g} in equal ratios, its losses smoothed over {SPAN} steps.
+It costs one training, and says neither which reading to take nor what it loses.
 
 {markdown(ranges)}
 """
