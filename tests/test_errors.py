@@ -56,11 +56,12 @@ def test_an_error_notes_the_page_of_the_innermost_function() -> None:
     assert raised.value.__notes__ == ["more: docs/inner.md"]
 
 
-def test_a_command_prints_the_page_below_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_prints_the_page_at_the_end_of_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "missing.csv"]) == 2
     told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
     assert told[0].startswith("looptransfer: cannot read missing.csv")
-    assert told[1:] == ["more: docs/table.md#how-a-table-is-read"]
+    assert told[0].endswith("(more: docs/table.md#how-a-table-is-read)")
 
 
 def test_warnings_stand_at_the_line_that_called(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def _answer(arguments: argparse.Namespace) -> Answer:
         with contextlib.redirect_stdout(sys.stderr):
             return RUNS[arguments.command](arguments)
     except InputError as error:
-        print(plain_lines("\n".join([f"looptransfer: {error}", *getattr(error, "__notes__", ())])), file=sys.stderr)
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(plain_lines(f"looptransfer: {error}{notes}"), file=sys.stderr)
         return "", USAGE
     except KeyboardInterrupt:
         print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
