@@ -9,6 +9,10 @@ finished. `--minutes` begins no further cell after that time.
 Two starts: every matrix at 0.02, as the paper has it at width 768, and the matrices of the layers √(768/width) larger,
 which gives branches as large beside the embedding as at that width. Over layers, ε is 1/(N·m_L^a) and the branches' LR
 falls as m_L^(−b), with m_L = L / 2; the paper has a = b = 1/2 (Table 1), CompleteP a = 1.
+
+Beside the sweeps stands what a few steps say: how the movement of the output grows with L where ε is the paper's and
+no LR falls (a = 1/2, b = 0). Its exponent c is the b that would keep the movement the same at every L, so that under
+another b the best base LR should move by b − c octaves per doubling.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -34,6 +39,7 @@ from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rules import Rule
+from looptransfer.transfer.optimum import t_interval
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "reports" / "transfer"
@@ -45,6 +51,7 @@ STARTS = {"0.02": 1.0, "0.02·√(768/width)": math.sqrt(PAPER_WIDTH / Reference
 EXPONENTS = tuple(product((0.5, 1.0), (0.0, 0.5, 1.0)))  # of ε and of the LR, over layers
 PAPER = (0.5, 0.5)
 DEPTHS = (2, 4, 8)
+MOVED_DEPTHS, MOVED_STEPS, MOVED_LR = (2, 4, 8, 16), (1, 10, 30), CENTRE / 8  # of the movement of the output
 LOOPS = (1, 4, 16)
 COLOURS = {"FLAT": "#0072B2", "DRIFTS": "#D55E00", "INCONCLUSIVE": "#7F7F7F"}
 MARKERS = {"FLAT": "o", "DRIFTS": "s", "INCONCLUSIVE": "D"}
@@ -84,6 +91,11 @@ def experiment(start: str, layers: int, steps: int, exponents: tuple[float, floa
     )
 
 
+def name_of_start(start: str) -> str:
+    """Its name in that of a file."""
+    return "larger" if STARTS[start] > 1 else "small"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One sweep: a file of the report."""
@@ -99,8 +111,8 @@ class Cell:
     def file(self) -> str:
         """The name of its table."""
         of_multiplier, of_lr = self.exponents
-        start = "larger" if STARTS[self.start] > 1 else "small"
-        return f"{start}-L{self.layers}-eps{of_multiplier:g}-lr{of_lr:g}-{self.steps}-N{max(self.loops)}.csv"
+        size, exponents = f"L{self.layers}", f"eps{of_multiplier:g}-lr{of_lr:g}"
+        return f"{name_of_start(self.start)}-{size}-{exponents}-{self.steps}-N{max(self.loops)}.csv"
 
     def run(self, out: Path, workers: int) -> None:
         """Make the sweep, or the rest of it."""
@@ -126,6 +138,44 @@ def loop_cells(steps: int) -> list[Cell]:
 
 
 CELLS = [*loop_cells(250), *loop_cells(1000), *depth_cells("0.02·√(768/width)"), *depth_cells("0.02")]
+
+
+def movements(start: str) -> pd.DataFrame:
+    """How far some steps of all parameters, or of the branches' alone, move the output of a probe batch, by L and seed."""
+    rows = []
+    for layers, seed, moved in product(MOVED_DEPTHS, range(SEEDS), ("branches", "all")):
+        trained = experiment(start, layers, 250, (0.5, 0.0))
+        torch.manual_seed(seed)
+        model, batches = trained.make_model(1), trained.batches(seed)
+        probe, _ = next(batches)
+        lt.parametrize(model, probe, lam=trained.lam, base_layers=trained.base_layers)
+        optimizer = branches_slower(model, MOVED_LR, factor=(layers / BASE_LAYERS) ** 0.5)
+        for group in optimizer.param_groups:
+            if moved == "branches" and "branch" not in group["name"]:
+                group["lr"] = 0.0
+        with torch.no_grad():
+            before = model(probe)
+        for step, (inputs, targets) in zip(range(1, MOVED_STEPS[-1] + 1), batches, strict=False):
+            loss = trained.loss(model(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step in MOVED_STEPS:
+                with torch.no_grad():
+                    change = float((model(probe) - before).square().mean().sqrt())
+                rows.append({"moved": moved, "steps": step, "layers": layers, "seed": seed, "change": change})
+    return pd.DataFrame(rows)
+
+
+def movement_exponents(frame: pd.DataFrame) -> pd.DataFrame:
+    """The exponent in L of every movement, with its interval over seeds."""
+    rows = []
+    for (moved, steps), group in frame.groupby(["moved", "steps"]):
+        logs = np.log2(group.pivot(index="layers", columns="seed", values="change"))
+        slopes = np.polyfit(np.log2(logs.index.to_numpy(float)), logs.to_numpy(), 1)[0]
+        exponent = t_interval(pd.Series(slopes, logs.columns), 0.90)
+        rows.append({"moved by": moved, "steps": steps, "c": exponent.text(2)})
+    return pd.DataFrame(rows)
 
 
 def name_of(exponents: tuple[float, float]) -> str:
@@ -226,6 +276,9 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
     ]
     for title, verdict in verdicts.items():
         lines += ["", f"## {title.capitalize()}", "", table(rows_of(verdict))]
+    for start in STARTS:
+        exponents = movement_exponents(pd.read_csv(out / f"movements-{name_of_start(start)}.csv"))
+        lines += ["", f"## How the output moves as L grows, matrices start at {start}", "", table(exponents)]
     lines += [
         "",
         f"{len(finished)} of {len(CELLS)} cells are finished; their runs took {seconds:.0f} s in all,",
@@ -246,6 +299,10 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    for start in STARTS:
+        file = arguments.out / f"movements-{name_of_start(start)}.csv"
+        if not file.exists():
+            movements(start).to_csv(file, index=False)
     for cell in CELLS:
         if time.monotonic() - started > 60 * arguments.minutes:
             break
