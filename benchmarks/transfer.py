@@ -141,7 +141,7 @@ CELLS = [*loop_cells(250), *loop_cells(1000), *depth_cells("0.02·√(768/width)
 
 
 def movements(start: str) -> pd.DataFrame:
-    """How far some steps of all parameters, or of the branches' alone, move the output of a probe batch, by L and seed."""
+    """How far steps of all parameters, or of the branches' alone, move the output of a probe batch, by L and seed."""
     rows = []
     for layers, seed, moved in product(MOVED_DEPTHS, range(SEEDS), ("branches", "all")):
         trained = experiment(start, layers, 250, (0.5, 0.0))

@@ -115,12 +115,17 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     transfer = load("transfer")
     made = transfer.experiment
     monkeypatch.setattr(transfer, "OCTAVES", (-1.0, 0.0))
-    monkeypatch.setattr(transfer, "SEEDS", 1)
+    monkeypatch.setattr(transfer, "SEEDS", 2)
+    monkeypatch.setattr(transfer, "MOVED_DEPTHS", (2, 4))
+    monkeypatch.setattr(transfer, "MOVED_STEPS", (1, 2))
     monkeypatch.setattr(transfer, "experiment", lambda start, layers, _, pair: made(start, layers, 4, pair))
     cells = [cell for cell in transfer.depth_cells("0.02") if cell.exponents in (transfer.PAPER, (1.0, 0.0))]
     for cell in cells:
         cell.run(tmp_path, workers=1)
+    for start in transfer.STARTS:
+        transfer.movements(start).to_csv(tmp_path / f"movements-{transfer.name_of_start(start)}.csv", index=False)
     text = transfer.report(tmp_path, cells)
     assert "| ε: 1/2, LR: 1/2 (the paper) | INCONCLUSIVE |" in text
     assert "| ε: 1, LR: 0 | INCONCLUSIVE |" in text
+    assert "| branches | 2 | " in text
     assert (tmp_path / "drifts.png").exists()
