@@ -3,6 +3,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def test_the_lock_pins_every_dependency_once_for_each_python(version: str) -> No
     assert version in SpecifierSet(project["requires-python"])
     for dependency in map(Requirement, project["dependencies"]):
         assert versions[canonicalize_name(dependency.name)] in dependency.specifier
+
+
+def requirements(name: str, known: set[str]) -> set[str]:
+    """The packages that an installed one needs, with those that are known."""
+    for line in metadata.requires(name) or []:
+        needed = Requirement(line)
+        if not needed.marker or needed.marker.evaluate({"extra": ""}):
+            key = canonicalize_name(needed.name)
+            if key not in known:
+                known |= requirements(needed.name, known | {key})
+    return known
+
+
+def test_nothing_that_is_needed_brings_a_torchvision_that_exchanges_the_torch_of_the_user() -> None:
+    assert "torchvision" not in requirements("looptransfer", set())
 
 
 @pytest.mark.slow
