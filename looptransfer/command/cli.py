@@ -54,6 +54,10 @@ def _answer(arguments: argparse.Namespace) -> Answer:
     except KeyboardInterrupt:
         print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
         return "", INTERRUPTED
+    except ModuleNotFoundError as error:
+        needs = f"{arguments.command} needs {error.name}, which is not installed: pip install {error.name}"
+        print(f"looptransfer: {needs}; to judge tables needs pandas and scipy alone", file=sys.stderr)
+        return "", USAGE
     except BaseException:
         traceback.print_exc()
         print("looptransfer: this is unexpected; please report it with the lines above", file=sys.stderr)

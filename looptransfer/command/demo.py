@@ -99,6 +99,8 @@ def run_demo(out: Path, quick: bool = False, seed: int = 0, text: str | None = N
     with one_thread():
         coordinates = coord_check(experiment, COORDINATE_LOOPS, ["factored", *scale.controls], seeds=COORDINATE_SEEDS)
     lines = _answer(best, results, verdict, coordinates)
+    if quick:
+        lines.append("A quick look, which may leave the verdict open: looptransfer demo trains longer, with more LRs")
     controls, tuning = seeds[: scale.control_seeds], seeds[:TUNING_SEEDS]
     tuned = {"loops": best.loops, "lr": best.lr, "regret": best.optimum.regret, "seeds": list(tuning)}
     record = {**verdict.to_dict(), "tuned": tuned, "experiment": experiment.identity()}

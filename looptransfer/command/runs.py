@@ -227,10 +227,14 @@ def _check(arguments: argparse.Namespace) -> Answer:
 
         source = without_password(", ".join(arguments.source))
         origin = {"source": source} | fingerprint_of(verdict.runs, verdict.axis)
-        provenance = page_origin("numpy", "scipy", "pandas") | origin
+        known = {name: value for name, value in origin.items() if value is not None}
+        provenance = page_origin("numpy", "scipy", "pandas") | known
         lt.write_html(verdict, arguments.html, title=arguments.title, provenance=provenance)
     if arguments.todo:
-        write_file(arguments.todo, verdict.rows_to_run().to_csv(index=False))
+        further = verdict.rows_to_run()
+        write_file(arguments.todo, further.to_csv(index=False))
+        if further.empty:
+            print(f"looptransfer: {arguments.todo} has no row: no further runs are advised", file=sys.stderr)
     results = [result for result in (verdict, comparison) if result is not None]
     statuses = [result.exit_status for result in results]
     status = 1 if 1 in statuses else max(statuses)

@@ -190,7 +190,7 @@ def _notes(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
         if partial:
             more = f" and {len(partial) - MOST_NAMED} more" if partial[MOST_NAMED:] else ""
             named = ", ".join(partial[:MOST_NAMED]) + more
-            yield f"{rule}, {label} = {n}: LR {named} is left out, not being run by all {seeds} seeds"
+            yield f"{rule}, {label} = {n}: LR {named} is left out, without a result of all {seeds} seeds"
 
 
 def _late_moves(verdicts: Iterable[RuleVerdict], terms: Terms) -> Iterator[str]:

@@ -129,9 +129,13 @@ def t_interval_of_runs(values: pd.Series | Array, confidence: float) -> Interval
 
 
 def curve(runs: pd.DataFrame) -> pd.DataFrame:
-    """Losses of one rule and loop count with log2(LR) down and seeds across; only LRs that every seed ran."""
-    table = runs.assign(x=np.log2(runs["lr"])).pivot(index="x", columns="seed", values="loss")
-    return table.dropna().sort_index()
+    """Losses of one rule and loop count with log2(LR) down and seeds across; only LRs that every seed ran.
+
+    One at which a seed diverged stays as a wall, whoever else ran it.
+    """
+    table = runs.assign(x=np.log2(runs["lr"])).pivot(index="x", columns="seed", values="loss").sort_index()
+    walls = table.isin([np.inf]).any(axis=1)
+    return table.where(table.notna() | ~walls.to_numpy()[:, None], np.inf).dropna()
 
 
 def curves(runs: pd.DataFrame, axis: str) -> dict[int, pd.DataFrame]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from looptransfer.errors import InputError
 from looptransfer.text import short
-from looptransfer.transfer.rows import is_missing, listing, refuse_unfinished
+from looptransfer.transfer.rows import finished_state, is_missing, is_state, listing, refuse_unfinished
 
 COLUMNS = ["rule", "layers", "loops", "width", "lr", "seed", "steps", "loss", "diverged", "seconds", "fingerprint"]
 OF_A_RUN = {"rule", "lr", "seed", "loss", "diverged", "step", "seconds", "last_loss"}
@@ -257,7 +257,8 @@ def _no_duplicates(frame: pd.DataFrame, axis: str, raw: pd.DataFrame) -> None:
     if telling and "step" in str(telling[0]).casefold() and "step" not in frame:
         fix = f"they differ in {telling[0]}: where that is the step, say --columns step={telling[0]}"
     elif telling:
-        value = raw[telling[0]][same.index[0]]
+        states = [finished_state(raw.loc[same.index, name]) for name in telling if is_state(name)]
+        value = next(filter(None, states), raw[telling[0]][same.index[0]])
         fix = (
             f"they differ in {' and '.join(map(str, telling[:3]))}: keep one value of it, or make it the axis "
             f"(--where {telling[0]}={value})"

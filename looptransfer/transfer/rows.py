@@ -67,7 +67,7 @@ def choose(
             raise InputError(f"--where {text} leaves no row; {column} is {counts or 'empty'}")
         if not met.all():
             note(out, f"{int((~met).sum())} of {len(out)} rows are left out by --where {text}")
-        out, seen_to = out[met], [*seen_to, *([column] if _is_state(column) else [])]
+        out, seen_to = out[met], [*seen_to, *([column] if is_state(column) else [])]
     marks = [_met(out, text, "--diverged", names)[1] for text in diverged]
     if marks:
         before = out["diverged"] if "diverged" in out else pd.Series(False, out.index, dtype=object)
@@ -122,8 +122,14 @@ def listing(frame: pd.DataFrame) -> str:
     return ", ".join(short(name)[1:-1] for name in frame.columns[:40]) or "no columns"
 
 
-def _is_state(column: object) -> bool:
+def is_state(column: object) -> bool:
+    """The name of a column that says what became of a run."""
     return str(column).rpartition(".")[2].strip().casefold() in STATES
+
+
+def finished_state(column: pd.Series) -> str | None:
+    """The first word of a column of states that says that a run finished."""
+    return next(iter(_texts(column)[_finished(column)]), None)
 
 
 def _finished(column: pd.Series) -> pd.Series:
@@ -141,7 +147,7 @@ def refuse_unfinished(frame: pd.DataFrame, loss: pd.Series, no_result: pd.Series
     Raises:
         InputError: with the ways out.
     """
-    states = [name for name in frame.columns if _is_state(name)]
+    states = [name for name in frame.columns if is_state(name)]
     stopped = pd.Series(False, frame.index)
     for name in states:
         stopped |= ~_finished(frame[name])
@@ -152,7 +158,7 @@ def refuse_unfinished(frame: pd.DataFrame, loss: pd.Series, no_result: pd.Series
     if stopped[row]:
         name = next(name for name in states if not _finished(frame[name])[row])
         texts = _texts(frame[name])
-        over = next(iter(texts[_finished(frame[name])].unique()), "VALUE")
+        over = finished_state(frame[name]) or "VALUE"
         why, keep, mark = f"{name} is {short(texts[row])}", f"{name}={over}", f"{name}={texts[row]}"
     else:
         cell = "" if is_missing(frame["loss"][row]) else str(frame["loss"][row]).strip()

@@ -8,8 +8,10 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from looptransfer.records import unique
 from looptransfer.rules import RULES
 from looptransfer.text import printable, short, without_password, without_secrets
 from looptransfer.transfer.exports import named, of_metric, refuse_unnamed
-from looptransfer.transfer.results import COLUMNS, tidy
+from looptransfer.transfer.results import COLUMNS, ROUNDED_LR, tidy
 from looptransfer.transfer.rows import choose, find, listing, note
 from looptransfer.transfer.studies import SWEEP, read_study
 
@@ -29,6 +31,7 @@ FORMATS = "give CSV, JSON (an array, or .jsonl), Parquet, or an Optuna study suc
 SQLITE = b"SQLite format 3\0"
 JOURNAL = b'{"op_code":'  # how the file of Optuna's journal begins
 CELL = re.compile(r' *(?:"([^"]*(?:""[^"]*)*)" *|([^",]*))(,|$)')
+LOGGED = re.compile(r"/|^(metrics|summary)\.")  # in the names that trackers give to what is logged in training
 LONG = ("run", "tag", "step", "value")  # the columns of a table with a row per value of any metric
 IMPLIED = ("lr", "loss", "seed", "rule")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -112,7 +115,22 @@ def _implied(frame: pd.DataFrame, implied: Sequence[str]) -> tuple[pd.DataFrame,
     needed = [name for name in implied if name != "loss" or len(losses) == 1]
     columns_of = {name: find(name, frame.columns, f"--columns {name}={{}}") for name in needed}
     others = {name: column for name, column in columns_of.items() if column is not None and column != name}
+    if "lr" in needed:
+        _refuse_logged(frame, others.get("lr", "lr"))
     return frame.rename(columns={column: name for name, column in others.items()}), others
+
+
+def _refuse_logged(frame: pd.DataFrame, called: str) -> None:
+    """Refuse an LR beside a configured one that differs: it may be what was logged last, at the end of a schedule."""
+    names = [column for column in map(str, frame.columns) if re.split("[./]", column)[-1] in ("lr", "learning_rate")]
+    for other in names if called in names else []:
+        ours, theirs = (pd.to_numeric(frame[name].map(str), errors="coerce") for name in (called, other))
+        if not LOGGED.search(other) and ((theirs / ours - 1).abs() > ROUNDED_LR).any():
+            ways = " or ".join(f"--columns {shlex.quote(f'lr={name}')}" for name in (called, other))
+            raise InputError(
+                f"lr is not clear: {called} and {other} differ, as where one is the configured LR and one what a "
+                f"schedule left of it; write {ways}, the configured one"
+            )
 
 
 def _together(sources: Sequence[str | Path], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -341,6 +359,9 @@ def _renamed(frame: pd.DataFrame, columns: Mapping[str, str]) -> tuple[pd.DataFr
     names = {name: column for name, column in columns_of.items() if column is not None}
     missing = [called for name, called in columns.items() if name not in names]
     if missing:
-        raise InputError(f"there is no column {missing[0]}; there are {listing(frame)}")
+        alike = {re.sub(r"\W", "_", str(column)).casefold(): str(column) for column in frame.columns}
+        close = get_close_matches(re.sub(r"\W", "_", missing[0]).casefold(), alike, 1)
+        guess = f", did you mean {alike[close[0]]}?" if close else ""
+        raise InputError(f"there is no column {missing[0]}{guess}; there are {listing(frame)}")
     others = frame.drop(columns=list({*names, *names.values()} & set(frame.columns)))
     return others.assign(**{name: frame[column] for name, column in names.items()}), names

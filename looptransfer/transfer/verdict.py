@@ -243,7 +243,7 @@ class Verdict(Terms):
         """The advice, and the command or the rows to run; nothing where the answer is settled."""
         if not judged.advice or judged.further_runs is None:
             return [judged.advice] if judged.advice else []
-        option = " (--todo FILE writes them)" if judged.rule == self.rule else ""
+        option = " (check --todo FILE writes them)" if judged.rule == self.rule else ""
         return [judged.advice, self.command(judged) or judged.further_runs.text(self.axis_label) + option]
 
     def rows_to_run(self) -> pd.DataFrame:
@@ -319,7 +319,8 @@ class Verdict(Terms):
                 for difference in self.differences
             ]
             lines += [*markdown_table(rows), ""]
-        return "\n".join([*lines, *(f"> {escaped(note)}" for note in self.notes), self._foot, ""])
+        notes = [line for note in self.notes for line in (f"> {escaped(note)}", "")]
+        return "\n".join([*lines, *notes, self._foot, ""])
 
     def _markdown_of(self, judged: RuleVerdict) -> Iterator[str]:
         yield from (f"### {escaped(judged.rule)}: {judged.answer}", "", escaped(judged.reason), "")

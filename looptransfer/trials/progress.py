@@ -10,6 +10,7 @@ from tqdm import tqdm
 from looptransfer.trials.run import Run
 
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
+TOLD_FROM = 0.1  # of the work, before which a guess at the rest is off by many times
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
@@ -42,7 +43,8 @@ class Progress:
         elif time.monotonic() - self.printed >= PLAIN_EVERY or (not left and not self.ended and weight > self.there):
             self.printed = time.monotonic()
             spent = self.printed - self.started
-            eta = f", about {rest * spent / self.made:.0f} s left" if self.made and rest else ""
+            known = rest and self.made > TOLD_FROM * (self.made + rest)
+            eta = f", about {rest * spent / self.made:.0f} s left" if known else ""
             print(f"{self.name}: {text}, {spent:.0f} s{eta}", file=sys.stderr, flush=True)
         self.ended = not left
 

@@ -335,3 +335,14 @@ def test_the_curvature_at_the_bottom_needs_five_lrs() -> None:
     table = bowls(np.arange(-8.0, -4.9, 1.0), [-6.5, -6.5])
     assert bottom_curvature(table, -6.5) is None
     assert bottom_curvature(bowls(np.arange(-8.0, -3.9, 1.0), [-6.5, -6.5]), -6.5) == pytest.approx(1.0)
+
+
+def test_an_lr_at_which_a_seed_diverged_is_a_wall_whoever_else_ran_it() -> None:
+    x = np.log2([0.01, 0.02, 0.04, 0.08])
+    rows = [(log2, seed, 2.0 + (log2 + 4) ** 2) for log2 in x for seed in "012"]
+    runs = pd.DataFrame(rows, columns=["x", "seed", "loss"]).assign(lr=lambda frame: 2.0 ** frame["x"])
+    runs.loc[runs["x"] == x[-1], "loss"] = math.inf
+    some = curve(runs[~((runs["x"] == x[-1]) & (runs["seed"] == "2"))].drop(columns="x"))
+    pd.testing.assert_frame_equal(some, curve(runs.drop(columns="x")))
+    none = curve(runs[~((runs["x"] == x[0]) & (runs["seed"] == "2"))].drop(columns="x"))
+    assert none.index.tolist() == pytest.approx(x[1:].tolist())

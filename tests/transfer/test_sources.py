@@ -157,3 +157,39 @@ def test_the_fingerprint_tells_experiments_apart(tmp_path: Path) -> None:
 def test_a_ledger_with_a_tuning_alone_gives_its_runs(tmp_path: Path) -> None:
     tune(tiny_experiment(steps=6), 1, 2, tmp_path / "ledger.db", workers=1)
     assert set(read_results(tmp_path / "ledger.db")["loops"]) == {1}
+
+
+SCHEDULED = "loops,{},{},loss\n1,0.001,0.01,2\n1,0.002,0.02,2\n"
+
+
+@pytest.mark.parametrize("names", [("lr", "optimizer.lr"), ("train/lr", "learning_rate")])
+def test_an_lr_beside_another_that_differs_is_not_clear(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Trackers log the LR of every step, and export the last: the end of a schedule."""
+    path = csv_file(tmp_path, SCHEDULED.format(*names))
+    with pytest.raises(InputError, match=r"lr is not clear: .* --columns lr=.* or --columns lr="):
+        read_results(path)
+    assert read_results(path, {"lr": names[1]})["lr"].tolist() == [0.01, 0.02]
+
+
+@pytest.mark.parametrize("text", ["0.001,0.001", "0.001,0.0010000001"])
+def test_an_lr_beside_the_same_one_is_clear(tmp_path: Path, text: str) -> None:
+    path = csv_file(tmp_path, f"loops,lr,optimizer.lr,loss\n1,{text},2\n1,0.002,0.002,2\n")
+    assert read_results(path)["lr"].tolist() == [0.001, 0.002]
+
+
+def test_a_configured_lr_is_clear_beside_a_logged_one(tmp_path: Path) -> None:
+    assert read_results(csv_file(tmp_path, SCHEDULED.format("lr", "train/lr")))["lr"].tolist() == [0.001, 0.002]
+
+
+def test_a_column_that_is_almost_called_so_is_offered(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "loops,lr,val/loss\n1,0.001,2\n")
+    with pytest.raises(InputError, match="there is no column val_loss, did you mean val/loss"):
+        read_results(path, {"loss": "val_loss"})
+
+
+def test_of_a_crashed_run_and_its_rerun_the_finished_one_is_offered(tmp_path: Path) -> None:
+    text = (
+        "loops,lr,seed,loss,State\n1,0.01,0,2,crashed\n1,0.01,0,2,finished\n2,0.02,0,2,finished\n2,0.01,0,2,finished"
+    )
+    with pytest.raises(InputError, match="--where State=finished"):
+        read_results(csv_file(tmp_path, text), diverged=["State=crashed"])
