@@ -28,8 +28,8 @@ def verify(model: nn.Module, example_inputs: ExampleInputs, *, optimizer: Optimi
     residual add, and how often it is added. Where `model` is compiled, the compiled callable is run too, on random
     weights that are taken out again, and must compute what the eager model does. An unproved plan is proved.
 
-    More or fewer visits than planned are an error in train mode, and accepted in eval mode (loops added at inference)
-    and where the plan was made for a random loop count.
+    More or fewer visits than planned are an error in train mode, a warning in eval mode (loops added at inference), and
+    accepted where the plan was made for a random loop count.
 
     Args:
         model: rewritten by `parametrize`; compiled or wrapped in DDP, it is given as it is trained.
@@ -37,6 +37,9 @@ def verify(model: nn.Module, example_inputs: ExampleInputs, *, optimizer: Optimi
         optimizer: made of `param_groups`; several where Muon and AdamW share the model. Every trained parameter must be
             in one group, with the factors of the plan, the LRs in the ratio of the factors, and state of its own shape.
             Call it after the first steps too: a scheduler shows what it does only then.
+
+    Warns:
+        ScalingWarning: the model is in eval mode and has more or fewer visits than planned.
 
     Raises:
         VerificationError: the branches, groups or parameters that disagree, each with what was planned and what is.

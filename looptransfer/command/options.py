@@ -92,6 +92,8 @@ has loops, lr, seed, rule, device, and a directory of its own that outlives a ki
   lt.parametrize(model, example_batch, args.rule)         # once it is built; before compile and DDP
   optimizer = AdamW(lt.param_groups(model, AdamW, lr=args.lr))    # for model.parameters()
 
+A loop that writes group["lr"] itself says lt.set_lr(optimizer, lr) instead, which keeps the groups' factors.
+
 Its words hold {{loops}}, {{lr}} (absolute), {{seed}}, {{rule}}, {{dir}}, the run's own directory, and {{device}}; a
 brace is written twice. {{dir}}/output.log keeps what it prints, and a script that finds its checkpoint in
 {{dir}} goes on from there. A run whose loss is nan or inf has diverged. One that fails leaves the others

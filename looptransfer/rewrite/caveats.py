@@ -245,6 +245,7 @@ def _unscaled(matrices: Sequence[str]) -> str | None:
         return None
     return (
         f"not scaled: {', '.join(matrices)} act on the stream more than once outside every residual branch found, "
-        "and no ε controls them. That is right for an adapter at the loop's entry; a branch that is added in a way "
-        "that is not recognised must be marked, looptransfer.residual(…, 'name'), or named, branches=[…]"
+        "and no ε controls them. That is right for an adapter or an injection at the loop's entry, whose LR "
+        "param_groups divides by its visits; a branch that is added in a way that is not recognised must be marked, "
+        "looptransfer.residual(…, 'name'), or named, branches=[…]"
     )

@@ -1,5 +1,6 @@
 """Does the live model do what its plan says? One line for a user's CI."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from looptransfer.errors import InputError, VerificationError
+from looptransfer.errors import InputError, ScalingWarning, VerificationError
 from looptransfer.rewrite.analysis import analyse
 from looptransfer.rewrite.branches import Group
 from looptransfer.rewrite.ends import factors
@@ -19,6 +20,7 @@ from looptransfer.rewrite.proof import SEED, all_agree, prove
 from looptransfer.rewrite.record import RejectedInputsError
 from looptransfer.rewrite.trace import Trace
 from looptransfer.rewrite.twin import randomise, state_kept, twin_of
+from looptransfer.text import few
 
 TOLERANCE = 1e-3  # relative, of a multiplier
 COMPILED = 1e-5  # share of the norm; inductor's float64 functions are not float64 throughout on every CPU
@@ -50,7 +52,7 @@ def verify_model(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan
 
 def _disagreements(model: nn.Module, plan: ScalingPlan, forward: Trace, groups: list[Group]) -> list[str]:
     live = {group.handle: group for group in groups}
-    problems = []
+    problems, others = [], []
     for branch in plan.branches:
         group = live.pop(branch.handle, None)
         if group is None:
@@ -59,11 +61,16 @@ def _disagreements(model: nn.Module, plan: ScalingPlan, forward: Trace, groups: 
         measured = _measured(branch, forward, group)
         if measured is not None:
             problems.append(f"{branch.handle}: multiplier {branch.multiplier:.6g} planned, {measured} measured")
-        if group.visits != branch.visits and model.training and not plan.random_loops:
-            problems.append(
-                f"{branch.handle}: {branch.visits:g} visits planned, {group.visits} measured; "
-                "rescale(model, example_inputs) follows a loop count that changed in training"
-            )
+        if group.visits != branch.visits and not plan.random_loops:
+            visits = f"{branch.handle}: {branch.visits:g} visits planned, {group.visits} measured"
+            if model.training:
+                fix = "rescale(model, example_inputs) follows a loop count that changed in training"
+                problems.append(f"{visits}; {fix}")
+            else:
+                others.append(visits)
+    if others:
+        told = "in eval mode other loop counts are taken as meant for inference; before training call rescale"
+        warnings.warn(f"{few(others)}; {told}", ScalingWarning, stacklevel=5)
     problems += [f"{handle}: a residual branch that the plan does not know" for handle in live]
     modules = plain_names(model)
     return problems + [

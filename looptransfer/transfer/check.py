@@ -8,6 +8,7 @@ import pandas as pd
 
 from looptransfer.checks import check_number
 from looptransfer.errors import InputError, explained_in
+from looptransfer.text import short
 from looptransfer.transfer import drift
 from looptransfer.transfer.causes import advised
 from looptransfer.transfer.judge import judge_tables, situation_of
@@ -60,6 +61,8 @@ def check(
     Raises:
         InputError: `tidy` refuses the table, the rule is not in it, or a number is out of range.
     """
+    if not isinstance(results, pd.DataFrame):
+        raise InputError(f"results is {short(results)}, no table of runs; read one with looptransfer.read_results")
     _check_terms(tolerance, regret_tolerance, transferred_lr, confidence)
     maximize = _is_maximized(results, maximize)
     steps = _turned_round(tidy(results, axis)) if maximize else tidy(results, axis)

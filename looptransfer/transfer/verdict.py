@@ -244,7 +244,9 @@ class Verdict(Terms):
         if not judged.advice or judged.further_runs is None:
             return [judged.advice] if judged.advice else []
         option = " (check --todo FILE writes them)" if judged.rule == self.rule else ""
-        return [judged.advice, self.command(judged) or judged.further_runs.text(self.axis_label) + option]
+        command = self.command(judged)
+        runs = f"{command}  # EXPERIMENT: your file.py:NAME" if command else None
+        return [judged.advice, runs or judged.further_runs.text(self.axis_label) + option]
 
     def rows_to_run(self) -> pd.DataFrame:
         """The further runs that would settle the answer for the rule asked for; no row where none would."""

@@ -676,3 +676,8 @@ def test_no_table_however_odd_is_an_error_of_ours(draw: int) -> None:
     assert str(verdict)
     assert verdict.to_markdown()
     assert verdict.rows_to_run() is not None
+
+
+def test_what_is_no_table_is_refused() -> None:
+    with pytest.raises(InputError, match=r"results is 'results\.csv', no table of runs; read one with"):
+        check("results.csv")  # type: ignore[arg-type]

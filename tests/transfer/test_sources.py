@@ -188,8 +188,6 @@ def test_a_column_that_is_almost_called_so_is_offered(tmp_path: Path) -> None:
 
 
 def test_of_a_crashed_run_and_its_rerun_the_finished_one_is_offered(tmp_path: Path) -> None:
-    text = (
-        "loops,lr,seed,loss,State\n1,0.01,0,2,crashed\n1,0.01,0,2,finished\n2,0.02,0,2,finished\n2,0.01,0,2,finished"
-    )
+    text = "loops,lr,seed,loss,State\n1,0.01,0,2,crashed\n1,0.01,0,2,finished\n2,0.02,0,2,finished\n2,0.01,0,2,finished"
     with pytest.raises(InputError, match="--where State=finished"):
         read_results(csv_file(tmp_path, text), diverged=["State=crashed"])
