@@ -7,8 +7,8 @@ our own writing. The model is one gated causal convolution over three positions,
 with the embedded digits fed to it again at each loop. So N loops see 2N digits back: the running sums at the first 2N
 positions can be known, and of those after them hardly more than a guess, however long one trains.
 
-The base LR is tuned at N = 2 under `factored` and carried to every N and rule. A killed run goes on where it ended, from
-the tables in the folder and `ledger.db`; `--minutes` begins no further part after that time.
+The base LR is tuned at N = 2 under `factored` and carried to every N and rule. A killed run goes on from the
+tables in the folder and `ledger.db`; `--minutes` begins no further part after that time.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -41,6 +42,7 @@ from looptransfer.transfer.optimum import Interval, t_interval
 REPORT = Path(__file__).parent.parent / "reports" / "prefix_sums"
 KERNEL = 3
 LOOPS = (1, 2, 4, 8)
+JUDGED_FROM = 2  # at N = 1 every LR soon reaches what one loop can see, so that none is the best
 RULES: tuple[Rule, ...] = ("factored", "unscaled", "sqrt")
 OCTAVES = (-2.25, -1.5, -0.75, 0.0, 0.75, 1.5, 2.25)
 SEEDS = 6
@@ -180,20 +182,25 @@ class Study:
         """What is left to do, in order."""
         if not (self.out / "tuned.json").exists():
             yield self.tune
-        swept = set(self.read("runs.csv").get("loops", []))
-        for count in self.loops:
-            if count not in swept:
-                yield lambda count=count: self.sweep(count)  # type: ignore[misc]
-        scored = self.read("accuracy.csv")
-        known = set(zip(scored["rule"], scored["loops"], strict=True)) if len(scored) else set()
         for rule, count in product(self.rules, self.loops):
-            if (rule, count) not in known:
-                yield lambda rule=rule, count=count: self.score(rule, count)  # type: ignore[misc]
+            if not self.holds("runs.csv", rule, count):
+                yield partial(self.sweep, rule, count)
+            if not self.holds("accuracy.csv", rule, count):
+                yield partial(self.score, rule, count)
+
+    def holds(self, name: str, rule: Rule, count: int) -> bool:
+        """Whether a table of the report has that cell."""
+        rows = self.read(name)
+        return not rows.empty and bool(((rows["rule"] == rule) & (rows["loops"] == count)).any())
+
+    def finished(self) -> list[Rule]:
+        """The rules of which every cell is measured."""
+        return [rule for rule in self.rules if all(self.holds("accuracy.csv", rule, count) for count in self.loops)]
 
     def read(self, name: str) -> pd.DataFrame:
         """A table of the report, so far as it is made."""
         path = self.out / name
-        return pd.read_csv(path) if path.exists() else pd.DataFrame()
+        return pd.read_csv(path, float_precision="round_trip") if path.exists() else pd.DataFrame()
 
     def append(self, name: str, rows: pd.DataFrame) -> None:
         """Write further rows of a table of the report."""
@@ -210,13 +217,13 @@ class Study:
         kept = {"lr": tuned.lr, "loss": tuned.optimum.loss, "regret": tuned.optimum.regret, "runs": len(tuned.results)}
         (self.out / "tuned.json").write_text(json.dumps(kept) + "\n")
 
-    def sweep(self, count: int) -> None:
-        """The runs of one N under every rule."""
+    def sweep(self, rule: Rule, count: int) -> None:
+        """The runs of one N under one rule."""
         runs = lt.sweep(
             experiment(self.size),
             [count],
             self.tuned()["lr"],
-            self.rules,
+            [rule],
             seeds=self.seeds,
             octaves=self.octaves,
             ledger=self.ledger,
@@ -254,12 +261,14 @@ def intervals(scores: pd.DataFrame, rule: str) -> dict[int, Interval]:
     return {int(str(count)): t_interval(group["accuracy"], 0.9) for count, group in rows.groupby("loops")}
 
 
-def draw(study: Study, verdict: lt.Verdict) -> Figure:
+def draw(study: Study, every: lt.Verdict, judged: lt.Verdict) -> Figure:
     """Accuracy against N under every rule, and loss against LR at each N under the first."""
     figure = Figure(figsize=(9.0, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_accuracy(left, study)
-    draw_losses(right, verdict)
+    draw_losses(right, every)
+    drift = f", drift {judged.judged.drift.text(2)}" if judged.judged.drift else ""
+    right.set_title(f"{LABELS[judged.rule]}: {judged.answer}{drift}", loc="left", fontsize="medium")
     return figure
 
 
@@ -267,13 +276,12 @@ def draw_accuracy(axis: Axes, study: Study) -> None:
     """Accuracy at the carried LR, and what N loops allow at most."""
     ceiling = [100 * most(study.size, count) for count in study.loops]
     axis.plot(study.loops, ceiling, color="0.55", linestyle="--", linewidth=1, label="all that N loops can see")
-    for rule in study.rules:
-        colour, marker = STYLES[rule]
-        by_loops = intervals(study.read("accuracy.csv"), rule)
-        axis.plot(
-            by_loops, [100 * i.estimate for i in by_loops.values()], color=colour, marker=marker, label=LABELS[rule]
+    for rule in study.finished():
+        (colour, marker), by_loops = STYLES[rule], intervals(study.read("accuracy.csv"), rule)
+        low, mean, high = (
+            [100 * getattr(share, part) for share in by_loops.values()] for part in ("low", "estimate", "high")
         )
-        low, high = ([100 * getattr(i, end) for i in by_loops.values()] for end in ("low", "high"))
+        axis.plot(list(by_loops), mean, color=colour, marker=marker, label=LABELS[rule])
         axis.fill_between(list(by_loops), low, high, color=colour, alpha=0.18, linewidth=0)
     axis.axhline(100 / study.size.modulus, color="0.8", linewidth=0.8)
     axis.set_xscale("log", base=2)
@@ -302,7 +310,6 @@ def draw_losses(axis: Axes, verdict: lt.Verdict) -> None:
         axis.axvline(verdict.transferred_lr, color="0.4", linestyle="--", linewidth=1)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="base LR (dashed: the one that is carried)", ylabel="held-out loss, nats")
-    axis.set_title(f"{LABELS[verdict.rule]}: {judged.answer}", loc="left", fontsize="medium")
     axis.legend(frameon=False, fontsize="small")
 
 
@@ -356,9 +363,8 @@ def rows_by_rule(verdict: lt.Verdict) -> pd.DataFrame:
 
 def same_runs(study: Study) -> str:
     """Whether the runs that were made again for their accuracy came to the losses of the sweep."""
-    runs = study.read("runs.csv").assign(x=lambda table: table["lr"].map(lambda lr: round(math.log2(lr), 6)))
-    scores = study.read("accuracy.csv").assign(x=lambda table: table["lr"].map(lambda lr: round(math.log2(lr), 6)))
-    pairs = scores.merge(runs, on=["rule", "loops", "x", "seed"], suffixes=("", "_swept"))
+    runs, scores = study.read("runs.csv"), study.read("accuracy.csv")
+    pairs = scores.merge(runs, on=["rule", "loops", "lr", "seed"], suffixes=("", "_swept"))
     apart = (pairs["loss"] - pairs["loss_swept"]).abs().max()
     return f"{len(pairs)} runs were made again for their accuracy; their losses are the sweep's to {apart:.1g} nats."
 
@@ -371,43 +377,53 @@ def plans(study: Study) -> str:
     return "\n\n".join(texts)
 
 
-def short_of(verdict: lt.Verdict) -> str:
-    """What falls short, in a line."""
-    answers = ", ".join(f"{rule} {judged.answer}" for rule, judged in verdict.rules.items())
-    censored = [
-        f"{rule} at N = {optimum.n} ({optimum.censored})"
-        for rule, judged in verdict.rules.items()
-        for optimum in judged.optima
-        if optimum.censored
-    ]
-    return f"Verdicts: {answers}. No best LR could be told for: {', '.join(censored) or 'none'}."
+def judge(study: Study, fewest: int) -> lt.Verdict:
+    """The verdict on the rules that are finished, from some N up."""
+    runs = study.read("runs.csv")
+    kept = runs[runs["rule"].isin(study.finished()) & (runs["loops"] >= fewest)]
+    return lt.check(kept, "factored", transferred_lr=study.tuned()["lr"])
+
+
+def short_of(every: lt.Verdict, judged: lt.Verdict) -> str:
+    """What falls short."""
+    smallest = every.judged.optima[0]
+    losses = every.judged.tables[smallest.n].mean(axis=1)
+    stable = losses[losses.map(math.isfinite)]
+    texts = [f"**What falls short.** N = {smallest.n} has no best LR ({smallest.censored or 'told, but flat'}): "]
+    texts += [f"its mean loss is {stable.min():.3f} to {stable.max():.3f} at all {len(stable)} LRs that are stable, "]
+    texts += [f"so the verdicts are over N = {', '.join(str(optimum.n) for optimum in judged.judged.optima)}, "]
+    texts += [f"which was chosen after N = {smallest.n} was seen; with it `factored` is {every.answer}. "]
+    for rule in judged.rules.values():
+        if rule.answer == "INCONCLUSIVE":
+            texts.append(f"`{rule.rule}` is INCONCLUSIVE. ")
+    return "".join(texts).strip()
 
 
 def report(study: Study) -> str:
-    """The README of the finished parts."""
-    tuned, runs, cost = study.tuned(), study.read("runs.csv"), study.read("cost.csv")
-    verdict = lt.check(runs, "factored", transferred_lr=tuned["lr"])
-    draw(study, verdict).savefig(study.out / "prefix_sums.png", dpi=150)
-    size = study.size
+    """The README of the finished rules."""
+    tuned, runs, cost, size = study.tuned(), study.read("runs.csv"), study.read("cost.csv"), study.size
+    every, judged = judge(study, 1), judge(study, JUDGED_FROM)
+    draw(study, every, judged).savefig(study.out / "prefix_sums.png", dpi=150)
     lines = [
         "# A task that needs its loops",
         "",
-        short_of(verdict),
+        short_of(every, judged),
         "",
         *(__doc__ or "").splitlines(),
         "![accuracy over N, and loss over LR](prefix_sums.png)",
         "",
-        f"Modulo {size.modulus}, {size.length} digits, width {size.width}, {size.steps} steps of {size.batch} sequences "
-        f"by AdamW, {size.held_out} held-out sequences, λ = 1.",
+        f"Modulo {size.modulus}, {size.length} digits, width {size.width}, {size.steps} AdamW steps of {size.batch} "
+        f"sequences, {size.held_out} held-out sequences, λ = 1, weights start at 1/√(inputs).",
         f"{study.seeds} paired seeds (0 to {study.seeds - 1}), {len(study.octaves)} LRs 0.75 octave apart. "
         f"LR {tuned['lr']:.4g} was tuned at N = 2 by {tuned['runs']} runs of seeds {TUNING_SEEDS[0]} to "
-        f"{TUNING_SEEDS[-1]}: it loses at most {tuned['regret']:.4f} nats there.",
+        f"{TUNING_SEEDS[-1]}: by them it loses at most {tuned['regret']:.4f} nats there.",
         "",
-        table(rows_by_rule(verdict)),
+        table(rows_by_rule(judged)),
         "",
-        f"Drift in octaves of the best base LR per doubling of N, regret in {verdict.unit} at the largest N; 90 % intervals.",
+        f"Drift in octaves of the best base LR per doubling of N, from N = {JUDGED_FROM} up; regret of the carried LR "
+        f"at N = {study.loops[-1]}, {judged.unit} (tolerance {judged.regret_tolerance:.3g}); intervals 90 % over seeds.",
         "",
-        table(rows_by_loops(study, verdict)),
+        table(rows_by_loops(study, every)),
         "",
         same_runs(study),
         "",
@@ -415,8 +431,9 @@ def report(study: Study) -> str:
         plans(study),
         "```",
         "",
-        f"{len(runs)} rows, {int(runs['diverged'].sum())} diverged. Measured: {cost['core'].sum():.0f} core-seconds, "
-        f"{cost['wall'].sum():.0f} s of wall time on one worker of a machine that others used.",
+        f"{len(runs)} rows, {int(runs['diverged'].sum())} of them diverged; the rules share their runs at N = 1. "
+        f"Measured: {cost['core'].sum():.0f} core-seconds, {cost['wall'].sum():.0f} s of wall time, on one worker of a "
+        "machine that others used.",
         f"Python {platform.python_version()}, torch {version('torch')}, looptransfer {version('looptransfer')}, "
         f"{platform.machine()}.",
     ]
@@ -429,11 +446,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
     study = Study(Size(), arguments.out)
-    if not study.measure(arguments.minutes):
-        sys.exit("not all is done; the same command goes on")
+    complete = study.measure(arguments.minutes)
+    if "factored" not in study.finished():
+        sys.exit("nothing to report yet; the same command goes on")
     text = report(study)
     (arguments.out / "README.md").write_text(text)
     print(text)
+    if not complete:
+        print("not all is done; the same command goes on", file=sys.stderr)
 
 
 if __name__ == "__main__":
