@@ -363,13 +363,19 @@ def rows_by_rule(carried: lt.Verdict, best: lt.Verdict) -> pd.DataFrame:
                 "rule": rule,
                 "drift": judged.drift.text(3) if judged.drift else "not known",
                 f"minus {carried.rule}": difference.text(3) if difference else "",
-                "regret of the tuned LR": carried.regret_text(judged.regret),
+                "regret of the tuned LR": regret_text(carried, rule),
                 "verdict": f"{judged.answer}: {judged.cause}",
-                f"regret of its own best at N = {judged.optima[0].n}": best.regret_text(own.regret),
+                f"regret of its own best at N = {judged.optima[0].n}": regret_text(best, rule),
                 "verdict with that": f"{own.answer}: {own.cause}",
             }
         )
     return pd.DataFrame(rows)
+
+
+def regret_text(verdict: lt.Verdict, rule: str) -> str:
+    """The regret with its interval, or that runs with that LR diverge."""
+    regret = verdict.rules[rule].regret
+    return "diverges" if regret and math.isinf(regret.estimate) else verdict.regret_text(regret)
 
 
 def same_runs(study: Study) -> str:
@@ -377,7 +383,10 @@ def same_runs(study: Study) -> str:
     runs, scores = study.read("runs.csv"), study.read("accuracy.csv")
     pairs = scores.merge(runs, on=["rule", "loops", "lr", "seed"], suffixes=("", "_swept"))
     apart = (pairs["loss"] - pairs["loss_swept"]).abs().max()
-    return f"{len(pairs)} runs were made again for their accuracy; their losses are the sweep's to {apart:.1g} nats."
+    return (
+        f"{len(pairs)} runs were made again for their accuracy; their losses are the sweep's to {apart:.1g} nats. "
+        "A run that diverges counts with the model that it had when it ended."
+    )
 
 
 def plans(study: Study) -> str:
@@ -408,8 +417,13 @@ def short_of(every: lt.Verdict, carried: lt.Verdict, best: lt.Verdict) -> str:
         f"{stable.max():.3f} at all {len(stable)} LRs that are stable. So the verdicts leave it out, which was decided "
         f"after it was seen; with it `factored` is {every.answer}.",
     ]
-    controls = [f"`{rule}` is {judged.answer} ({judged.cause})" for rule, judged in list(carried.rules.items())[1:]]
-    return "\n".join([*texts, *([f"Of the controls {', '.join(controls)}."] if controls else [])])
+    for rule, control in list(carried.rules.items())[1:]:
+        ours, theirs = (answer.tables[judged.optima[-1].n].mean(axis=1).min() for answer in (judged, control))
+        texts.append(
+            f"`{rule}` is {control.answer} ({control.cause}); at the best LR of its own, its mean loss at "
+            f"N = {judged.optima[-1].n} is {theirs:.3f}, that of `factored` {ours:.3f}."
+        )
+    return "\n".join(texts)
 
 
 def report(study: Study) -> str:
@@ -429,8 +443,8 @@ def report(study: Study) -> str:
         "",
         f"Modulo {size.modulus}, {size.length} digits, width {size.width}, {size.steps} AdamW steps of {size.batch} "
         f"sequences, {size.held_out} held-out sequences, λ = 1, weights start at 1/√(inputs).",
-        f"{study.seeds} paired seeds (0 to {study.seeds - 1}), {len(study.octaves)} LRs 0.75 octave apart, and two below them under `unscaled`, "
-        "whose best LR at N = 8 was the lowest at first. "
+        f"{study.seeds} paired seeds (0 to {study.seeds - 1}), {len(study.octaves)} LRs 0.75 octave apart, two lower "
+        "ones under `unscaled`, whose best LR at N = 8 was the lowest at first.",
         f"LR {tuned['lr']:.4g} was tuned at N = 2 by {tuned['runs']} runs of seeds {TUNING_SEEDS[0]} to "
         f"{TUNING_SEEDS[-1]}: by them it loses at most {tuned['regret']:.4f} nats there.",
         "",
