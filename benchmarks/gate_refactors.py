@@ -5,7 +5,7 @@
 A commit puts the hidden units of every MLP into another order: the same function, the same training, other sums. Every
 other one is gated as on another machine: its processes use PyTorch's kernels without AVX. Each is gated against the
 optima that the untouched code stored. Told are trainings and CPU seconds beside those of the full check, which is the
-sweep that made the baseline.
+sweep that made the baseline. What is finished is kept in the folder, and the same command goes on from there.
 """
 
 import argparse
@@ -135,24 +135,29 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as folder:
-        runs = lt.sweep(
-            looped(arguments.steps), LOOPS, lrs=LRS, seeds=SEEDS, ledger=Path(folder, "full.db"),
-            workers=arguments.workers,
-        )  # fmt: skip
-        baseline = Path(folder, "lr-optima.json")
-        lt.Baseline.of(lt.check(runs), baseline).write()
-        full = {"trainings": len(runs), "seconds": float(runs["seconds"].sum())}
-        jobs = [(commit, arguments.steps, str(baseline)) for commit in range(arguments.commits)]
-        told = []
-        for answer in answers(jobs, arguments.workers):
-            told.append(answer)
-            print({name: value for name, value in answer.items() if name != "words"}, flush=True)
-    record = {"full": full, "answers": sorted(told, key=lambda row: row["commit"])}
-    (arguments.out / "refactors.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    text = report(record["answers"], full, arguments.steps)
+    baseline, path = arguments.out / f"lr-optima-{arguments.steps}-steps.json", arguments.out / "refactors.json"
+    if not baseline.exists():
+        full = stored(arguments.steps, baseline, arguments.workers)
+        path.write_text(json.dumps({"full": full, "answers": []}))
+    record = json.loads(path.read_text())
+    done = {answer["commit"] for answer in record["answers"]}
+    jobs = [(commit, arguments.steps, str(baseline)) for commit in range(arguments.commits) if commit not in done]
+    for answer in answers(jobs, arguments.workers):
+        record["answers"] = sorted([*record["answers"], answer], key=lambda row: row["commit"])
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        print({name: value for name, value in answer.items() if name != "words"}, flush=True)
+    text = report(record["answers"], record["full"], arguments.steps)
     (arguments.out / "refactors.md").write_text(text)
     print(text)
+
+
+def stored(steps: int, baseline: Path, workers: int) -> dict[str, float]:
+    """Store the optima of the untouched code, and return what their sweep cost."""
+    with TemporaryDirectory() as folder:
+        ledger = Path(folder, "full.db")
+        runs = lt.sweep(looped(steps), LOOPS, lrs=LRS, seeds=SEEDS, ledger=ledger, workers=workers)
+    lt.Baseline.of(lt.check(runs), baseline).write()
+    return {"trainings": len(runs), "seconds": float(runs["seconds"].sum())}
 
 
 if __name__ == "__main__":

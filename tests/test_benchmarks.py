@@ -129,3 +129,44 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     assert "| ε: 1, LR: 0 | INCONCLUSIVE |" in text
     assert "| branches | 2 | " in text
     assert (tmp_path / "drifts.png").exists()
+
+
+def test_a_model_of_prefix_sums_sees_two_digits_further_back_at_each_loop() -> None:
+    prefix_sums = load("prefix_sums")
+    torch = prefix_sums.torch
+    size = prefix_sums.Size(length=12)
+    digits, sums = next(prefix_sums.Task(size).batches(0))
+    assert [int(digits[0, :place].sum()) % 3 for place in range(1, 13)] == sums[0].tolist()
+    for loops in (1, 2, 4):
+        torch.manual_seed(0)
+        model = prefix_sums.Task(size).make_model(loops)
+        plan = prefix_sums.lt.parametrize(model, digits)
+        assert [(branch.visits, branch.multiplier) for branch in plan.branches] == [(loops, 1 / loops)]
+        others = digits.clone()
+        others[:, 0] = (others[:, 0] + 1) % 3
+        moved = (model(digits) != model(others)).any(dim=-1).any(dim=0)
+        assert moved.tolist() == [place <= 2 * loops for place in range(12)]
+
+
+def test_the_prefix_sums_study_goes_on_where_it_stopped_and_is_reported(tmp_path: Path) -> None:
+    prefix_sums = load("prefix_sums")
+    size = prefix_sums.Size(length=6, width=8, batch=4, steps=4, held_out=8)
+    study = prefix_sums.Study(size, tmp_path, 2, (-1.0, 0.0), (1, 2), ("factored", "unscaled"))
+    (tmp_path / "tuned.json").write_text('{"lr": 0.1, "loss": 1, "regret": 0.01, "runs": 8}')
+    assert not study.measure(minutes=0)
+    assert study.measure(minutes=5)
+    costs = len(study.read("cost.csv"))
+    assert study.measure(minutes=0)
+    assert len(study.read("cost.csv")) == costs == 8
+    assert "are the sweep's to 0 nats" in prefix_sums.report(study)
+    assert (tmp_path / "prefix_sums.png").exists()
+
+
+def test_the_report_on_prefix_sums_is_current() -> None:
+    prefix_sums = load("prefix_sums")
+    study = prefix_sums.Study(prefix_sums.Size(), prefix_sums.REPORT)
+    text, lr = (prefix_sums.REPORT / "README.md").read_text(), study.tuned()["lr"]
+    every, carried, best = (prefix_sums.judge(study, *terms) for terms in ((1, lr), (2, lr), (2,)))
+    assert prefix_sums.table(prefix_sums.rows_by_rule(carried, best)) in text
+    assert prefix_sums.table(prefix_sums.rows_by_loops(study, every)) in text
+    assert prefix_sums.short_of(every, carried, best) in text
