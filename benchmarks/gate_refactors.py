@@ -75,7 +75,6 @@ def gated(job: tuple[int, int, str]) -> dict[str, Any]:
         "answer": told.answer,
         "trainings": trainings,
         "seconds": round(seconds, 1),
-        "words": str(told),
     }
 
 
@@ -107,7 +106,7 @@ def report(told: list[dict[str, Any]], full: dict[str, float], steps: int) -> st
         f"LRs 0.75 octave apart, {SEEDS} seeds. Made by",
         f"`python -m benchmarks.gate_refactors --commits {len(told)} --steps {steps}`.",
         f"Python {platform.python_version()}, torch {version('torch')}, looptransfer {version('looptransfer')},",
-        f"{platform.machine()}, {os.cpu_count()} cores. The words of every answer are in refactors.json.",
+        f"{platform.machine()}, {os.cpu_count()} cores. Every answer is in refactors.json.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -145,7 +144,7 @@ def main() -> None:
     for answer in answers(jobs, arguments.workers):
         record["answers"] = sorted([*record["answers"], answer], key=lambda row: row["commit"])
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        print({name: value for name, value in answer.items() if name != "words"}, flush=True)
+        print(answer, flush=True)
     text = report(record["answers"], record["full"], arguments.steps)
     (arguments.out / "refactors.md").write_text(text)
     print(text)
