@@ -157,7 +157,7 @@ def test_the_prefix_sums_study_goes_on_where_it_stopped_and_is_reported(tmp_path
     assert study.measure(minutes=5)
     costs = len(study.read("cost.csv"))
     assert study.measure(minutes=0)
-    assert len(study.read("cost.csv")) == costs == 8
+    assert len(study.read("cost.csv")) == costs == 12
     assert "are the sweep's to 0 nats" in prefix_sums.report(study)
     assert (tmp_path / "prefix_sums.png").exists()
 
