@@ -170,3 +170,4 @@ def test_the_report_on_prefix_sums_is_current() -> None:
     assert prefix_sums.table(prefix_sums.rows_by_rule(carried, best)) in text
     assert prefix_sums.table(prefix_sums.rows_by_loops(study, every)) in text
     assert prefix_sums.short_of(every, carried, best) in text
+    assert prefix_sums.with_its_own(study) in text
