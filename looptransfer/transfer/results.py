@@ -112,9 +112,13 @@ def _by_name(frame: pd.DataFrame, axis: str) -> str:
 
 def _mapping(frame: pd.DataFrame, missing: Sequence[str]) -> str:
     """What --columns could say of missing names, by the columns that have them within theirs."""
-    alike = {name: [column for column in map(str, frame.columns) if name in column.casefold()][:4] for name in missing}
+    parts = {name: (name, "learning_rate") if name == "lr" else (name,) for name in missing}
+    alike = {
+        name: [column for column in map(str, frame.columns) if any(part in column.casefold() for part in parts[name])]
+        for name in missing
+    }
     return " ".join(
-        " or ".join(f"{name}={shlex.quote(short(column)[1:-1])}" for column in alike[name] or ["NAME"])
+        " or ".join(f"{name}={shlex.quote(short(column)[1:-1])}" for column in alike[name][:4] or ["NAME"])
         for name in missing
     )
 

@@ -66,7 +66,7 @@ def choose(
             )
             raise InputError(f"--where {text} leaves no row; {column} is {counts or 'empty'}")
         if not met.all():
-            note(out, f"{int((~met).sum())} of {len(out)} rows are left out by --where {text}")
+            note(out, f"{int((~met).sum())} of {len(out)} rows are left out by --where {text}{_unfinite(out[~met])}")
         out, seen_to = out[met], [*seen_to, *([column] if is_state(column) else [])]
     marks = [_met(out, text, "--diverged", names)[1] for text in diverged]
     if marks:
@@ -83,6 +83,14 @@ def choose(
             )
         out = out[counts]
     return out.drop(columns=seen_to)
+
+
+def _unfinite(rows: pd.DataFrame) -> str:
+    """The words on rows that are left out although what stands there as their loss may be that of a divergence."""
+    texts = _texts(rows["loss"]) if "loss" in rows else pd.Series(dtype=object)
+    count = sum(not math.isfinite(number) for number in map(_value, texts.str.lower()) if isinstance(number, float))
+    count += int((texts.str.lower() == "nan").sum())
+    return f" ({count} of them with a loss of nan or inf: runs that diverged are kept by --diverged)" if count else ""
 
 
 def note(frame: pd.DataFrame, text: str) -> None:

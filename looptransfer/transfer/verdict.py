@@ -195,7 +195,8 @@ class Verdict(Terms):
             lies_in = self.transferred_lr is not None and basin.low <= math.log2(self.transferred_lr) <= basin.high
             low = f"{'at most ' if basin.low_open else ''}{2**basin.low:.3g}"
             high = f"{'at least ' if basin.high_open else ''}{2**basin.high:.3g}"
-            yield f"Any LR from {low} to {high} is {'as good: ' if lies_in and not unknown else ''}{within}{hidden}."
+            lrs = f"Only LR {low}" if low == high else f"Any LR from {low} to {high}"
+            yield f"{lrs} is {'as good: ' if lies_in and not unknown else ''}{within}{hidden}."
         elif judged.with_basin:
             yield f"No LR is {within}{hidden}."
 

@@ -498,7 +498,7 @@ def test_the_markdown_holds_the_answer_the_tables_and_the_command() -> None:
     assert text.startswith("It is not settled that one LR serves every N")
     assert "\n### factored: INCONCLUSIVE\n" in text
     assert sum(line.startswith("|---") for line in text.splitlines()) == 3  # two rules and their difference
-    assert f"    {verdict.command(verdict.judged)}\n" in text
+    assert f"    {verdict.command(verdict.judged)}  # EXPERIMENT" in text
 
 
 @reproducible

@@ -191,3 +191,14 @@ def test_of_a_crashed_run_and_its_rerun_the_finished_one_is_offered(tmp_path: Pa
     text = "loops,lr,seed,loss,State\n1,0.01,0,2,crashed\n1,0.01,0,2,finished\n2,0.02,0,2,finished\n2,0.01,0,2,finished"
     with pytest.raises(InputError, match="--where State=finished"):
         read_results(csv_file(tmp_path, text), diverged=["State=crashed"])
+
+
+def test_rows_that_where_leaves_out_are_told_where_they_diverged(tmp_path: Path) -> None:
+    text = "loops,lr,loss,State\n1,0.01,2,finished\n1,0.02,3,finished\n1,0.04,NaN,crashed\n1,0.08,,crashed\n"
+    told = read_results(csv_file(tmp_path, text), where=["State=finished"]).attrs["left_out"]
+    assert told.startswith("2 of 4 rows are left out by --where State=finished (1 of them with a loss of nan or inf")
+
+
+def test_a_learning_rate_is_offered_as_the_lr(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--columns lr=learning_rate"):
+        read_results(csv_file(tmp_path, "loops,learning_rate,loss\n1,0.01,2\n"))
