@@ -6,9 +6,11 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
+from statistics import pstdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from looptransfer.trials.experiment import Experiment
 
 HOPELESS = 20  # steps whose mean loss may not lie above the loss at initialisation
+CLEARLY = 4.0  # standard deviations of those losses, while the LR rises: a slow start is no divergence
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_EVERY = 60.0  # seconds
 
@@ -72,8 +75,7 @@ class Training:
     def update(self) -> None:
         """An optimizer step on that loss, and the next batch."""
         experiment = self.experiment
-        with user_code(f"schedule({self.step}, {experiment.steps}) fails", experiment.schedule):
-            share = experiment.lr_share(self.step)
+        share = self._share(self.step)
         for group, lr in self.base_lrs:
             group["lr"] = lr * share
         with user_code("the training step fails", experiment.optimizer, experiment.loss, experiment.make_model):
@@ -85,6 +87,17 @@ class Training:
                 optimizer.step()
         self.step += 1
         self.next_batch()
+
+    @property
+    def lr_rises(self) -> bool:
+        """The LR rose within the last steps."""
+        shares = [self._share(step) for step in range(max(0, self.step - HOPELESS), self.step + 1)]
+        return any(share > before for before, share in pairwise(shares))
+
+    def _share(self, step: int) -> float:
+        experiment = self.experiment
+        with user_code(f"schedule({step}, {experiment.steps}) fails", experiment.schedule):
+            return experiment.lr_share(step)
 
     def next_batch(self) -> None:
         """Draw the batch of the next step; the last one stays."""
@@ -131,7 +144,8 @@ class Training:
 
 
 def train(experiment: "Experiment", trial: Trial) -> Outcome:
-    """Train once. The run ends early when the loss is no number, or for 20 steps no better than at initialisation.
+    """Train once. The run ends early when the loss is no number, or for 20 steps no better than at initialisation,
+    clearly worse while the LR still rises.
 
     The early end is what keeps hopeless LRs cheap; the result says diverged and stays in the table as data. Once a
     minute a checkpoint is written into the run's directory. Where there is one, training goes on from it, on a CPU
@@ -183,8 +197,7 @@ def _train(experiment: "Experiment", trial: Trial, path: Path, checkpoint: dict[
             if experiment.log is not None:
                 with user_code(f"log(run, {step}, {value:g}) fails", experiment.log):
                     experiment.log(trial, step, value)
-            hopeless = len(recent) == HOPELESS and sum(recent) / HOPELESS > first
-            if not math.isfinite(value) or hopeless:
+            if not math.isfinite(value) or _is_hopeless(recent, first, training):
                 return outcome(math.inf, step)
             last = value
             training.update()
@@ -194,6 +207,14 @@ def _train(experiment: "Experiment", trial: Trial, path: Path, checkpoint: dict[
                 _write_checkpoint(path, training.state() | progress)
                 saved = time.perf_counter()
         return outcome(held_out_loss(experiment, training.model, trial.device), experiment.steps)
+
+
+def _is_hopeless(recent: Collection[float], first: float, training: Training) -> bool:
+    """The recent losses lie above the first one; clearly above where the LR rose meanwhile, as training just began."""
+    excess = math.fsum(recent) / HOPELESS - first
+    if len(recent) < HOPELESS or excess <= 0:
+        return False
+    return excess > CLEARLY * pstdev(recent) or not training.lr_rises
 
 
 def _write_checkpoint(path: Path, state: dict[str, Any]) -> None:
