@@ -173,7 +173,8 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
             f"all {len(results)} runs, now in {path}, diverged, so there is nothing to judge; lower the LRs"
         )
     table = plain_lines(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
-    return f"{table}\n{_next('check', path)}", 0
+    carried = ["--lr", f"{lrs['around']:.6g}"] if "around" in lrs else []
+    return f"{table}\n{_next('check', path, *carried)}", 0
 
 
 def _places(arguments: argparse.Namespace) -> dict[str, Any]:

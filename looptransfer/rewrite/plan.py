@@ -183,10 +183,11 @@ class ScalingPlan:
         loops = f"{{{loops}}}" if len(visits) > 1 else loops
         drawn = " (mean of a random count)" if self.random_loops else ""
         factors = depth_factors(self.rule, "adamw", self.layers, self.base_layers)
+        on_stream = "those on the stream × 1/visits, " if self.on_stream else ""
         return (
             f"rule {self.rule}: N = {loops}{drawn}, L = {self.layers}, base layers {self.base_layers}, "
             f"λ = {self.lam:g}\n"
-            f"AdamW: LR and eps of the branches' parameters × {factors.lr:.4g}, everything else × 1"
+            f"AdamW: LR and eps of the branches' parameters × {factors.lr:.4g}, {on_stream}everything else × 1"
         )
 
     def _notes(self) -> list[str]:

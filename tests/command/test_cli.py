@@ -161,7 +161,7 @@ def test_tune_then_sweep_then_more_seeds_then_check(folder: Path, capsys: pytest
     assert run("sweep", f"{grid} --seeds 2 -o results.csv", ":longer") == 0
     said, first = capsys.readouterr(), Path("results.csv").read_text()
     assert "warning" not in said.err
-    assert "runs written to results.csv: 48\nnext: looptransfer check results.csv" in said.out
+    assert f"runs written to results.csv: 48\nnext: looptransfer check results.csv --lr {best['lr']:.6g}" in said.out
     assert list(table().columns) == COLUMNS
 
     assert run("sweep", f"{grid} --seeds 1-3 --append results.csv", ":longer") == 0

@@ -492,6 +492,7 @@ def test_matrices_that_act_on_the_stream_again_and_again_are_warned_of() -> None
     assert len(seen) == 1
     assert plan.on_stream == {"adapter.weight": 3}
     assert "adapter.weight (3×)" in str(plan)
+    assert "those on the stream × 1/visits, everything else × 1" in str(plan)
     assert len(plan.branches) == 2
 
 
