@@ -20,7 +20,6 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 TOLERANCE = 1e-6  # relative, of a setting
 
 
-@explained_in("symptoms.md#the-coordinate-check-fails")
 def verify(model: nn.Module, example_inputs: ExampleInputs, *, optimizer: Optimizers | None = None) -> ScalingPlan:
     """Measure on the live model what reaches the stream of each branch, and return the plan if it is what it says.
 

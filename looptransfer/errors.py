@@ -9,17 +9,24 @@ if TYPE_CHECKING:
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message names the value, the allowed range and the fix."""
+    """Something the user gave cannot be used; the message names the value, the allowed range and the fix.
+
+    It ends with the page of the documentation that explains it, `page`, where there is one.
+    """
+
+    page = ""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (more: docs/{self.page})" if self.page else super().__str__()
 
 
 @contextmanager
 def explained_in(page: str) -> Iterator[None]:
-    """Note on an InputError that leaves a function which page explains it; the innermost function has the word."""
+    """Tell an InputError that leaves a function which page explains it; the innermost function has the word."""
     try:
         yield
     except InputError as error:
-        if not getattr(error, "__notes__", None):
-            error.add_note(f"more: docs/{page}")
+        error.page = error.page or page
         raise
 
 

@@ -1,6 +1,7 @@
 """Errors say which page explains them, and warnings stand at the line of the user who called."""
 
 import ast
+import pickle
 import re
 import warnings
 from dataclasses import replace
@@ -42,7 +43,7 @@ def test_the_page_that_explains_an_error_has_that_anchor(page: str) -> None:
     assert not anchor or anchor in anchors(ROOT / "docs" / name)
 
 
-def test_an_error_notes_the_page_of_the_innermost_function() -> None:
+def test_an_error_ends_with_the_page_of_the_innermost_function() -> None:
     @explained_in("outer.md")
     def outer() -> None:
         inner()
@@ -53,7 +54,9 @@ def test_an_error_notes_the_page_of_the_innermost_function() -> None:
 
     with pytest.raises(lt.InputError) as raised:
         outer()
-    assert raised.value.__notes__ == ["more: docs/inner.md"]
+    assert str(raised.value) == "no (more: docs/inner.md)"
+    assert str(pickle.loads(pickle.dumps(raised.value))) == "no (more: docs/inner.md)"
+    assert str(lt.InputError("no")) == "no"
 
 
 def test_a_command_prints_the_page_at_the_end_of_its_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,8 +48,7 @@ def _answer(arguments: argparse.Namespace) -> Answer:
         with contextlib.redirect_stdout(sys.stderr):
             return RUNS[arguments.command](arguments)
     except InputError as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        print(plain_lines(f"looptransfer: {error}{notes}"), file=sys.stderr)
+        print(plain_lines(f"looptransfer: {error}"), file=sys.stderr)
         return "", USAGE
     except KeyboardInterrupt:
         print("looptransfer: interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)

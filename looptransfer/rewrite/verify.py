@@ -70,7 +70,7 @@ def _disagreements(model: nn.Module, plan: ScalingPlan, forward: Trace, groups: 
                 others.append(visits)
     if others:
         told = "in eval mode other loop counts are taken as meant for inference; before training call rescale"
-        warnings.warn(f"{few(others)}; {told}", ScalingWarning, stacklevel=5)
+        warnings.warn(f"{few(others)}; {told}", ScalingWarning, stacklevel=4)
     problems += [f"{handle}: a residual branch that the plan does not know" for handle in live]
     modules = plain_names(model)
     return problems + [

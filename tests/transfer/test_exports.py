@@ -75,13 +75,13 @@ def test_the_runs_of_tensorboard_are_one_table_of_many_files(tmp_path: Path) -> 
     files = runs_as_files(tmp_path)
     names: dict[str, Any] = {"columns": {"loss": "Value", "step": "Step"}, "run_name": f"run-{CALLED}-tag-loss_val"}
     assert losses(read_results(files, **names)) == losses(read("tb_long"))
-    with pytest.raises(InputError, match=r"2 of run-n1-\S+csv, 3 of run-\S+ are .*, say --columns step=Step\n"):
+    with pytest.raises(InputError, match=r"2 of run-n1-\S+csv, 3 of run-\S+ are .*, say --columns step=Step \(more"):
         read_results(files, {"loss": "Value"}, run_name=names["run_name"])
     with pytest.raises(InputError, match=r"loops, lr is missing; .* such as 'run-n1-\S+' say it: --run-name"):
         read_results(files, {"loss": "Value"})
     shutil.copy(files[0], tmp_path / "run-again.csv")
     with pytest.raises(
-        InputError, match=r"row 2 of run-again.csv: the run 'run-again' .* with --where 'run!=run-again'\n"
+        InputError, match=r"row 2 of run-again.csv: the run 'run-again' .* with --where 'run!=run-again' \(more"
     ):
         read_results([*files, tmp_path / "run-again.csv"], **names)
 
@@ -123,19 +123,19 @@ def test_a_column_of_the_very_name_is_taken_before_others(tmp_path: Path) -> Non
 def test_of_several_columns_none_is_taken_and_the_words_that_choose_are_told(tmp_path: Path) -> None:
     text = "loops,params.lr,metrics.lr,train/loss,eval/loss,params.wd,tags.wd\n1,0.1,0,2,3,0,0\n2,0.1,0,2,4,0,1\n"
     path = csv_file(tmp_path, text)
-    with pytest.raises(InputError, match=r"write --columns lr=params.lr or --columns lr=metrics.lr\n"):
+    with pytest.raises(InputError, match=r"write --columns lr=params.lr or --columns lr=metrics.lr \(more"):
         read_results(path)
     names = {"lr": "params.lr", "loss": "eval/loss"}
-    with pytest.raises(InputError, match=r"mapped: --columns loss=train/loss or loss=eval/loss\n"):
+    with pytest.raises(InputError, match=r"mapped: --columns loss=train/loss or loss=eval/loss \(more"):
         read_results(path, {"lr": "params.lr"})
-    with pytest.raises(InputError, match=r"write --where params.wd=0 or --where tags.wd=0\n"):
+    with pytest.raises(InputError, match=r"write --where params.wd=0 or --where tags.wd=0 \(more"):
         read_results(path, names, where=["wd=0"])
     assert read_results(path, names)["loss"].tolist() == [3.0, 4.0]
 
 
 def test_the_loss_is_not_guessed_where_another_column_could_be_it(tmp_path: Path) -> None:
     path = csv_file(tmp_path, "loops,lr,train/loss,val_loss\n1,0.1,2,3\n")
-    with pytest.raises(InputError, match=r"mapped: --columns loss=train/loss or loss=val_loss\n"):
+    with pytest.raises(InputError, match=r"mapped: --columns loss=train/loss or loss=val_loss \(more"):
         read_results(path)
 
 
@@ -149,10 +149,10 @@ def test_what_is_missing_is_told_with_the_columns_that_may_be_meant(tmp_path: Pa
 
 
 def test_a_metric_that_is_not_named_is_never_guessed() -> None:
-    with pytest.raises(InputError, match=r"is called loss; write --columns loss=val_loss\n"):
+    with pytest.raises(InputError, match=r"is called loss; write --columns loss=val_loss \(more"):
         read("wandb_plot", columns={})
     for columns in ({}, {"loss": "value"}):
-        with pytest.raises(InputError, match=r"write --columns loss=loss/train or loss=loss/val\n"):
+        with pytest.raises(InputError, match=r"write --columns loss=loss/train or loss=loss/val \(more"):
             read("tb_long", columns=columns)
 
 
@@ -190,12 +190,12 @@ def names_file(folder: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("lr", r"^--run-name is 'lr'; write what runs are called, such as 'n\{loops\}-lr\{lr\}-s\{seed\}'\n"),
+        ("lr", r"^--run-name is 'lr'; write what runs are called, such as 'n\{loops\}-lr\{lr\}-s\{seed\}' \(more"),
         ("{lr}{lr}", "^--run-name is"),
         ("{1}", "^--run-name is"),
         ("{seed}-{lr}", r"fits the run 'a-1e-3' in two ways: seed a, lr 1e-3 or seed a-1e, lr 3; fix more"),
         ("x{lr}", r"fits none of the 2 runs, such as 'a-1e-3'; write \{loops\}"),
-        ("b-{lr}", r"^row 2: the run 'a-1e-3' is not called as .* with --where 'run!=a-1e-3'\n"),
+        ("b-{lr}", r"^row 2: the run 'a-1e-3' is not called as .* with --where 'run!=a-1e-3' \(more"),
     ],
 )
 def test_a_pattern_that_does_not_fit_is_refused(tmp_path: Path, pattern: str, message: str) -> None:
