@@ -156,6 +156,15 @@ class AbsoluteSchedule:
 
 
 def absolute_schedule(experiment: lt.Experiment, stack: contextlib.ExitStack) -> lt.Experiment:
+    """In training, which multiplies LRs by itself, and in a scheduler of torch."""
+    begin = training.Training.__init__
+
+    def with_one_lr(self: training.Training, *arguments: Any) -> None:
+        begin(self, *arguments)
+        largest = max(lr for _, lr in self.base_lrs)
+        self.base_lrs = [(group, largest) for group, _ in self.base_lrs]
+
+    stack.enter_context(mock.patch.object(training.Training, "__init__", with_one_lr))
     stack.enter_context(mock.patch.object(torch.optim.lr_scheduler, "LambdaLR", AbsoluteSchedule))
     return experiment
 
