@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from pathlib import Path
 from statistics import pstdev
 from typing import TYPE_CHECKING, Any
@@ -90,9 +89,8 @@ class Training:
 
     @property
     def lr_rises(self) -> bool:
-        """The LR rose within the last steps."""
-        shares = [self._share(step) for step in range(max(0, self.step - HOPELESS), self.step + 1)]
-        return any(share > before for before, share in pairwise(shares))
+        """The LR of this step is above that of the last one."""
+        return self.step > 0 and self._share(self.step) > self._share(self.step - 1)
 
     def _share(self, step: int) -> float:
         experiment = self.experiment
@@ -210,7 +208,7 @@ def _train(experiment: "Experiment", trial: Trial, path: Path, checkpoint: dict[
 
 
 def _is_hopeless(recent: Collection[float], first: float, training: Training) -> bool:
-    """The recent losses lie above the first one; clearly above where the LR rose meanwhile, as training just began."""
+    """The recent losses lie above the first one; clearly above while the LR still rises, as training just began."""
     excess = math.fsum(recent) / HOPELESS - first
     if len(recent) < HOPELESS or excess <= 0:
         return False
