@@ -346,7 +346,7 @@ def rows_by_loops(study: Study, verdict: lt.Verdict) -> pd.DataFrame:
     """A row per rule and N: its best LR, and what the carried LR gives."""
     scores, own, rows = study.read("accuracy.csv"), study.read("own_lr.csv"), []
     for rule, judged in verdict.rules.items():
-        by_loops = intervals(scores, rule)
+        by_loops, with_own = intervals(scores, rule), intervals(own, rule)
         for optimum in judged.optima:
             here = scores[(scores["rule"] == rule) & (scores["loops"] == optimum.n)]
             means = judged.tables[optimum.n].mean(axis=1)
@@ -360,7 +360,7 @@ def rows_by_loops(study: Study, verdict: lt.Verdict) -> pd.DataFrame:
                     "lowest mean loss on the grid": f"{means.min():.3f}",
                     "loss at the carried LR": f"{here['loss'].mean():.3f}",
                     "accuracy there, %": percent(by_loops.get(optimum.n)),
-                    f"accuracy at its own of N = {JUDGED_FROM}, %": percent(intervals(own, rule).get(optimum.n)),
+                    f"accuracy at its own of N = {JUDGED_FROM}, %": percent(with_own.get(optimum.n)),
                     "at most, %": f"{100 * most(study.size, optimum.n):.1f}",
                 }
             )

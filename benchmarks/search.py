@@ -293,9 +293,9 @@ class Target:
         return 100 * (self.surface.mean(float(np.log2(lr))) - self.best) / self.best
 
 
-def live() -> pd.DataFrame:
+def live(target: Target) -> pd.DataFrame:
     """The demo's model tuned at small N: the bill against a grid of 8 LRs × 3 seeds at N = 16, and the regret there."""
-    target, rows = Target(), []
+    rows = []
     for loops, first in itertools.product((1, 2), (0, 4, 8)):
         seeds = range(first, first + len(SEEDS))
         with TemporaryDirectory() as folder:
@@ -320,9 +320,9 @@ def rising(step: int, steps: int) -> float:
     return float(2.0 ** ((low - high) * (1 - step / steps)))
 
 
-def range_tests() -> pd.DataFrame:
+def range_tests(target: Target) -> pd.DataFrame:
     """An LR range test of the same proxies, one training each, read in the two usual ways."""
-    target, rows = Target(), []
+    rows = []
     for loops, seed in itertools.product((1, 2), range(3)):
         losses: list[float] = []
         experiment = replace(
@@ -417,7 +417,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/search"))
     arguments = parser.parse_args()
     started = time.process_time()
-    tuned, ranges = live(), range_tests()
+    target = Target()
+    tuned, ranges = live(target), range_tests(target)
     results = measure(arguments.times)
     arguments.out.mkdir(parents=True, exist_ok=True)
     results.to_csv(arguments.out / "choices.csv", index=False, float_format="%.5g")

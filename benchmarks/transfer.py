@@ -149,7 +149,7 @@ def movements(start: str) -> pd.DataFrame:
         model, batches = trained.make_model(1), trained.batches(seed)
         probe, _ = next(batches)
         lt.parametrize(model, probe, lam=trained.lam, base_layers=trained.base_layers)
-        optimizer = branches_slower(model, MOVED_LR, factor=(layers / BASE_LAYERS) ** 0.5)
+        optimizer = trained.optimizer(model, MOVED_LR)
         for group in optimizer.param_groups:
             if moved == "branches" and "branch" not in group["name"]:
                 group["lr"] = 0.0

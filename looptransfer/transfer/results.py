@@ -261,11 +261,12 @@ def _no_duplicates(frame: pd.DataFrame, axis: str, raw: pd.DataFrame) -> None:
     if telling and "step" in str(telling[0]).casefold() and "step" not in frame:
         fix = f"they differ in {telling[0]}: where that is the step, say --columns step={telling[0]}"
     elif telling:
-        states = [finished_state(raw.loc[same.index, name]) for name in telling if is_state(name)]
-        value = next(filter(None, states), raw[telling[0]][same.index[0]])
+        column = next(filter(is_state, telling), telling[0])  # of a crashed run and its rerun, the one that finished
+        cells = raw.loc[same.index, column]
+        value = (finished_state(cells) if is_state(column) else None) or cells.iloc[0]
         fix = (
             f"they differ in {' and '.join(map(str, telling[:3]))}: keep one value of it, or make it the axis "
-            f"(--where {telling[0]}={value})"
+            f"(--where {column}={value})"
         )
     else:
         fix = "drop the repeated rows" if "seed" in raw else "add a column seed that tells them apart"

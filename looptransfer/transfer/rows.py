@@ -87,9 +87,8 @@ def choose(
 
 def _unfinite(rows: pd.DataFrame) -> str:
     """The words on rows that are left out although what stands there as their loss may be that of a divergence."""
-    texts = _texts(rows["loss"]) if "loss" in rows else pd.Series(dtype=object)
-    count = sum(not math.isfinite(number) for number in map(_value, texts.str.lower()) if isinstance(number, float))
-    count += int((texts.str.lower() == "nan").sum())
+    losses = _texts(rows["loss"]).map(_value) if "loss" in rows else pd.Series(dtype=object)
+    count = int(losses.isin(["nan", math.inf, -math.inf]).sum())
     return f" ({count} of them with a loss of nan or inf: runs that diverged are kept by --diverged)" if count else ""
 
 

@@ -123,9 +123,9 @@ def _implied(frame: pd.DataFrame, implied: Sequence[str]) -> tuple[pd.DataFrame,
 def _refuse_logged(frame: pd.DataFrame, called: str) -> None:
     """Refuse an LR beside a configured one that differs: it may be what was logged last, at the end of a schedule."""
     names = [column for column in map(str, frame.columns) if re.split("[./]", column)[-1] in ("lr", "learning_rate")]
+    numbers = {name: pd.to_numeric(frame[name].map(str), errors="coerce") for name in names}
     for other in names if called in names else []:
-        ours, theirs = (pd.to_numeric(frame[name].map(str), errors="coerce") for name in (called, other))
-        if not LOGGED.search(other) and ((theirs / ours - 1).abs() > ROUNDED_LR).any():
+        if not LOGGED.search(other) and ((numbers[other] / numbers[called] - 1).abs() > ROUNDED_LR).any():
             ways = " or ".join(f"--columns {shlex.quote(f'lr={name}')}" for name in (called, other))
             raise InputError(
                 f"lr is not clear: {called} and {other} differ, as where one is the configured LR and one what a "

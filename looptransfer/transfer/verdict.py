@@ -244,10 +244,10 @@ class Verdict(Terms):
         """The advice, and the command or the rows to run; nothing where the answer is settled."""
         if not judged.advice or judged.further_runs is None:
             return [judged.advice] if judged.advice else []
+        if command := self.command(judged):
+            return [judged.advice, f"{command}  # EXPERIMENT: your file.py:NAME"]
         option = " (check --todo FILE writes them)" if judged.rule == self.rule else ""
-        command = self.command(judged)
-        runs = f"{command}  # EXPERIMENT: your file.py:NAME" if command else None
-        return [judged.advice, runs or judged.further_runs.text(self.axis_label) + option]
+        return [judged.advice, judged.further_runs.text(self.axis_label) + option]
 
     def rows_to_run(self) -> pd.DataFrame:
         """The further runs that would settle the answer for the rule asked for; no row where none would."""

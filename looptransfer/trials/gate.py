@@ -165,9 +165,9 @@ def gate(
     search = GateSearch([stored[n] for n in counts], rule, chosen, tolerance, confidence)
     with TemporaryDirectory(prefix="looptransfer-") as folder:
         first = list(search.wanted({}))
-        bracket = [Run(rule, n, lr, seed) for n in counts for lr in stored_lrs(stored[n]) for seed in chosen]
+        at_most = [Run(rule, n, lr, seed) for n in counts for lr in stored_lrs(stored[n]) for seed in chosen]
         places = slots(devices, workers)
-        study, _ = open_ledger(experiment, [*first, *bracket], ledger or Path(folder, "gate.db"), places[0])
+        study, _ = open_ledger(experiment, [*first, *at_most], ledger or Path(folder, "gate.db"), places[0])
         _ask(study, first)
         run_search(experiment, search, study, places, limit, "gate", alone=workers is None)
         holding = search.confirmed(study.losses)

@@ -209,10 +209,10 @@ def _train(experiment: "Experiment", trial: Trial, path: Path, checkpoint: dict[
 
 def _is_hopeless(recent: Collection[float], first: float, training: Training) -> bool:
     """The recent losses lie above the first one; clearly above while the LR still rises, as training just began."""
-    excess = math.fsum(recent) / HOPELESS - first
-    if len(recent) < HOPELESS or excess <= 0:
+    if len(recent) < HOPELESS:
         return False
-    return excess > CLEARLY * pstdev(recent) or not training.lr_rises
+    excess = math.fsum(recent) / HOPELESS - first
+    return excess > 0 and (excess > CLEARLY * pstdev(recent) or not training.lr_rises)
 
 
 def _write_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -193,6 +193,13 @@ def test_of_a_crashed_run_and_its_rerun_the_finished_one_is_offered(tmp_path: Pa
         read_results(csv_file(tmp_path, text), diverged=["State=crashed"])
 
 
+def test_the_state_is_offered_also_where_another_column_tells_the_runs_apart(tmp_path: Path) -> None:
+    text = "loops,lr,seed,loss,host,State\n1,0.01,0,2,a,crashed\n1,0.01,0,2,b,finished\n"
+    others = "".join(f"2,0.0{lr},0,2,{host},finished\n" for lr in (1, 2, 3) for host in "a")
+    with pytest.raises(InputError, match=r"--where State=finished\)"):
+        read_results(csv_file(tmp_path, text + others), diverged=["State=crashed"])
+
+
 def test_rows_that_where_leaves_out_are_told_where_they_diverged(tmp_path: Path) -> None:
     text = "loops,lr,loss,State\n1,0.01,2,finished\n1,0.02,3,finished\n1,0.04,NaN,crashed\n1,0.08,,crashed\n"
     told = read_results(csv_file(tmp_path, text), where=["State=finished"]).attrs["left_out"]
