@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import looptransfer as lt
+from benchmarks.cells import draw_losses
 from benchmarks.verdict_simulations import table
-from looptransfer.report.figures import ORDERED
 from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import Interval, t_interval
 
@@ -283,7 +283,7 @@ def draw(study: Study, every: lt.Verdict, judged: lt.Verdict) -> Figure:
     figure = Figure(figsize=(9.0, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_accuracy(left, study)
-    draw_losses(right, every)
+    draw_losses_and_lr(right, every)
     drift = f": drift {judged.judged.drift.text(2)}" if judged.judged.drift else ""
     right.set_title(f"{LABELS[judged.rule]}{drift}", loc="left", fontsize="medium")
     return figure
@@ -320,24 +320,11 @@ def draw_accuracy(axis: Axes, study: Study) -> None:
     axis.legend(frameon=False, fontsize="small", loc="upper left")
 
 
-def draw_losses(axis: Axes, verdict: lt.Verdict) -> None:
-    """Mean loss against LR, the range of the seeds shaded, the fitted optima starred, LRs that diverge crossed."""
-    judged = verdict.judged
-    for place, (optimum, losses) in enumerate(zip(judged.optima, judged.tables.values(), strict=True)):
-        colour = ORDERED(place / max(1, len(judged.optima) - 1))
-        stable = losses[losses.max(axis=1).map(math.isfinite)]
-        lrs = [2.0 ** float(x) for x in stable.index]
-        axis.plot(lrs, stable.mean(axis=1), color=colour, marker=".", label=f"N = {optimum.n}")
-        axis.fill_between(lrs, stable.min(axis=1), stable.max(axis=1), color=colour, alpha=0.18, linewidth=0)
-        diverged = [2.0 ** float(x) for x in losses.index.difference(stable.index)]
-        height, top = [0.97 - 0.035 * place] * len(diverged), axis.get_xaxis_transform()
-        axis.plot(diverged, height, "x", color=colour, transform=top, clip_on=False)
-        if optimum.log2_lr is not None:
-            best = optimum.log2_lr.estimate
-            axis.plot([2**best], [optimum.loss(best).mean()], "*", color=colour, markersize=14, markeredgecolor="white")
+def draw_losses_and_lr(axis: Axes, verdict: lt.Verdict) -> None:
+    """Loss against LR, with the carried LR."""
+    draw_losses(axis, verdict.judged)
     if verdict.transferred_lr is not None:
         axis.axvline(verdict.transferred_lr, color="0.4", linestyle="--", linewidth=1)
-    axis.set_xscale("log", base=2)
     axis.set(xlabel="base LR (dashed: the one on the left; ×: a seed diverges)", ylabel="held-out loss, nats")
     axis.legend(frameon=False, fontsize="small", loc="lower right")
 

@@ -18,23 +18,19 @@ another b the best base LR should move by b − c octaves per doubling.
 import argparse
 import math
 import os
-import platform
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import looptransfer as lt
+from benchmarks.cells import CENTRE, SEEDS, Cell, draw_drifts, footer, rows_of, run_cells
 from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
@@ -44,17 +40,13 @@ from looptransfer.transfer.optimum import t_interval
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "reports" / "transfer"
 BASE_LAYERS = 2
-CENTRE = 0.014  # near the optimum of reports/sweep at N = 2
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
-SEEDS = 3
 STARTS = {"0.02": 1.0, "0.02·√(768/width)": math.sqrt(PAPER_WIDTH / ReferenceSize().width)}
 EXPONENTS = tuple(product((0.5, 1.0), (0.0, 0.5, 1.0)))  # of ε and of the LR, over layers
 PAPER = (0.5, 0.5)
 DEPTHS = (2, 4, 8)
 MOVED_DEPTHS, MOVED_STEPS, MOVED_LR = (2, 4, 8, 16), (1, 10, 30), CENTRE / 8  # of the movement of the output
 LOOPS = (1, 4, 16)
-COLOURS = {"FLAT": "#0072B2", "DRIFTS": "#D55E00", "INCONCLUSIVE": "#7F7F7F"}
-MARKERS = {"FLAT": "o", "DRIFTS": "s", "INCONCLUSIVE": "D"}
 
 
 @dataclass(frozen=True)
@@ -97,8 +89,8 @@ def name_of_start(start: str) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One sweep: a file of the report."""
+class Setting:
+    """What is trained in one sweep."""
 
     start: str
     layers: int
@@ -108,36 +100,30 @@ class Cell:
     rules: tuple[Rule, ...]
 
     @property
-    def file(self) -> str:
-        """The name of its table."""
+    def cell(self) -> Cell:
+        """The sweep."""
         of_multiplier, of_lr = self.exponents
         size, exponents = f"L{self.layers}", f"eps{of_multiplier:g}-lr{of_lr:g}"
-        return f"{name_of_start(self.start)}-{size}-{exponents}-{self.steps}-N{max(self.loops)}.csv"
-
-    def run(self, out: Path, workers: int) -> None:
-        """Make the sweep, or the rest of it."""
-        ledger = out / Path(self.file).stem / "ledger.db"
-        ledger.parent.mkdir(parents=True, exist_ok=True)
-        trained = experiment(self.start, self.layers, self.steps, self.exponents)
-        runs = lt.sweep(
-            trained, self.loops, CENTRE, self.rules, seeds=SEEDS, octaves=OCTAVES, ledger=ledger, workers=workers
-        )
-        runs.to_csv(out / self.file, index=False)
+        name = f"{name_of_start(self.start)}-{size}-{exponents}-{self.steps}-N{max(self.loops)}"
+        trained = partial(experiment, self.start, self.layers, self.steps, self.exponents)
+        return Cell(name, trained, self.loops, self.rules, OCTAVES)
 
 
-def depth_cells(start: str) -> list[Cell]:
+def depth_settings(start: str) -> list[Setting]:
     """L = 2, 4, 8 at N = 1 under each pair of exponents; at L = 2 they are all one."""
-    cells = [Cell(start, BASE_LAYERS, 250, PAPER, (1,), ("factored",))]
+    settings = [Setting(start, BASE_LAYERS, 250, PAPER, (1,), ("factored",))]
     pairs = sorted(EXPONENTS, key=lambda pair: pair != PAPER)
-    return cells + [Cell(start, layers, 250, pair, (1,), ("factored",)) for pair in pairs for layers in DEPTHS[1:]]
+    return settings + [
+        Setting(start, layers, 250, pair, (1,), ("factored",)) for pair in pairs for layers in DEPTHS[1:]
+    ]
 
 
-def loop_cells(steps: int) -> list[Cell]:
+def loop_settings(steps: int) -> list[Setting]:
     """N = 1, 4, 16 from the larger start, with the 1/√N arm beside the rule."""
-    return [Cell("0.02·√(768/width)", 2, steps, PAPER, LOOPS, ("factored", "sqrt"))]
+    return [Setting("0.02·√(768/width)", 2, steps, PAPER, LOOPS, ("factored", "sqrt"))]
 
 
-CELLS = [*loop_cells(250), *loop_cells(1000), *depth_cells("0.02·√(768/width)"), *depth_cells("0.02")]
+SETTINGS = [*loop_settings(250), *loop_settings(1000), *depth_settings("0.02·√(768/width)"), *depth_settings("0.02")]
 
 
 def movements(start: str) -> pd.DataFrame:
@@ -187,10 +173,10 @@ def name_of(exponents: tuple[float, float]) -> str:
 
 def over_layers(out: Path, start: str) -> lt.Verdict | None:
     """The verdict over L of every pair of exponents that is finished, the paper's first."""
-    cells = {(cell.exponents, cell.layers): out / cell.file for cell in depth_cells(start)}
+    tables_of = {(setting.exponents, setting.layers): setting.cell.table(out) for setting in depth_settings(start)}
     tables = []
     for pair in EXPONENTS:
-        files = [cells[PAPER, BASE_LAYERS], *(cells[pair, layers] for layers in DEPTHS[1:])]
+        files = [tables_of[PAPER, BASE_LAYERS], *(tables_of[pair, layers] for layers in DEPTHS[1:])]
         if all(file.exists() for file in files):
             tables += [pd.read_csv(file).assign(rule=name_of(pair)) for file in files]
     if not any(frame["rule"].iloc[0] == name_of(PAPER) for frame in tables):
@@ -203,55 +189,9 @@ def over_loops(out: Path, start: str, steps: int) -> lt.Verdict | None:
     if start == "0.02" and steps == 250:
         runs = pd.read_csv(ROOT / "reports" / "sweep" / "results.csv")
         return lt.check(runs[runs["loops"].isin(LOOPS) & (runs["seed"] < SEEDS)], "factored")
-    cells = [cell for cell in loop_cells(steps) if cell.start == start]
-    files = [out / cell.file for cell in cells if (out / cell.file).exists()]
+    tables = [setting.cell.table(out) for setting in loop_settings(steps) if setting.start == start]
+    files = [file for file in tables if file.exists()]
     return lt.check(pd.read_csv(files[0]), "factored") if files else None
-
-
-def rows_of(verdict: lt.Verdict) -> pd.DataFrame:
-    """A row per rule: what a reader wants to compare."""
-    differences = {difference.control: difference.drift for difference in verdict.differences}
-    axis, rows = verdict.axis, []
-    means = verdict.runs.groupby(["rule", axis, "lr"])["loss"].mean()
-    for name, judged in verdict.rules.items():
-        best = means[name].groupby(level=0).min()
-        rows.append(
-            {
-                "rule": name,
-                "verdict": judged.answer,
-                "drift": judged.drift.text(2) if judged.drift else f"none: {judged.cause}",
-                "minus the first": "" if not differences.get(name) else differences[name].text(2),
-                "regret": judged.regret.text(3) if judged.regret else "",
-                "best mean loss": ", ".join(f"{loss:.3f}" for loss in best),
-                "at LR 2^": ", ".join(f"{math.log2(means[name][size].idxmin()):.2f}" for size in best.index),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def draw(verdicts: dict[str, lt.Verdict]) -> Figure:
-    """The drift of every rule with its interval, a panel per start or length."""
-    heights = [len(verdict.rules) for verdict in verdicts.values()]
-    figure = Figure(figsize=(7.2, 0.7 * len(heights) + 0.36 * sum(heights) + 0.6), layout="constrained")
-    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, (title, verdict) in zip(panels, verdicts.items(), strict=True):
-        panel.axvspan(-verdict.tolerance, verdict.tolerance, color="0.9", linewidth=0)
-        for row, judged in enumerate(verdict.rules.values()):
-            if judged.drift:
-                drift, colour = judged.drift, COLOURS[judged.answer]
-                panel.plot([drift.low, drift.high], [row, row], color=colour, linewidth=2)
-                panel.plot([drift.estimate], [row], color=colour, marker=MARKERS[judged.answer])
-            else:
-                panel.text(0, row, judged.cause, ha="center", va="center", fontsize="small", color="0.35")
-        panel.set_yticks(range(len(verdict.rules)), list(verdict.rules))
-        panel.set_ylim(len(verdict.rules) - 0.5, -0.5)
-        panel.set_title(title, loc="left", fontsize="medium")
-        panel.axvline(0, color="0.6", linewidth=0.8)
-    panels[-1].set_xlabel("drift of the best base LR, octaves per doubling (grey: within the tolerance)")
-    for answer, colour in COLOURS.items():
-        panels[0].plot([], [], color=colour, marker=MARKERS[answer], label=answer)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
-    return figure
 
 
 def report(out: Path, finished: Sequence[Cell]) -> str:
@@ -262,8 +202,7 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
         for start, steps in (("0.02", 250), ("0.02·√(768/width)", 250), ("0.02·√(768/width)", 1000))
     }
     verdicts = {title: verdict for title, verdict in (depth | loops).items() if verdict}
-    draw(verdicts).savefig(out / "drifts.png", dpi=150)
-    seconds = sum(float(pd.read_csv(out / cell.file)["seconds"].sum()) for cell in finished)
+    draw_drifts(verdicts).savefig(out / "drifts.png", dpi=150)
     lines = [
         "# How far one learning rate carries",
         "",
@@ -281,12 +220,9 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
         lines += ["", f"## How the output moves as L grows, matrices start at {start}", "", table(exponents)]
     lines += [
         "",
-        f"{len(finished)} of {len(CELLS)} cells are finished; their runs took {seconds:.0f} s in all,",
-        "as long as each lasted, on a machine that others used and that stood still at times.",
-        "The small start over loops is reports/sweep/.",
+        f"{len(finished)} of {len(SETTINGS)} sweeps are finished. The small start over loops is reports/sweep/.",
         "Differences are paired by seed, over the sizes at which both rules have an optimum.",
-        f"Python {platform.python_version()}, torch {version('torch')}, looptransfer {version('looptransfer')}, "
-        f"{platform.machine()}, {os.cpu_count()} cores.",
+        *footer(pd.read_csv(cell.table(out)) for cell in finished),
     ]
     return "\n".join(lines) + "\n"
 
@@ -297,19 +233,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
-    started = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for start in STARTS:
         file = arguments.out / f"movements-{name_of_start(start)}.csv"
         if not file.exists():
             movements(start).to_csv(file, index=False)
-    for cell in CELLS:
-        if time.monotonic() - started > 60 * arguments.minutes:
-            break
-        if not (arguments.out / cell.file).exists():
-            print(cell.file, file=sys.stderr, flush=True)
-            cell.run(arguments.out, arguments.workers)
-    finished = [cell for cell in CELLS if (arguments.out / cell.file).exists()]
+    cells = [setting.cell for setting in SETTINGS]
+    finished = run_cells(cells, arguments.out, arguments.minutes, arguments.workers)
     text = report(arguments.out, finished)
     (arguments.out / "README.md").write_text(text)
     print(text)

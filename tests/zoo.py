@@ -1726,9 +1726,40 @@ class NormPerVisit(nn.Module):
         return x
 
 
+class BesideBlock(PreNormBlock):
+    """Attention and a map that is handed to the block are added at once."""
+
+    def forward(self, x: Tensor, own: nn.Module) -> Tensor:
+        normed = self.attn_norm(x)
+        x = x + (own(normed) + self.attn(normed))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class MapPerVisit(nn.Module):
+    """Two blocks whose attention has, beside it, a map of every visit's own."""
+
+    def __init__(self, loops: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(BesideBlock() for _ in range(2))
+        self.maps = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)) for _ in range(loops))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for own in self.maps:
+            for block, beside in zip(self.blocks, own, strict=True):
+                x = block(x, beside)
+        return x
+
+
 add("a gate per visit", "visits", GatedVisits, *per_block(["block"], BOTH, 3), warns=("existing depth scaling",))
 add("a low-rank matrix per visit", "visits", AdaptedVisits, *per_block("blocks", ["f"], 3, 2))
 add("a norm per visit", "visits", NormPerVisit, ("f", "f", 3))
+add(
+    "a map per visit beside the shared attention",
+    "visits",
+    MapPerVisit,
+    *(row for n in range(2) for row in ((f"blocks.{n}", f"maps.0.{n}", 3), *per_block([f"blocks.{n}"], BOTH, 3))),
+    *((f"blocks.{n}", f"maps.{visit}.{n}", 3) for visit in (1, 2) for n in range(2)),
+)
 
 # -- drivers
 

@@ -117,6 +117,8 @@ def _fitting(repeated: set[int], loops: float, declared: bool) -> float:
     """The traced visits that are those of `loops` loops."""
     if declared and len(repeated) == 1:
         return repeated.pop()
+    if loops == 1 and not repeated:
+        return loops  # a count whose mean is 1 is never drawn higher
     near = [n for n in repeated if abs(n - loops) < 1]
     if near:
         return near[0]

@@ -675,6 +675,7 @@ def test_a_loop_count_that_is_drawn_is_noticed_whatever_is_drawn_first(seed: int
 
 def test_a_mean_of_what_is_not_drawn_must_be_near_the_traced_count() -> None:
     assert lt.parametrize(models.ResidualMLP(5).double(), inputs(2, WIDTH), loops=4.5).loops == 4.5
+    assert lt.parametrize(models.ResidualMLP(1).double(), inputs(2, WIDTH), loops=1).loops == 1
     with pytest.raises(lt.InputError, match=r"visited 5 times in every forward: nothing is drawn at random"):
         lt.parametrize(models.ResidualMLP(5).double(), inputs(2, WIDTH), loops=3)
 

@@ -1,0 +1,176 @@
+"""Studies of several sweeps: made one after another in pieces that resume, and shown as a table and two pictures."""
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import looptransfer as lt
+from looptransfer.report.figures import ORDERED
+from looptransfer.rules import Rule
+from looptransfer.transfer.optimum import t_interval
+from looptransfer.transfer.verdict import RuleVerdict
+
+CENTRE = 0.014  # absolute; near the optimum of reports/sweep at N = 2
+SEEDS = 3
+STEP = 0.75  # octaves between LRs
+EXTENSIONS = 2  # how often the grid grows by two LRs where the best is its last
+COLOURS = {"FLAT": "#0072B2", "DRIFTS": "#D55E00", "INCONCLUSIVE": "#7F7F7F"}
+MARKERS = {"FLAT": "o", "DRIFTS": "s", "INCONCLUSIVE": "D"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sweep, `name`.csv of a report.
+
+    The grid of a rule grows by two LRs, twice at most, where the lowest mean loss of some N lies on its edge.
+    """
+
+    name: str
+    make_experiment: Callable[[], lt.Experiment]
+    loops: tuple[int, ...]
+    rules: tuple[Rule, ...]
+    octaves: tuple[float, ...]
+    centre: float = CENTRE
+
+    def table(self, out: Path) -> Path:
+        """Where its results are written, once it is finished."""
+        return out / f"{self.name}.csv"
+
+    def run(self, out: Path, workers: int) -> None:
+        """Make the sweep, or the rest of it."""
+        ledger = out / self.name / "ledger.db"
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        trained, tables = self.make_experiment(), []
+        for rule in self.rules:
+            octaves = self.octaves
+            for extension in range(EXTENSIONS + 1):
+                runs = lt.sweep(
+                    trained, self.loops, self.centre, [rule], seeds=SEEDS, octaves=octaves, ledger=ledger,
+                    workers=workers,
+                )  # fmt: skip
+                further = beyond(runs, octaves)
+                if extension == EXTENSIONS or not further:
+                    break
+                octaves = tuple(sorted({*octaves, *further}))
+            tables.append(runs)
+        pd.concat(tables, ignore_index=True).to_csv(self.table(out), index=False)
+
+
+def beyond(runs: pd.DataFrame, octaves: Sequence[float]) -> list[float]:
+    """Two further LRs on each side on which the lowest mean loss of some N lies at the edge of the grid."""
+    means = runs.groupby(["loops", "lr"])["loss"].mean()
+    best = {float(means[count].idxmin()) for count in runs["loops"].unique()}
+    low = [octaves[0] - 2 * STEP, octaves[0] - STEP] if runs["lr"].min() in best else []
+    return low + ([octaves[-1] + STEP, octaves[-1] + 2 * STEP] if runs["lr"].max() in best else [])
+
+
+def run_cells(cells: Sequence[Cell], out: Path, minutes: float, workers: int) -> list[Cell]:
+    """Make what is not finished, beginning no further cell after so many minutes; the finished ones."""
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        if time.monotonic() - started > 60 * minutes:
+            break
+        if not cell.table(out).exists():
+            print(cell.name, file=sys.stderr, flush=True)
+            cell.run(out, workers)
+    return [cell for cell in cells if cell.table(out).exists()]
+
+
+def rows_of(verdict: lt.Verdict) -> pd.DataFrame:
+    """A row per rule: what a reader wants to compare."""
+    differences = {difference.control: difference.drift for difference in verdict.differences}
+    axis, rows = verdict.axis, []
+    means = verdict.runs.groupby(["rule", axis, "lr"])["loss"].mean()
+    for name, judged in verdict.rules.items():
+        best = means[name].groupby(level=0).min()
+        rows.append(
+            {
+                "rule": name,
+                "verdict": judged.answer,
+                "drift": judged.drift.text(2) if judged.drift else f"none: {judged.cause}",
+                "minus the first": "" if not differences.get(name) else differences[name].text(2),
+                "regret": regret_of(verdict, name),
+                "best mean loss": ", ".join(f"{loss:.3f}" for loss in best),
+                "at LR 2^": ", ".join(f"{math.log2(means[name][size].idxmin()):.2f}" for size in best.index),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def regret_of(verdict: lt.Verdict, rule: str) -> str:
+    """The regret of a rule with its interval, or that a run at that LR diverges."""
+    regret = verdict.rules[rule].regret
+    if regret is None:
+        return ""
+    return "diverges" if math.isinf(regret.estimate) else regret.text(3)
+
+
+def gain_of_loops(judged: RuleVerdict) -> str:
+    """The loss at the best LR of the smallest N less that at the best of the largest, paired by seed, by the grid."""
+    tables = list(judged.tables.values())
+    first, last = (table.loc[table.mean(axis=1).idxmin()] for table in (tables[0], tables[-1]))
+    return t_interval((first - last).dropna(), 0.9).text(3)
+
+
+def footer(tables: Iterable[pd.DataFrame]) -> list[str]:
+    """What the runs took, and on what."""
+    runs = pd.concat(tables)
+    return [
+        f"{len(runs)} rows, {int(runs['diverged'].sum())} of them diverged; the runs took "
+        f"{runs['seconds'].sum():.0f} s in all, as long as each lasted, on a machine that others used.",
+        f"Python {platform.python_version()}, torch {version('torch')}, looptransfer {version('looptransfer')}, "
+        f"{platform.machine()}, {os.cpu_count()} cores.",
+    ]
+
+
+def draw_drifts(verdicts: Mapping[str, lt.Verdict]) -> Figure:
+    """The drift of every rule with its interval, a panel per study."""
+    heights = [len(verdict.rules) for verdict in verdicts.values()]
+    figure = Figure(figsize=(7.2, 0.7 * len(heights) + 0.36 * sum(heights) + 0.6), layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (title, verdict) in zip(panels, verdicts.items(), strict=True):
+        panel.axvspan(-verdict.tolerance, verdict.tolerance, color="0.9", linewidth=0)
+        for row, judged in enumerate(verdict.rules.values()):
+            if judged.drift:
+                drift, colour = judged.drift, COLOURS[judged.answer]
+                panel.plot([drift.low, drift.high], [row, row], color=colour, linewidth=2)
+                panel.plot([drift.estimate], [row], color=colour, marker=MARKERS[judged.answer])
+            else:
+                panel.text(0, row, judged.cause, ha="center", va="center", fontsize="small", color="0.35")
+        panel.set_yticks(range(len(verdict.rules)), list(verdict.rules))
+        panel.set_ylim(len(verdict.rules) - 0.5, -0.5)
+        panel.set_title(title, loc="left", fontsize="medium")
+        panel.axvline(0, color="0.6", linewidth=0.8)
+    panels[-1].set_xlabel("drift of the best base LR, octaves per doubling (grey: within the tolerance)")
+    for answer, colour in COLOURS.items():
+        panels[0].plot([], [], color=colour, marker=MARKERS[answer], label=answer)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    return figure
+
+
+def draw_losses(axis: Axes, judged: RuleVerdict) -> None:
+    """Mean loss against LR at each N, the range of the seeds shaded, optima starred, LRs that diverge crossed."""
+    for place, (optimum, losses) in enumerate(zip(judged.optima, judged.tables.values(), strict=True)):
+        colour = ORDERED(place / max(1, len(judged.optima) - 1))
+        stable = losses[losses.max(axis=1).map(math.isfinite)]
+        lrs = [2.0 ** float(x) for x in stable.index]
+        axis.plot(lrs, stable.mean(axis=1), color=colour, marker=".", label=f"N = {optimum.n}")
+        axis.fill_between(lrs, stable.min(axis=1), stable.max(axis=1), color=colour, alpha=0.18, linewidth=0)
+        diverged = [2.0 ** float(x) for x in losses.index.difference(stable.index)]
+        height, top = [0.97 - 0.035 * place] * len(diverged), axis.get_xaxis_transform()
+        axis.plot(diverged, height, "x", color=colour, transform=top, clip_on=False)
+        if optimum.log2_lr is not None:
+            best = optimum.log2_lr.estimate
+            axis.plot([2**best], [optimum.loss(best).mean()], "*", color=colour, markersize=14, markeredgecolor="white")
+    axis.set_xscale("log", base=2)

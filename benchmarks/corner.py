@@ -1,0 +1,261 @@
+"""One base LR from the smallest model to 32 × the loops, 8 × the layers and 4 × the width, all at once.
+
+    python -m benchmarks.corner [--minutes M] [--scale gpu] [--out reports/transfer/corner]
+
+The base LR is tuned at N = 1, L = 1, width 32, and carried along each axis, to a point on the way and to the far
+corner: ε = 1/(N√L), the paper's factors over L, μP over widths, nothing tuned again. At every point the LRs around it
+are trained as well, so that what the carried LR loses can be told: its regret, by the fitted optimum of that point.
+Over N stands the `unscaled` control. The smallest model is trained four times as long besides, which tells how far the
+horizon alone moves the LR.
+
+A killed run goes on from its ledgers, and `--minutes` begins no further point after that time. `--scale gpu` is the
+same at width 256 to 1024, with longer text and training, on the GPUs that torch sees.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import looptransfer as lt
+from benchmarks.cells import SEEDS, Cell, draw_losses, footer, regret_of, run_cells
+from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
+from benchmarks.verdict_simulations import table
+from looptransfer.reference.experiment import ReferenceSize
+from looptransfer.rules import Rule
+from looptransfer.transfer.optimum import Interval
+
+REPORT = Path(__file__).parent.parent / "reports" / "transfer" / "corner"
+HEAD = 16  # width of a head: the number of heads grows with the width
+GOAL = 0.01  # of the loss, at the far corner
+TUNING_SEEDS = (100, 101, 102)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the study; `base` is (N, L, width) of the smallest model, `octaves` of LRs around the carried one."""
+
+    base: tuple[int, int, int] = (1, 1, 32)
+    growth: tuple[int, int, int] = (32, 8, 4)
+    halfway: tuple[int, int, int] = (8, 4, 2)
+    batch: int = 8
+    sequence: int = 32
+    steps: int = 100
+    longer: int = 4
+
+    @property
+    def far(self) -> tuple[int, int, int]:
+        """The far corner."""
+        return self.grown(self.growth)
+
+    def grown(self, factors: tuple[int, int, int]) -> tuple[int, int, int]:
+        """N, L and width so many times the smallest ones."""
+        n, layers, width = (size * factor for size, factor in zip(self.base, factors, strict=True))
+        return n, layers, width
+
+
+SCALES = {"cpu": Scale(), "gpu": Scale(base=(1, 2, 256), batch=32, sequence=256, steps=2000)}
+OCTAVES, OCTAVES_FAR = (-1.5, -0.75, 0.0, 0.75, 1.5), (-0.75, 0.0, 0.75)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """loop count -> a rewritten decoder of so many layers and such a width, by μP from the base width."""
+
+    layers: int
+    width: int
+    base_width: int
+    base_layers: int
+
+    def __call__(self, loops: int) -> nn.Module:
+        model = self.decoder(self.width, loops)
+        tokens = torch.zeros(2, 8, dtype=torch.long)
+        lt.parametrize(model, tokens, base=self.decoder(self.base_width, loops), base_layers=self.base_layers)
+        return model
+
+    def decoder(self, width: int, loops: int) -> nn.Module:
+        """The model before it is rewritten, its branches as large beside the embedding as at the paper's width."""
+        model = lt.LoopedDecoder(width=width, heads=width // HEAD, layers=self.layers, loops=loops, tied_head=False)
+        enlarge_matrices(model.layers, math.sqrt(PAPER_WIDTH / self.base_width))
+        return model
+
+
+def experiment(scale: Scale, layers: int, width: int, steps: int) -> lt.Experiment:
+    """The reference experiment at a depth and a width, at the base depth and width of the scale."""
+    _, base_layers, base_width = scale.base
+    size = ReferenceSize(
+        width=width,
+        heads=width // HEAD,
+        layers=layers,
+        sequence=scale.sequence,
+        batch=scale.batch,
+        steps=steps,
+        held_out=8_192,
+    )
+    reference = lt.reference_experiment(size)
+    return replace(reference, make_model=Grown(layers, width, base_width, base_layers), base_layers=base_layers)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the carried LR is tried."""
+
+    title: str
+    loops: int
+    layers: int
+    width: int
+    steps: int
+    octaves: tuple[float, ...] = OCTAVES
+    rules: tuple[Rule, ...] = ("factored",)
+
+    def cell(self, scale: Scale, lr: float) -> Cell:
+        """Its sweep."""
+        name = f"N{self.loops}-L{self.layers}-width{self.width}-{self.steps}"
+        trained = experiment(scale, self.layers, self.width, self.steps)
+        return Cell(name, lambda: trained, (self.loops,), self.rules, self.octaves, lr)
+
+
+def points(scale: Scale) -> Iterator[Point]:
+    """The smallest model, the axes, halfway and the far corner, each of growing cost."""
+    loops, layers, width = scale.growth
+    yield Point("the smallest", *scale.base, scale.steps)
+    yield Point("trained longer", *scale.base, scale.longer * scale.steps)
+    yield Point("wider", *scale.grown((1, 1, width)), scale.steps)
+    yield Point("deeper", *scale.grown((1, layers, 1)), scale.steps)
+    yield Point("more loops", *scale.grown((loops, 1, 1)), scale.steps, rules=("factored", "unscaled"))
+    yield Point("halfway", *scale.grown(scale.halfway), scale.steps)
+    yield Point("the far corner", *scale.far, scale.steps, OCTAVES_FAR)
+
+
+def tuned(scale: Scale, out: Path, workers: int) -> float:
+    """The base LR, tuned at the smallest corner with seeds of its own."""
+    stored = out / "tuned.json"
+    if not stored.exists():
+        loops, layers, width = scale.base
+        out.mkdir(parents=True, exist_ok=True)
+        trained = experiment(scale, layers, width, scale.steps)
+        found = lt.tune(trained, loops=loops, seeds=TUNING_SEEDS, ledger=out / "tuning.db", workers=workers)
+        stored.write_text(json.dumps({"lr": found.lr, "runs": len(found.results)}) + "\n")
+    return float(json.loads(stored.read_text())["lr"])
+
+
+def judge(out: Path, cell: Cell, lr: float) -> lt.Verdict:
+    """What the carried LR loses at a point."""
+    return lt.check(pd.read_csv(cell.table(out), float_precision="round_trip"), "factored", transferred_lr=lr)
+
+
+def row_of(point: Point, verdict: lt.Verdict, rule: str, lr: float) -> dict[str, str]:
+    """The numbers of a point under a rule."""
+    judged = verdict.rules[rule]
+    (optimum,), center = judged.optima, math.log2(lr)
+    means = judged.tables[optimum.n].mean(axis=1)
+    carried = float(means[means.index[abs(means.index - center).argmin()]])
+    regret, best = judged.regret, optimum.log2_lr
+    return {
+        "point": point.title if rule == "factored" else f"{point.title}, unscaled",
+        "N": str(point.loops),
+        "L": str(point.layers),
+        "width": str(point.width),
+        "steps": str(point.steps),
+        "best LR, octaves from the carried": f"none: {optimum.censored}"
+        if best is None
+        else Interval(best.estimate - center, best.low - center, best.high - center).text(2),
+        "loss at the carried LR": f"{carried:.3f}",
+        "lowest mean loss": f"{means.min():.3f}",
+        "regret": regret_of(verdict, rule),
+        "regret, % of the loss": "" if regret is None else f"{100 * regret.estimate / carried:.2f}",
+    }
+
+
+def draw(verdicts: dict[str, lt.Verdict], lr: float) -> Figure:
+    """Loss against LR at every point, less the lowest mean of the point."""
+    columns = 4
+    figure = Figure(figsize=(10.5, 2.6 * math.ceil(len(verdicts) / columns)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(verdicts) / columns), columns, squeeze=False).ravel()
+    for panel, (title, verdict) in zip(panels, verdicts.items(), strict=False):
+        draw_losses(panel, verdict.judged)
+        panel.axvline(lr, color="0.4", linestyle="--", linewidth=1)
+        panel.set_title(title, loc="left", fontsize="medium")
+        panel.set_xlabel("base LR")
+    for panel in panels[len(verdicts) :]:
+        panel.set_axis_off()
+    panels[0].set_ylabel("held-out loss, nats")
+    return figure
+
+
+def first_line(rows: pd.DataFrame, scale: Scale) -> str:
+    """What the study comes to."""
+    far = rows[rows["point"] == "the far corner"]
+    loops, layers, width = scale.far
+    if far.empty:
+        return f"The far corner (N = {loops}, L = {layers}, width {width}) is not trained yet."
+    (row,) = far.to_dict("records")
+    told = row["regret, % of the loss"]
+    met = "cannot be told" if not told else "met" if float(told) <= 100 * GOAL else "missed"
+    return (
+        f"At N = {loops}, L = {layers}, width {width} the LR that was tuned at the smallest model ends "
+        f"{row['regret']} nats above the best, {told or '?'} % of the loss: the goal of {100 * GOAL:.0f} % is {met}."
+    )
+
+
+def report(scale: Scale, out: Path, finished: dict[Point, Cell], lr: float) -> str:
+    """The README of the points that are finished."""
+    verdicts = {point: judge(out, cell, lr) for point, cell in finished.items()}
+    rows = pd.DataFrame([row_of(p, verdict, rule, lr) for p, verdict in verdicts.items() for rule in verdict.rules])
+    draw({point.title: verdict for point, verdict in verdicts.items()}, lr).savefig(out / "corner.png", dpi=150)
+    tables = [pd.read_csv(cell.table(out)) for cell in finished.values()]
+    tokens = scale.batch * scale.sequence * scale.steps
+    lines = [
+        "# How far one base LR carries, over loops, layers and width at once",
+        "",
+        first_line(rows, scale),
+        "",
+        *(__doc__ or "").splitlines()[4:],
+        "",
+        f"Base LR {lr:.4g}, by {json.loads((out / 'tuned.json').read_text())['runs']} runs of seeds "
+        f"{', '.join(map(str, TUNING_SEEDS))}. {SEEDS} paired seeds from 0 up, {tokens:,} tokens a training "
+        f"({scale.steps} steps of {scale.batch} × {scale.sequence} bytes), {scale.longer} times as many where it says "
+        f"{scale.longer * scale.steps} steps. 90 % intervals over seeds; regret in nats, by the fitted optimum, or by "
+        "the best LR of the grid where there is none.",
+        "",
+        "![loss over LR at every point](corner.png)",
+        "",
+        "Shaded: the range of the seeds; starred: the fitted optimum; dashed: the carried LR; ×: a seed diverges.",
+        "",
+        table(rows),
+        "",
+        *footer(tables),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further point after that time")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    scale = SCALES[arguments.scale]
+    out = arguments.out or (REPORT if arguments.scale == "cpu" else REPORT / "gpu")
+    if arguments.scale == "gpu" and not torch.cuda.is_available():
+        parser.error("--scale gpu needs a CUDA device and torch sees none; use --scale cpu")
+    lr = tuned(scale, out, arguments.workers)
+    cells = {point: point.cell(scale, lr) for point in points(scale)}
+    made = run_cells(list(cells.values()), out, arguments.minutes, arguments.workers)
+    text = report(scale, out, {point: cell for point, cell in cells.items() if cell in made}, lr)
+    (out / "README.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
