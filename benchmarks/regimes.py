@@ -30,6 +30,7 @@ from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rewrite.plan import Role
 from looptransfer.rules import Rule
+from looptransfer.transfer.optimum import Optimum
 
 REPORT = Path(__file__).parent.parent / "reports" / "transfer" / "regimes"
 LOOPS = (1, 8)
@@ -115,9 +116,17 @@ def rows_of_regime(regime: Regime, verdict: lt.Verdict) -> list[dict[str, str]]:
                 f"{losses.mean(axis=1).min():.3f}" for losses in judged.tables.values()
             ),
             "loops gain": gain_of_loops(judged),
+            "octaves within 0.02 nats at N = 1, 8": ", ".join(basin_of(optimum) for optimum in judged.optima),
         }
         for rule, judged in verdict.rules.items()
     ]
+
+
+def basin_of(optimum: Optimum) -> str:
+    """The width of a basin, which may be larger where it reaches the last LR."""
+    if optimum.basin is None:
+        return f"none: {optimum.censored}"
+    return f"{'≥ ' if optimum.basin.low_open or optimum.basin.high_open else ''}{optimum.basin.octaves:.2f}"
 
 
 def first_line(verdicts: dict[str, lt.Verdict]) -> str:

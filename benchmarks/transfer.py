@@ -13,6 +13,9 @@ falls as m_L^(−b), with m_L = L / 2; the paper has a = b = 1/2 (Table 1), Comp
 Beside the sweeps stands what a few steps say: how the movement of the output grows with L where ε is the paper's and
 no LR falls (a = 1/2, b = 0). Its exponent c is the b that would keep the movement the same at every L, so that under
 another b the best base LR should move by b − c octaves per doubling.
+
+That holds where one base LR serves all parameters. In the arm “of the branches alone” the LR of embedding, final norm
+and head stays at twice the centre of the grid, and only that of the branches is searched.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -34,6 +38,7 @@ from benchmarks.cells import CENTRE, SEEDS, Cell, draw_drifts, footer, rows_of, 
 from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
+from looptransfer.rewrite.plan import Role
 from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import t_interval
 
@@ -44,6 +49,7 @@ OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
 STARTS = {"0.02": 1.0, "0.02·√(768/width)": math.sqrt(PAPER_WIDTH / ReferenceSize().width)}
 EXPONENTS = tuple(product((0.5, 1.0), (0.0, 0.5, 1.0)))  # of ε and of the LR, over layers
 PAPER = (0.5, 0.5)
+HELD = 2 * CENTRE  # LR of embedding, final norm and head where the search is for the branches' alone
 DEPTHS = (2, 4, 8)
 MOVED_DEPTHS, MOVED_STEPS, MOVED_LR = (2, 4, 8, 16), (1, 10, 30), CENTRE / 8  # of the movement of the output
 LOOPS = (1, 4, 16)
@@ -62,14 +68,17 @@ class Larger:
         return model
 
 
-def branches_slower(model: nn.Module, lr: float, factor: float) -> torch.optim.Optimizer:
-    """AdamW whose LR of the branches has a further factor."""
-    ratio = {"branch matrix": factor, "branch vector": factor}
+def adamw(model: nn.Module, lr: float, factor: float, held: bool) -> torch.optim.Optimizer:
+    """AdamW whose LR of the branches has a further factor; `held`: the LR of the rest stays where it is."""
+    rest = dict.fromkeys(get_args(Role), HELD / lr if held else 1.0)
+    ratio = {**rest, "branch matrix": factor, "branch vector": factor}
     groups = lt.param_groups(model, torch.optim.AdamW, lr=lr, weight_decay=0.1, lr_ratio=ratio)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
-def experiment(start: str, layers: int, steps: int, exponents: tuple[float, float] = PAPER) -> lt.Experiment:
+def experiment(
+    start: str, layers: int, steps: int, exponents: tuple[float, float] = PAPER, held: bool = False
+) -> lt.Experiment:
     """The reference experiment at a start, a depth, a length, and exponents of depth in ε and in the LR."""
     reference = lt.reference_experiment(ReferenceSize(layers=layers, steps=steps, held_out=8_192))
     depth, (of_multiplier, of_lr) = layers / BASE_LAYERS, exponents
@@ -78,8 +87,8 @@ def experiment(start: str, layers: int, steps: int, exponents: tuple[float, floa
         make_model=Larger(reference.make_model, STARTS[start]),
         base_layers=BASE_LAYERS,
         lam=depth ** (0.5 - of_multiplier),
-        optimizer=None if of_lr == 0.5 else partial(branches_slower, factor=depth ** (0.5 - of_lr)),
-        settings={**reference.settings, "start": start, "exponents": list(exponents)},
+        optimizer=partial(adamw, factor=depth ** (0.5 - of_lr), held=held) if held or of_lr != 0.5 else None,
+        settings={**reference.settings, "start": start, "exponents": list(exponents), "held": held},
     )
 
 
@@ -98,6 +107,7 @@ class Setting:
     exponents: tuple[float, float]
     loops: tuple[int, ...]
     rules: tuple[Rule, ...]
+    held: bool = False
 
     @property
     def cell(self) -> Cell:
@@ -105,13 +115,15 @@ class Setting:
         of_multiplier, of_lr = self.exponents
         size, exponents = f"L{self.layers}", f"eps{of_multiplier:g}-lr{of_lr:g}"
         name = f"{name_of_start(self.start)}-{size}-{exponents}-{self.steps}-N{max(self.loops)}"
-        trained = partial(experiment, self.start, self.layers, self.steps, self.exponents)
+        name += "-held" if self.held else ""
+        trained = partial(experiment, self.start, self.layers, self.steps, self.exponents, self.held)
         return Cell(name, trained, self.loops, self.rules, OCTAVES)
 
 
 def depth_settings(start: str) -> list[Setting]:
-    """L = 2, 4, 8 at N = 1 under each pair of exponents; at L = 2 they are all one."""
+    """L = 2, 4, 8 at N = 1 under each pair of exponents; at L = 2 they are all one, but where LRs are held."""
     settings = [Setting(start, BASE_LAYERS, 250, PAPER, (1,), ("factored",))]
+    settings += [Setting(start, layers, 250, PAPER, (1,), ("factored",), held=True) for layers in DEPTHS]
     pairs = sorted(EXPONENTS, key=lambda pair: pair != PAPER)
     return settings + [
         Setting(start, layers, 250, pair, (1,), ("factored",)) for pair in pairs for layers in DEPTHS[1:]
@@ -123,7 +135,7 @@ def loop_settings(steps: int) -> list[Setting]:
     return [Setting("0.02·√(768/width)", 2, steps, PAPER, LOOPS, ("factored", "sqrt"))]
 
 
-SETTINGS = [*loop_settings(250), *loop_settings(1000), *depth_settings("0.02·√(768/width)"), *depth_settings("0.02")]
+SETTINGS = [*loop_settings(250), *depth_settings("0.02·√(768/width)"), *depth_settings("0.02"), *loop_settings(1000)]
 
 
 def movements(start: str) -> pd.DataFrame:
@@ -164,21 +176,21 @@ def movement_exponents(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def name_of(exponents: tuple[float, float]) -> str:
+def name_of(exponents: tuple[float, float], held: bool = False) -> str:
     """The exponents in words."""
     words = {0.0: "0", 0.5: "1/2", 1.0: "1"}
-    paper = " (the paper)" if exponents == PAPER else ""
+    paper = ", of the branches alone" if held else " (the paper)" if exponents == PAPER else ""
     return f"ε: {words[exponents[0]]}, LR: {words[exponents[1]]}{paper}"
 
 
 def over_layers(out: Path, start: str) -> lt.Verdict | None:
     """The verdict over L of every pair of exponents that is finished, the paper's first."""
-    tables_of = {(setting.exponents, setting.layers): setting.cell.table(out) for setting in depth_settings(start)}
+    files_of = {(s.exponents, s.held, s.layers): s.cell.table(out) for s in depth_settings(start)}
     tables = []
-    for pair in EXPONENTS:
-        files = [tables_of[PAPER, BASE_LAYERS], *(tables_of[pair, layers] for layers in DEPTHS[1:])]
+    for pair, held in [(PAPER, True), *((pair, False) for pair in EXPONENTS)]:
+        files = [files_of[pair if held else PAPER, held, BASE_LAYERS], *(files_of[pair, held, n] for n in DEPTHS[1:])]
         if all(file.exists() for file in files):
-            tables += [pd.read_csv(file).assign(rule=name_of(pair)) for file in files]
+            tables += [pd.read_csv(file).assign(rule=name_of(pair, held)) for file in files]
     if not any(frame["rule"].iloc[0] == name_of(PAPER) for frame in tables):
         return None
     return lt.check(pd.concat(tables, ignore_index=True), name_of(PAPER), axis="layers")
@@ -192,6 +204,20 @@ def over_loops(out: Path, start: str, steps: int) -> lt.Verdict | None:
     tables = [setting.cell.table(out) for setting in loop_settings(steps) if setting.start == start]
     files = [file for file in tables if file.exists()]
     return lt.check(pd.read_csv(files[0]), "factored") if files else None
+
+
+def flattest(verdict: lt.Verdict) -> str:
+    """Which exponents move the optimum least over L, and which end lowest at the largest L."""
+    means = verdict.runs.groupby(["rule", "layers", "lr"])["loss"].mean()
+    deepest = means.xs(int(verdict.runs["layers"].max()), level="layers").groupby(level=0).min()
+    drifts = {rule: judged.drift for rule, judged in verdict.rules.items() if judged.drift}
+    least, lowest = min(drifts, key=lambda rule: abs(drifts[rule].estimate)), str(deepest.idxmin())
+    flat = [rule for rule, judged in verdict.rules.items() if judged.answer == "FLAT"]
+    return (
+        f"FLAT: {'; '.join(flat) or 'none'}. The optimum moves least with {least} ({drifts[least].text(2)}), whose "
+        f"best loss at the largest L is {deepest[least]:.3f} nats; the lowest there is {deepest[lowest]:.3f}, with "
+        f"{lowest}."
+    )
 
 
 def report(out: Path, finished: Sequence[Cell]) -> str:
@@ -215,6 +241,8 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
     ]
     for title, verdict in verdicts.items():
         lines += ["", f"## {title.capitalize()}", "", table(rows_of(verdict))]
+        if verdict.axis == "layers":
+            lines += ["", flattest(verdict)]
     for start in STARTS:
         exponents = movement_exponents(pd.read_csv(out / f"movements-{name_of_start(start)}.csv"))
         lines += ["", f"## How the output moves as L grows, matrices start at {start}", "", table(exponents)]
