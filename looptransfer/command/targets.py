@@ -43,12 +43,12 @@ def load_trainable(target: str) -> Trainable:
     named = _named(target, "experiment", default="experiment")
     if is_trainable(named):
         return named
-    return Function(named) if _takes_a_run(named) else load_experiment(target)
+    takes_a_run = callable(named) and not inspect.isclass(named) and _needs_arguments(named)
+    return Function(named) if takes_a_run else load_experiment(target)
 
 
-def _takes_a_run(named: Any) -> bool:
-    if not callable(named) or inspect.isclass(named):
-        return False
+def _needs_arguments(named: Any) -> bool:
+    """A function or class cannot be called without an argument, so far as it tells its signature."""
     try:
         signature = inspect.signature(named)
     except (TypeError, ValueError):
@@ -79,6 +79,8 @@ def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
         return value
     if not callable(value):
         raise InputError(f"{target} is of type {type(value).__name__}; name a factory that takes no arguments")
+    if _needs_arguments(value):
+        raise InputError(f"{target}{inspect.signature(value)} needs arguments; name a factory that takes none")
     with user_code(f"{target}() fails", value, fix="; name a factory that takes no arguments"):
         return value()
 
@@ -93,8 +95,18 @@ def _named(target: str, noun: str, default: str) -> Any:
             f"path/to/file.py:{option}"
         )
     module = _from_file(home) if home.endswith(".py") else _from_package(target, home)
-    with user_code(f"cannot import {target}", fix=f"; give a name that is in it: {home}:NAME"):
+    with user_code(f"cannot import {target}", fix=f"; give a name that is in it: {home}:{_names_in(module)}"):
         return functools.reduce(getattr, name.split("."), module)
+
+
+def _names_in(module: ModuleType) -> str:
+    """The names of the functions, classes and experiments that a module makes itself."""
+    made = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, Experiment) or getattr(value, "__module__", None) == module.__name__
+    ]
+    return " or ".join(name for name in made if not name.startswith("_")) or "NAME"
 
 
 def _split(target: str, default: str) -> tuple[str, str]:

@@ -217,7 +217,7 @@ ROWS: Mapping[str, Row] = {
         lambda case: further.more_seeds(case.measured.tables, case.seeds_in_all or 0),
     ),
     f"too few seeds{OVER}": Row(
-        ACROSS, "run a {N} twice as large: more seeds alone would take over {most}",
+        ACROSS, "run twice the largest {N}: more seeds alone would take over {most}",
         lambda case: further.larger_n(case.measured.tables, 2),
     ),
     "shape": Row(
@@ -248,7 +248,7 @@ ROWS: Mapping[str, Row] = {
     ),
     "no power": Row(
         "No power: the control ({controls}) is as flat, so this sweep could not have seen a drift that the rule mends.",
-        "run a {N} four times as large, where a control drifts",
+        "run four times the largest {N}, where a control drifts",
         lambda case: further.larger_n(case.measured.tables, 4),
     ),
 }  # fmt: skip
