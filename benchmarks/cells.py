@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import looptransfer as lt
 from looptransfer.report.figures import ORDERED
 from looptransfer.rules import Rule
-from looptransfer.transfer.optimum import t_interval
+from looptransfer.transfer.optimum import Interval, t_interval
 from looptransfer.transfer.verdict import RuleVerdict
 
 CENTRE = 0.014  # absolute; near the optimum of reports/sweep at N = 2
@@ -32,7 +32,7 @@ MARKERS = {"FLAT": "o", "DRIFTS": "s", "INCONCLUSIVE": "D"}
 class Cell:
     """One sweep, `name`.csv of a report.
 
-    The grid of a rule grows by two LRs, twice at most, where the lowest mean loss of some N lies on its edge.
+    The grid grows by two LRs, twice at most, where the lowest mean loss of some rule and N lies on its edge.
     """
 
     name: str
@@ -50,26 +50,23 @@ class Cell:
         """Make the sweep, or the rest of it."""
         ledger = out / self.name / "ledger.db"
         ledger.parent.mkdir(parents=True, exist_ok=True)
-        trained, tables = self.make_experiment(), []
-        for rule in self.rules:
-            octaves = self.octaves
-            for extension in range(EXTENSIONS + 1):
-                runs = lt.sweep(
-                    trained, self.loops, self.centre, [rule], seeds=SEEDS, octaves=octaves, ledger=ledger,
-                    workers=workers,
-                )  # fmt: skip
-                further = beyond(runs, octaves)
-                if extension == EXTENSIONS or not further:
-                    break
-                octaves = tuple(sorted({*octaves, *further}))
-            tables.append(runs)
-        pd.concat(tables, ignore_index=True).to_csv(self.table(out), index=False)
+        trained, octaves = self.make_experiment(), self.octaves
+        for extension in range(EXTENSIONS + 1):
+            runs = lt.sweep(
+                trained, self.loops, self.centre, self.rules, seeds=SEEDS, octaves=octaves, ledger=ledger,
+                workers=workers,
+            )  # fmt: skip
+            further = beyond(runs, octaves)
+            if extension == EXTENSIONS or not further:
+                break
+            octaves = tuple(sorted({*octaves, *further}))
+        runs.to_csv(self.table(out), index=False)
 
 
 def beyond(runs: pd.DataFrame, octaves: Sequence[float]) -> list[float]:
-    """Two further LRs on each side on which the lowest mean loss of some N lies at the edge of the grid."""
-    means = runs.groupby(["loops", "lr"])["loss"].mean()
-    best = {float(means[count].idxmin()) for count in runs["loops"].unique()}
+    """Two further LRs on each side on which the lowest mean loss of some rule and N lies at the edge of the grid."""
+    means = runs.groupby(["rule", "loops", "lr"])["loss"].mean()
+    best = {float(means[cell].idxmin()) for cell in means.index.droplevel("lr").unique()}
     low = [octaves[0] - 2 * STEP, octaves[0] - STEP] if runs["lr"].min() in best else []
     return low + ([octaves[-1] + STEP, octaves[-1] + 2 * STEP] if runs["lr"].max() in best else [])
 
@@ -116,11 +113,11 @@ def regret_of(verdict: lt.Verdict, rule: str) -> str:
     return "diverges" if math.isinf(regret.estimate) else regret.text(3)
 
 
-def gain_of_loops(judged: RuleVerdict) -> str:
+def gain_of_loops(judged: RuleVerdict) -> Interval:
     """The loss at the best LR of the smallest N less that at the best of the largest, paired by seed, by the grid."""
     tables = list(judged.tables.values())
     first, last = (table.loc[table.mean(axis=1).idxmin()] for table in (tables[0], tables[-1]))
-    return t_interval((first - last).dropna(), 0.9).text(3)
+    return t_interval((first - last).dropna(), 0.9)
 
 
 def footer(tables: Iterable[pd.DataFrame]) -> list[str]:
@@ -159,13 +156,13 @@ def draw_drifts(verdicts: Mapping[str, lt.Verdict]) -> Figure:
     return figure
 
 
-def draw_losses(axis: Axes, judged: RuleVerdict) -> None:
+def draw_losses(axis: Axes, judged: RuleVerdict, style: str = "-") -> None:
     """Mean loss against LR at each N, the range of the seeds shaded, optima starred, LRs that diverge crossed."""
     for place, (optimum, losses) in enumerate(zip(judged.optima, judged.tables.values(), strict=True)):
         colour = ORDERED(place / max(1, len(judged.optima) - 1))
         stable = losses[losses.max(axis=1).map(math.isfinite)]
         lrs = [2.0 ** float(x) for x in stable.index]
-        axis.plot(lrs, stable.mean(axis=1), color=colour, marker=".", label=f"N = {optimum.n}")
+        axis.plot(lrs, stable.mean(axis=1), style, color=colour, marker=".", label=f"N = {optimum.n}")
         axis.fill_between(lrs, stable.min(axis=1), stable.max(axis=1), color=colour, alpha=0.18, linewidth=0)
         diverged = [2.0 ** float(x) for x in losses.index.difference(stable.index)]
         height, top = [0.97 - 0.035 * place] * len(diverged), axis.get_xaxis_transform()

@@ -45,6 +45,7 @@ from looptransfer.reference.model import Attention, Block, SwiGLU, rotary_table
 REPORT = Path(__file__).parent.parent / "reports" / "transfer" / "families"
 WIDTH, HEADS, VOCAB, RANK = 32, 2, 256, 4
 LOOPS = (1, 8)
+COLUMNS = 4  # of panels
 OCTAVES = (-2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
 SIZE = ReferenceSize(layers=1, held_out=8_192)
 
@@ -274,37 +275,52 @@ CELLS = [
 
 
 def draw_curves(verdicts: dict[str, lt.Verdict]) -> Figure:
-    """Loss against LR, a column per family, `factored` above and as made below."""
-    figure = Figure(figsize=(2.3 * len(verdicts), 4.6), layout="constrained")
-    rows = figure.subplots(2, len(verdicts), squeeze=False, sharex="col", sharey="col")
-    for panels, rule in zip(rows, ("factored", "unscaled"), strict=True):
-        for panel, (title, verdict) in zip(panels, verdicts.items(), strict=True):
-            draw_losses(panel, verdict.rules[rule])
-            panel.set_title(title if rule == "factored" else "as made", loc="left", fontsize="small")
-        panels[0].set_ylabel(f"{rule}: held-out loss, nats")
-    for panel in rows[1]:
+    """Loss against LR, a panel per family: `factored`, and dashed as made."""
+    height, columns = math.ceil(len(verdicts) / COLUMNS), min(COLUMNS, len(verdicts))
+    figure = Figure(figsize=(2.7 * columns + 0.3, 2.7 * height + 0.5), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False)
+    for panel, (title, verdict) in zip(panels.ravel(), verdicts.items(), strict=False):
+        draw_losses(panel, verdict.rules["factored"])
+        draw_losses(panel, verdict.rules["unscaled"], "--")
+        panel.set_title(title, loc="left", fontsize="small")
+    for panel in panels.ravel()[len(verdicts) :]:
+        panel.set_axis_off()
+    for panel in panels[:, 0]:
+        panel.set_ylabel("held-out loss, nats")
+    for panel in panels[-1]:
         panel.set_xlabel("base LR")
-    rows[0][0].legend(frameon=False, fontsize="small")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    told = [f"{label}, {'factored' if place < len(LOOPS) else 'as made'}" for place, label in enumerate(labels)]
+    figure.legend(handles, told, loc="outside upper center", ncols=len(told), frameon=False, fontsize="small")
     return figure
 
 
 def first_line(verdicts: dict[str, lt.Verdict]) -> str:
-    """Where one LR does not carry, and where that cannot be told."""
+    """Where one LR does not carry, where that cannot be told, and where loops pay."""
     by_answer: dict[str, list[str]] = {"DRIFTS": [], "INCONCLUSIVE": [], "FLAT": []}
     for title, verdict in verdicts.items():
         cause = "" if verdict.answer == "FLAT" else f" ({verdict.judged.cause})"
         by_answer[verdict.answer].append(f"{title}{cause}")
     words = {
-        "DRIFTS": "Under `factored` the best LR drifts with N in: ",
-        "INCONCLUSIVE": "Not settled in: ",
-        "FLAT": "FLAT in: ",
+        "DRIFTS": "Under `factored` the best LR drifts with N in",
+        "INCONCLUSIVE": "Not settled in",
+        "FLAT": "FLAT in",
     }
-    return "\n".join(f"{words[answer]}{'; '.join(titles) or 'none'}." for answer, titles in by_answer.items())
+    lines = [f"- {words[answer]}: {'; '.join(titles) or 'none'}." for answer, titles in by_answer.items()]
+    for rule, made in (("factored", "`factored`"), ("unscaled", "as made")):
+        gained = {title: gain_of_loops(verdict.rules[rule]) for title, verdict in verdicts.items()}
+        pay = [title for title, gain in gained.items() if gain.low > 0]
+        cost = [title for title, gain in gained.items() if gain.high < 0]
+        lines.append(
+            f"- Trained {made}, N = {LOOPS[-1]} ends lower than N = {LOOPS[0]} in {len(pay)} of {len(verdicts)}, "
+            f"higher in: {'; '.join(cost) or 'none'}."
+        )
+    return "\n".join(lines)
 
 
 def gains(verdict: lt.Verdict) -> pd.DataFrame:
     """What loops gain under each rule."""
-    return pd.DataFrame([{"loops gain": gain_of_loops(judged)} for judged in verdict.rules.values()])
+    return pd.DataFrame([{"loops gain": gain_of_loops(judged).text(3)} for judged in verdict.rules.values()])
 
 
 def report(out: Path, finished: list[Cell]) -> str:
@@ -332,7 +348,7 @@ def report(out: Path, finished: list[Cell]) -> str:
         "",
         "![loss over LR](curves.png)",
         "",
-        "Shaded: the range of the seeds; starred: fitted optima; ×: a seed diverges.",
+        "Shaded: the range of the seeds; starred: fitted optima; dashed: as made; ×: a seed diverges.",
     ]
     for title, verdict in verdicts.items():
         rows = pd.concat([rows_of(verdict), gains(verdict)], axis=1)

@@ -115,7 +115,7 @@ def rows_of_regime(regime: Regime, verdict: lt.Verdict) -> list[dict[str, str]]:
             "loss at the best LR of N = 1, 8": ", ".join(
                 f"{losses.mean(axis=1).min():.3f}" for losses in judged.tables.values()
             ),
-            "loops gain": gain_of_loops(judged),
+            "loops gain": gain_of_loops(judged).text(3),
             "octaves within 0.02 nats at N = 1, 8": ", ".join(basin_of(optimum) for optimum in judged.optima),
         }
         for rule, judged in verdict.rules.items()
