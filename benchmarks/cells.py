@@ -1,5 +1,6 @@
 """Studies of several sweeps: made one after another in pieces that resume, and shown as a table and two pictures."""
 
+import argparse
 import math
 import os
 import platform
@@ -61,6 +62,21 @@ class Cell:
                 break
             octaves = tuple(sorted({*octaves, *further}))
         runs.to_csv(self.table(out), index=False)
+
+
+def options(doc: str | None, report: Path) -> argparse.ArgumentParser:
+    """The options of a study, whose report stands in a folder."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further sweep after that time")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=report)
+    return parser
+
+
+def publish(out: Path, text: str) -> None:
+    """Write a report, and print it."""
+    (out / "README.md").write_text(text)
+    print(text)
 
 
 def beyond(runs: pd.DataFrame, octaves: Sequence[float]) -> list[float]:

@@ -12,7 +12,6 @@ A killed run goes on from its ledgers, and `--minutes` begins no further point a
 same at width 256 to 1024, with longer text and training, on the GPUs that torch sees.
 """
 
-import argparse
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import looptransfer as lt
-from benchmarks.cells import SEEDS, Cell, draw_losses, footer, regret_of, run_cells
+from benchmarks.cells import SEEDS, Cell, draw_losses, footer, options, publish, regret_of, run_cells
 from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
@@ -238,22 +237,17 @@ def report(scale: Scale, out: Path, finished: dict[Point, Cell], lr: float) -> s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further point after that time")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser = options(__doc__, REPORT)
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     scale = SCALES[arguments.scale]
-    out = arguments.out or (REPORT if arguments.scale == "cpu" else REPORT / "gpu")
+    out = arguments.out if arguments.scale == "cpu" else arguments.out / "gpu"
     if arguments.scale == "gpu" and not torch.cuda.is_available():
         parser.error("--scale gpu needs a CUDA device and torch sees none; use --scale cpu")
     lr = tuned(scale, out, arguments.workers)
     cells = {point: point.cell(scale, lr) for point in points(scale)}
     made = run_cells(list(cells.values()), out, arguments.minutes, arguments.workers)
-    text = report(scale, out, {point: cell for point, cell in cells.items() if cell in made}, lr)
-    (out / "README.md").write_text(text)
-    print(text)
+    publish(out, report(scale, out, {point: cell for point, cell in cells.items() if cell in made}, lr))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The matrices of the loop start as large beside the embedding as at the paper's w
 goes on from its ledgers, and `--minutes` begins no further sweep after that time.
 """
 
-import argparse
 import math
 import os
 import random
@@ -34,6 +33,8 @@ from benchmarks.cells import (
     draw_losses,
     footer,
     gain_of_loops,
+    options,
+    publish,
     rows_of,
     run_cells,
 )
@@ -358,14 +359,9 @@ def report(out: Path, finished: list[Cell]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further sweep after that time")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=REPORT)
-    arguments = parser.parse_args()
-    text = report(arguments.out, run_cells(CELLS, arguments.out, arguments.minutes, arguments.workers))
-    (arguments.out / "README.md").write_text(text)
-    print(text)
+    arguments = options(__doc__, REPORT).parse_args()
+    finished = run_cells(CELLS, arguments.out, arguments.minutes, arguments.workers)
+    publish(arguments.out, report(arguments.out, finished))
 
 
 if __name__ == "__main__":

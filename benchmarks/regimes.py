@@ -10,7 +10,6 @@ loss at the best LR of N = 8 less that at the best LR of N = 1, paired by seed, 
 A killed run goes on from its ledgers, and `--minutes` begins no further row after that time.
 """
 
-import argparse
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -24,7 +23,18 @@ import torch
 from torch import nn
 
 import looptransfer as lt
-from benchmarks.cells import CENTRE, SEEDS, Cell, draw_drifts, footer, gain_of_loops, regret_of, run_cells
+from benchmarks.cells import (
+    CENTRE,
+    SEEDS,
+    Cell,
+    draw_drifts,
+    footer,
+    gain_of_loops,
+    options,
+    publish,
+    regret_of,
+    run_cells,
+)
 from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
@@ -175,15 +185,10 @@ def report(out: Path, finished: list[Cell]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further row after that time")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=REPORT)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, REPORT).parse_args()
     cells = [regime.cell(name) for name, regime in REGIMES.items()]
-    text = report(arguments.out, run_cells(cells, arguments.out, arguments.minutes, arguments.workers))
-    (arguments.out / "README.md").write_text(text)
-    print(text)
+    finished = run_cells(cells, arguments.out, arguments.minutes, arguments.workers)
+    publish(arguments.out, report(arguments.out, finished))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ That holds where one base LR serves all parameters. In the arm “of the branche
 and head stays at twice the centre of the grid, and only that of the branches is searched.
 """
 
-import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ import torch
 from torch import nn
 
 import looptransfer as lt
-from benchmarks.cells import CENTRE, SEEDS, Cell, draw_drifts, footer, rows_of, run_cells
+from benchmarks.cells import CENTRE, SEEDS, Cell, draw_drifts, footer, options, publish, rows_of, run_cells
 from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
@@ -256,11 +255,7 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further cell after that time")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=REPORT)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, REPORT).parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for start in STARTS:
         file = arguments.out / f"movements-{name_of_start(start)}.csv"
@@ -268,9 +263,7 @@ def main() -> None:
             movements(start).to_csv(file, index=False)
     cells = [setting.cell for setting in SETTINGS]
     finished = run_cells(cells, arguments.out, arguments.minutes, arguments.workers)
-    text = report(arguments.out, finished)
-    (arguments.out / "README.md").write_text(text)
-    print(text)
+    publish(arguments.out, report(arguments.out, finished))
 
 
 if __name__ == "__main__":
