@@ -29,7 +29,7 @@ from looptransfer.coordcheck.statistics import (
 )
 from looptransfer.errors import InputError
 from looptransfer.rewrite.analysis import analyse
-from looptransfer.rewrite.branches import DECLARED
+from looptransfer.rewrite.branches import DECLARED, added_together
 from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.forward import (
     ExampleInputs,
@@ -72,6 +72,8 @@ def find_branches(
 ) -> list[TracedBranch]:
     """The residual branches of a live model, rewritten or not, by one traced forward. Nothing stays on the model.
 
+    Branches that are added in one sum are watched as one, by the name of the principal one.
+
     Raises:
         InputError: as `parametrize`; or no branch is added by a plain addition.
     """
@@ -79,10 +81,11 @@ def find_branches(
     branches = []
     for group, block in zip(analysis.groups, analysis.blocks, strict=True):
         plain = [add for add in group.adds if add.site.source != DECLARED]
-        if plain:
+        together = added_together(group, analysis.groups)
+        if plain and group is together[0]:
             adds = tuple(((add.site, add.occurrence), add.position) for add in plain)
             constants = factors(analysis.trace, group) or (1.0,)
-            parameters = tuple(sorted(group.parameters))
+            parameters = tuple(sorted(frozenset[str]().union(*(part.parameters for part in together))))
             branches.append(TracedBranch(str(group.handle), block, len(adds), adds, parameters, constants[0]))
     if not branches:
         raise InputError(

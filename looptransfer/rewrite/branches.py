@@ -1,6 +1,7 @@
 """The places where each residual branch can be taken hold of."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -25,6 +26,22 @@ class Group:
     visits: int = 0
     nodes: set[int] = field(default_factory=set)  # where the handle handed the branch over
     routes: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)  # from each add, and its own factor
+
+
+def added_together(group: Group, groups: Sequence[Group]) -> list[Group]:
+    """The branches that stand in one sum with this one, as attention and MLP in parallel do, the principal one first.
+
+    The principal one is in most adds, as the shared matrix is beside which each visit has an adapter of its own; among
+    equals it is the first in the module that adds.
+    """
+
+    def rank(other: Group) -> tuple[int, bool]:
+        container = other.adds[0].site.container[-1:]
+        return len(other.adds), all(other.handle.module.startswith(f"{name}.") for name in container if name)
+
+    adds = {id(add) for add in group.adds}
+    together = [other for other in groups if not adds.isdisjoint(id(add) for add in other.adds)]
+    return sorted(together, key=rank, reverse=True)
 
 
 def branches_of(forward: Trace, groups: list[Group]) -> list[ResidualAdd]:

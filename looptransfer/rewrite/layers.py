@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 
 from torch import nn
 
-from looptransfer.rewrite.branches import Group
+from looptransfer.rewrite.branches import Group, added_together
 from looptransfer.rewrite.names import module_of
 from looptransfer.rewrite.visits import Branch, Ties
 
@@ -19,7 +19,8 @@ LISTS = (nn.ModuleList, nn.ModuleDict)
 
 def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
     """The name of every group's block."""
-    holders = [_holder(model, *_principal(group, groups)) for group in groups]
+    sums = [added_together(group, groups) for group in groups]
+    holders = [_holder(model, together[0], len(together) > 1) for together in sums]
     held = Counter(part for name in holders for part in _path(name))
     blocks = [name for name, times in held.items() if times >= 2 and _can_be_block(model, name)]
     places = [next((part for part in reversed(_path(name)) if part in blocks), "") for name in holders]
@@ -58,16 +59,6 @@ def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties:
         if not any(ties.alike(branches, block) and ties.alike(block, branches) for block in unique):
             unique.append(branches)
     return len(unique)
-
-
-def _principal(group: Group, groups: list[Group]) -> tuple[Group, bool]:
-    """Of the branches that are added together, the one that is in most adds; and whether there are several.
-
-    It is the shared matrix beside which each visit has an adapter of its own: they are one branch of one layer.
-    """
-    adds = {id(add) for add in group.adds}
-    together = [other for other in groups if not adds.isdisjoint(id(add) for add in other.adds)]
-    return max(together, key=lambda other: len(other.adds)), len(together) > 1
 
 
 def _holder(model: nn.Module, group: Group, parts: bool) -> str:

@@ -232,8 +232,9 @@ def holds_saved_plan(model: "nn.Module") -> bool:
 def check_one_parameterization(plans: Mapping[int, ScalingPlan], parameters: Mapping[int, Container[str]]) -> None:
     """Refuse plans of one model at several N that are not one parameterization: its LRs would mean different things.
 
-    They agree in L, in the branches, and in which of the parameters that both models have are in the branches; a branch
-    is visited equally often at every N, in proportion to N, or some whole number of times more for each loop more.
+    They agree in L, in the branches but for those that belong to a visit, and in which of the parameters that both
+    models have are in the branches; a branch is visited equally often at every N, in proportion to N, or some whole
+    number of times more for each loop more.
 
     Args:
         plans: by N.
@@ -246,7 +247,11 @@ def check_one_parameterization(plans: Mapping[int, ScalingPlan], parameters: Map
     for n, plan in others:
         differences = [
             _difference("L", {first.layers}, {plan.layers}),
-            _difference("residual branches", _handles(first), _handles(plan)),
+            _difference(
+                "residual branches",
+                _handles(first, plan, parameters[n]),
+                _handles(plan, first, parameters[least]),
+            ),
             _difference(
                 "parameters in the branches",
                 {name for name in _members(first) if name in parameters[n]},
@@ -265,8 +270,18 @@ ONE_MODEL = (
 )
 
 
-def _handles(plan: ScalingPlan) -> set[str]:
-    return {str(branch.handle) for branch in plan.branches}
+def _handles(plan: ScalingPlan, other: ScalingPlan, parameters: Container[str]) -> set[str]:
+    """The branches that the model at another N, with those parameters, should have too.
+
+    It need not have modules that belong to a visit, as an adapter does, where it adds a branch at the same line.
+    """
+    lines = {branch.source for branch in other.branches}
+
+    def of_a_visit(branch: Branch) -> bool:
+        own = [name for name in branch.parameters if name.startswith(f"{branch.module}.")]
+        return branch.source in lines and bool(own) and not any(name in parameters for name in own)
+
+    return {str(branch.handle) for branch in plan.branches if not of_a_visit(branch)}
 
 
 def _members(plan: ScalingPlan) -> set[str]:

@@ -98,6 +98,30 @@ def test_every_branch_of_a_block_has_its_own_visits() -> None:
     assert seen["blocks.1.attn", 3, "attention_logit_rms"] > 0
 
 
+class OneSumBlock(ParallelBlock):
+    """Attention and MLP in one sum, as in GPT-NeoX."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(self.n(x)) + self.mlp(self.n(x)) + x
+
+
+def test_branches_in_one_sum_are_watched_as_one() -> None:
+    torch.manual_seed(0)
+    model = Looped([OneSumBlock()], loops=2).double()
+    h = inputs(2, 4, WIDTH).double()
+    epsilon = lt.parametrize(model, h).branches[0].multiplier
+    branches = find_branches(model, h)
+    assert [(branch.module, branch.visits, branch.multiplier) for branch in branches] == [("blocks.0.attn", 2, epsilon)]
+    assert {name.split(".")[2] for name in branches[0].parameters} == {"n", "attn", "mlp"}
+    seen, block = table(observe(model, h, branches)), model.blocks[0]
+    with torch.no_grad():
+        for visit in (1, 2):
+            added = block.attn(block.n(h)) + block.mlp(block.n(h))
+            h = h + added
+            assert seen["blocks.0.attn", visit, "branch_rms"] == pytest.approx(rms(added), rel=1e-12)
+            assert seen["blocks.0.attn", visit, "stream_rms"] == pytest.approx(rms(h), rel=1e-12)
+
+
 def test_injected_input_is_no_branch() -> None:
     model = InjectedMLP(loops=3)
     x = inputs(2, 4, WIDTH).to(next(model.parameters()).dtype)

@@ -322,6 +322,28 @@ def test_a_parameter_that_only_one_of_the_models_has_is_no_difference() -> None:
     check_plans({1: plan_with({"f": 1}), 2: target}, {1: {"f.weight"}, 2: {"f.weight", "f.gain_of_visit_2"}})
 
 
+class MapsOfVisits(LoopedMLP):
+    """Beside the shared block every visit has a map of its own, in one sum."""
+
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        self.maps = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(loops))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.embed(inputs)
+        for own in self.maps:
+            normed = self.norm(stream)
+            stream = stream + (own(normed) + self.block(normed))
+        return self.head(stream)
+
+
+def test_maps_that_belong_to_a_visit_are_no_difference() -> None:
+    first = Trial("factored", 1, 0.01, 0, device="cpu", directory=Path("none"))
+    starts = check_start(tiny_experiment(make_model=MapsOfVisits), first, (1, 2, 3), (0,))
+    assert {n: begun.plan.layers for n, begun in starts.items() if begun.plan} == {1: 1, 2: 1, 3: 1}
+    assert lt.coord_check(tiny_experiment(make_model=MapsOfVisits), [1, 2, 4], steps=1).answer
+
+
 class LateBranch(LoopedMLP):
     """From two loops on a layer of its own comes after them."""
 
