@@ -187,7 +187,7 @@ def draw(verdicts: dict[str, lt.Verdict], lr: float) -> Figure:
         panel.set_title(title, loc="left", fontsize="medium")
         panel.set_xlabel("base LR")
     for panel in panels[len(verdicts) :]:
-        panel.set_axis_off()
+        panel.remove()
     panels[0].set_ylabel("held-out loss, nats")
     return figure
 

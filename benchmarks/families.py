@@ -285,7 +285,7 @@ def draw_curves(verdicts: dict[str, lt.Verdict]) -> Figure:
         draw_losses(panel, verdict.rules["unscaled"], "--")
         panel.set_title(title, loc="left", fontsize="small")
     for panel in panels.ravel()[len(verdicts) :]:
-        panel.set_axis_off()
+        panel.remove()
     for panel in panels[:, 0]:
         panel.set_ylabel("held-out loss, nats")
     for panel in panels[-1]:

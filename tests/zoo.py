@@ -416,6 +416,7 @@ add(
     LearnedPositions,
     *per_block("blocks", BOTH, 3, 2),
     example=tokens,
+    warns=("norm in the loop",),
 )
 add(
     "prelude, loop, coda",
@@ -1534,7 +1535,7 @@ add(
     *per_block("model.L_module.layers", DECODER, 4, 2),
     *per_block("model.H_module.layers", DECODER, 2, 2),
     example=ids,
-    warns=("streams left alone", "loops cut", "visits differ"),
+    warns=("streams left alone", "norm in the loop", "loops cut", "visits differ"),
     needs=HF,
 )
 X = ("x_transformers",)

@@ -161,10 +161,6 @@ class NormAtTheLoopsEnd(nn.Module):
         return x
 
 
-def test_a_norm_at_the_end_of_each_loop_makes_no_post_norm_model() -> None:
-    assert caveats_of(build(NormAtTheLoopsEnd)) == ()
-
-
 def test_a_norm_at_the_end_of_the_branch_makes_no_post_norm_model() -> None:
     sandwich = nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH))
     assert caveats_of(Branches(sandwich)) == ()
@@ -508,11 +504,27 @@ def test_matrices_at_the_models_ends_are_not_on_the_stream() -> None:
     assert caveats_of(build(Ends)) == ()
 
 
-def test_the_gains_of_a_norm_on_the_stream_are_listed_and_not_warned_of() -> None:
+def test_a_norm_at_the_end_of_each_loop_is_warned_of_and_its_gains_are_listed() -> None:
     model = build(NormAtTheLoopsEnd)
-    plan = lt.parametrize(model, X)
+    with pytest.warns(lt.ScalingWarning, match=r"norm in the loop: the sum at \S+ is normalised before the next loop"):
+        plan = lt.parametrize(model, X)
     assert plan.on_stream == {"norm.weight": 3}
-    assert plan.caveats == ()
+    assert len(plan.caveats) == 1
+
+
+def test_a_norm_that_is_passed_once_is_not_warned_of() -> None:
+    class NormAfterThePrelude(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prelude, self.norm, self.f = models.mlp(), nn.LayerNorm(WIDTH), models.mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x + self.prelude(x))
+            for _ in range(4):
+                x = x + self.f(x)
+            return x
+
+    assert [caveat.partition(":")[0][:13] for caveat in caveats_of(build(NormAfterThePrelude))] == ["visits differ"]
 
 
 # -- several at once
