@@ -181,8 +181,9 @@ def draw_losses(axis: Axes, judged: RuleVerdict, style: str = "-") -> None:
         axis.plot(lrs, stable.mean(axis=1), style, color=colour, marker=".", label=f"N = {optimum.n}")
         axis.fill_between(lrs, stable.min(axis=1), stable.max(axis=1), color=colour, alpha=0.18, linewidth=0)
         diverged = [2.0 ** float(x) for x in losses.index.difference(stable.index)]
-        height, top = [0.97 - 0.035 * place] * len(diverged), axis.get_xaxis_transform()
-        axis.plot(diverged, height, "x", color=colour, transform=top, clip_on=False)
+        if diverged:  # an empty line that is not clipped would confuse the layout
+            height, top = [0.97 - 0.035 * place] * len(diverged), axis.get_xaxis_transform()
+            axis.plot(diverged, height, "x", color=colour, transform=top, clip_on=False)
         if optimum.log2_lr is not None:
             best = optimum.log2_lr.estimate
             axis.plot([2**best], [optimum.loss(best).mean()], "*", color=colour, markersize=14, markeredgecolor="white")
