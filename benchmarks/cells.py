@@ -42,6 +42,7 @@ class Cell:
     rules: tuple[Rule, ...]
     octaves: tuple[float, ...]
     centre: float = CENTRE
+    seeds: int = SEEDS
 
     def table(self, out: Path) -> Path:
         """Where its results are written, once it is finished."""
@@ -54,7 +55,7 @@ class Cell:
         trained, octaves = self.make_experiment(), self.octaves
         for extension in range(EXTENSIONS + 1):
             runs = lt.sweep(
-                trained, self.loops, self.centre, self.rules, seeds=SEEDS, octaves=octaves, ledger=ledger,
+                trained, self.loops, self.centre, self.rules, seeds=self.seeds, octaves=octaves, ledger=ledger,
                 workers=workers,
             )  # fmt: skip
             further = beyond(runs, octaves)

@@ -85,6 +85,7 @@ class Regime:
     steps: int = 250
     changes: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = BOTH
+    seeds: int = SEEDS
 
     def experiment(self) -> lt.Experiment:
         """The reference experiment, changed."""
@@ -94,19 +95,19 @@ class Regime:
 
     def cell(self, name: str) -> Cell:
         """Its sweep."""
-        return Cell(name, self.experiment, LOOPS, self.rules, OCTAVES, 2 * CENTRE)
+        return Cell(name, self.experiment, LOOPS, self.rules, OCTAVES, 2 * CENTRE, self.seeds)
 
 
 REGIMES = {
     "base": Regime("as described, 250 steps"),
     "small": Regime("matrices of the loop start at 0.02", Model(loop_gain=1.0)),
     "no-clip": Regime("gradients not clipped", changes={"clip": None}),
-    "warm-up": Regime("warm-up over 10 % of the steps, not 50 %", changes={"warmup": 0.1}),
+    "warm-up": Regime("warm-up over 10 % of the steps, not 50 %, 6 seeds", changes={"warmup": 0.1}, seeds=2 * SEEDS),
     "held": Regime(f"LR of embedding and head held at {HELD:g}", changes={"optimizer": held}),
-    "long": Regime("1000 steps", steps=1000),
     "lambda-2": Regime("λ = 2", changes={"lam": 2.0}, rules=("factored",)),
     "lambda-half": Regime("λ = 1/2", changes={"lam": 0.5}, rules=("factored",)),
     "lambda-4": Regime("λ = 4", changes={"lam": 4.0}, rules=("factored",)),
+    "long": Regime("1000 steps", steps=1000),
     "embedding": Regime("the embedding starts as much larger too", Model(embedding_gain=LARGER)),
     "tied": Regime("tied head", Model(tied_head=True)),
     "two-layers": Regime("two layers", Model(layers=2)),
@@ -170,7 +171,7 @@ def report(out: Path, finished: list[Cell]) -> str:
         "",
         *(__doc__ or "").splitlines()[4:],
         "",
-        f"Width {size.width}, {size.batch} × {size.sequence} bytes a step, {SEEDS} paired seeds, LRs 0.75 octave apart "
+        f"Width {size.width}, {size.batch} × {size.sequence} bytes a step, {SEEDS} paired seeds where nothing else is said, LRs 0.75 octave apart "
         f"around {2 * CENTRE}, the grid two or four LRs longer where the best was its last. Drift in octaves of the "
         "best base LR per doubling of N, regret and gain in nats (a gain above 0: loops pay), 90 % intervals over "
         "seeds.",
