@@ -40,7 +40,7 @@ from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rewrite.plan import Role
 from looptransfer.rules import Rule
-from looptransfer.transfer.optimum import Optimum
+from looptransfer.transfer.optimum import Interval, Optimum
 
 REPORT = Path(__file__).parent.parent / "reports" / "transfer" / "regimes"
 LOOPS = (1, 8)
@@ -102,7 +102,7 @@ REGIMES = {
     "base": Regime("as described, 250 steps"),
     "small": Regime("matrices of the loop start at 0.02", Model(loop_gain=1.0)),
     "no-clip": Regime("gradients not clipped", changes={"clip": None}),
-    "warm-up": Regime("warm-up over 10 % of the steps, not 50 %, 6 seeds", changes={"warmup": 0.1}, seeds=2 * SEEDS),
+    "warm-up": Regime("warm-up over 10 % of the steps, not 50 %", changes={"warmup": 0.1}, seeds=2 * SEEDS),
     "held": Regime(f"LR of embedding and head held at {HELD:g}", changes={"optimizer": held}),
     "lambda-2": Regime("λ = 2", changes={"lam": 2.0}, rules=("factored",)),
     "lambda-half": Regime("λ = 1/2", changes={"lam": 0.5}, rules=("factored",)),
@@ -120,6 +120,7 @@ def rows_of_regime(regime: Regime, verdict: lt.Verdict) -> list[dict[str, str]]:
         {
             "regime": regime.title if rule == "factored" else "",
             "rule": rule,
+            "seeds": str(regime.seeds),
             "verdict": judged.answer,
             "drift": judged.drift.text(2) if judged.drift else f"none: {judged.cause}",
             "regret": regret_of(verdict, rule),
@@ -141,19 +142,24 @@ def basin_of(optimum: Optimum) -> str:
 
 
 def first_line(verdicts: dict[str, lt.Verdict]) -> str:
-    """In which regimes which arm moves, and in which loops pay, as far as the intervals tell."""
-    drifts = {rule: {t: v.rules[rule].drift for t, v in verdicts.items() if rule in v.rules} for rule in BOTH}
-    moves = {
-        "up": [t for t, drift in drifts["sqrt"].items() if drift and drift.low > 0],
-        "down": [t for t, drift in drifts["sqrt"].items() if drift and drift.high < 0],
-    }
-    beyond = [t for t, v in verdicts.items() if v.answer == "DRIFTS"]
-    tolerance = next(iter(verdicts.values())).tolerance
-    return (
-        f"Under 1/√N the best LR falls as N grows in {len(moves['down'])} of {len(drifts['sqrt'])} regimes and rises "
-        f"in {len(moves['up'])} ({'; '.join(moves['up']) or 'none'}). Under 1/N it moves by more than {tolerance:g} "
-        f"octave per doubling in: {'; '.join(beyond) or 'none that can be told'}."
-    )
+    """Where the optimum moves and which way, and where loops pay, as far as the intervals tell."""
+    lines = []
+    for rule in BOTH:
+        judged = {title: verdict.rules[rule] for title, verdict in verdicts.items() if rule in verdict.rules}
+        drifts = {title: j.drift for title, j in judged.items() if j.drift}
+        gained = {title: gain_of_loops(j) for title, j in judged.items()}
+        lines.append(
+            f"- `{rule}`: as N grows the best LR rises in: {named(drifts, 1)}; it falls in: {named(drifts, -1)}; "
+            f"in {len(judged) - len(drifts)} of {len(judged)} regimes a drift cannot be fitted. Loops pay in: "
+            f"{named(gained, 1)}; they cost in: {named(gained, -1)}."
+        )
+    return "\n".join(lines)
+
+
+def named(intervals: Mapping[str, Interval], sign: int) -> str:
+    """The regimes whose interval lies on one side of 0."""
+    beyond = [title for title, i in intervals.items() if min(sign * i.low, sign * i.high) > 0]
+    return "; ".join(beyond) or "none"
 
 
 def report(out: Path, finished: list[Cell]) -> str:
@@ -171,7 +177,7 @@ def report(out: Path, finished: list[Cell]) -> str:
         "",
         *(__doc__ or "").splitlines()[4:],
         "",
-        f"Width {size.width}, {size.batch} × {size.sequence} bytes a step, {SEEDS} paired seeds where nothing else is said, LRs 0.75 octave apart "
+        f"Width {size.width}, {size.batch} × {size.sequence} bytes a step, paired seeds, LRs 0.75 octave apart "
         f"around {2 * CENTRE}, the grid two or four LRs longer where the best was its last. Drift in octaves of the "
         "best base LR per doubling of N, regret and gain in nats (a gain above 0: loops pay), 90 % intervals over "
         "seeds.",
