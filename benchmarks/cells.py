@@ -24,7 +24,6 @@ from looptransfer.transfer.verdict import RuleVerdict
 CENTRE = 0.014  # absolute; near the optimum of reports/sweep at N = 2
 SEEDS = 3
 STEP = 0.75  # octaves between LRs
-EXTENSIONS = 2  # how often the grid grows by two LRs where the best is its last
 COLOURS = {"FLAT": "#0072B2", "DRIFTS": "#D55E00", "INCONCLUSIVE": "#7F7F7F"}
 MARKERS = {"FLAT": "o", "DRIFTS": "s", "INCONCLUSIVE": "D"}
 
@@ -33,7 +32,8 @@ MARKERS = {"FLAT": "o", "DRIFTS": "s", "INCONCLUSIVE": "D"}
 class Cell:
     """One sweep, `name`.csv of a report.
 
-    The grid grows by two LRs, twice at most, where the lowest mean loss of some rule and N lies on its edge.
+    The grid grows by two LRs, `extensions` times at most, where the lowest mean loss of some rule and N lies on its
+    edge.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Cell:
     octaves: tuple[float, ...]
     centre: float = CENTRE
     seeds: int = SEEDS
+    extensions: int = 2
 
     def table(self, out: Path) -> Path:
         """Where its results are written, once it is finished."""
@@ -53,13 +54,13 @@ class Cell:
         ledger = out / self.name / "ledger.db"
         ledger.parent.mkdir(parents=True, exist_ok=True)
         trained, octaves = self.make_experiment(), self.octaves
-        for extension in range(EXTENSIONS + 1):
+        for extension in range(self.extensions + 1):
             runs = lt.sweep(
                 trained, self.loops, self.centre, self.rules, seeds=self.seeds, octaves=octaves, ledger=ledger,
                 workers=workers,
             )  # fmt: skip
             further = beyond(runs, octaves)
-            if extension == EXTENSIONS or not further:
+            if extension == self.extensions or not further:
                 break
             octaves = tuple(sorted({*octaves, *further}))
         runs.to_csv(self.table(out), index=False)

@@ -114,12 +114,13 @@ class Point:
     steps: int
     octaves: tuple[float, ...] = OCTAVES
     rules: tuple[Rule, ...] = ("factored",)
+    extensions: int = 2
 
     def cell(self, scale: Scale, lr: float) -> Cell:
         """Its sweep."""
         name = f"N{self.loops}-L{self.layers}-width{self.width}-{self.steps}"
         trained = experiment(scale, self.layers, self.width, self.steps)
-        return Cell(name, lambda: trained, (self.loops,), self.rules, self.octaves, lr)
+        return Cell(name, lambda: trained, (self.loops,), self.rules, self.octaves, lr, extensions=self.extensions)
 
 
 def points(scale: Scale) -> Iterator[Point]:
@@ -131,7 +132,7 @@ def points(scale: Scale) -> Iterator[Point]:
     yield Point("deeper", *scale.grown((1, layers, 1)), scale.steps)
     yield Point("more loops", *scale.grown((loops, 1, 1)), scale.steps, rules=("factored", "unscaled"))
     yield Point("halfway", *scale.grown(scale.halfway), scale.steps)
-    yield Point("the far corner", *scale.far, scale.steps, OCTAVES_FAR)
+    yield Point("the far corner", *scale.far, scale.steps, OCTAVES_FAR, extensions=0)  # a run there takes minutes
 
 
 def tuned(scale: Scale, out: Path, workers: int) -> float:
@@ -160,6 +161,8 @@ def row_of(point: Point, verdict: lt.Verdict, rule: str, lr: float) -> dict[str,
     lowest = losses.loc[losses.mean(axis=1).idxmin()]
     best, by_grid = optimum.log2_lr, t_interval(carried - lowest, 0.9)
     regret = judged.regret or by_grid
+    at_the_edge = lowest.name in {losses.index[0], losses.index[-1]}
+    how = "" if judged.regret else " by the grid, or more: the best LR is its last" if at_the_edge else " by the grid"
     return {
         "point": point.title if rule == "factored" else f"{point.title}, {rule}",
         "N": str(point.loops),
@@ -171,7 +174,7 @@ def row_of(point: Point, verdict: lt.Verdict, rule: str, lr: float) -> dict[str,
         else Interval(best.estimate - center, best.low - center, best.high - center).text(2),
         "loss at the carried LR": f"{carried.mean():.3f}",
         "lowest mean loss": f"{lowest.mean():.3f}",
-        "regret": f"{regret.text(3)}{'' if judged.regret else ' by the grid'}",
+        "regret": f"{regret.text(3)}{how}",
         "regret, % of the loss": f"{100 * regret.estimate / carried.mean():.2f}",
     }
 
@@ -200,7 +203,8 @@ def first_line(rows: pd.DataFrame, scale: Scale) -> str:
         return f"The far corner (N = {loops}, L = {layers}, width {width}) is not trained yet."
     (row,) = far.to_dict("records")
     share = row["regret, % of the loss"]
-    met = "met" if float(share) <= 100 * GOAL else "missed"
+    open_end = "or more" in row["regret"]
+    met = "missed" if float(share) > 100 * GOAL else "not settled" if open_end else "met"
     return (
         f"At N = {loops}, L = {layers}, width {width} the LR that was tuned at the smallest model ends "
         f"{row['regret']} nats above the best, {share} % of the loss: the goal of {100 * GOAL:.0f} % is {met}."
