@@ -209,14 +209,15 @@ def flattest(verdict: lt.Verdict) -> str:
     """Which exponents move the optimum least over L, and which end lowest at the largest L."""
     means = verdict.runs.groupby(["rule", "layers", "lr"])["loss"].mean()
     deepest = means.xs(int(verdict.runs["layers"].max()), level="layers").groupby(level=0).min()
-    drifts = {rule: judged.drift for rule, judged in verdict.rules.items() if judged.drift}
-    least, lowest = min(drifts, key=lambda rule: abs(drifts[rule].estimate)), str(deepest.idxmin())
     flat = [rule for rule, judged in verdict.rules.items() if judged.answer == "FLAT"]
-    return (
-        f"FLAT: {'; '.join(flat) or 'none'}. The optimum moves least with {least} ({drifts[least].text(2)}), whose "
-        f"best loss at the largest L is {deepest[least]:.3f} nats; the lowest there is {deepest[lowest]:.3f}, with "
-        f"{lowest}."
-    )
+    lowest = str(deepest.idxmin())
+    sentences = [f"FLAT: {'; '.join(flat) or 'none'}.", f"Lowest at the largest L: {deepest[lowest]:.3f}, {lowest}."]
+    drifts = {rule: judged.drift for rule, judged in verdict.rules.items() if judged.drift}
+    if drifts:
+        least = min(drifts, key=lambda rule: abs(drifts[rule].estimate))
+        moved = f"The optimum moves least, {drifts[least].text(2)}, with {least}, whose best loss there is "
+        sentences.append(f"{moved}{deepest[least]:.3f}.")
+    return " ".join(sentences)
 
 
 def report(out: Path, finished: Sequence[Cell]) -> str:

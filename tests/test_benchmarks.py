@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -115,11 +116,11 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     transfer = load("transfer")
     made = transfer.experiment
     monkeypatch.setattr(transfer, "OCTAVES", (-1.0, 0.0))
-    monkeypatch.setattr(transfer, "SEEDS", 2)
     monkeypatch.setattr(transfer, "MOVED_DEPTHS", (2, 4))
     monkeypatch.setattr(transfer, "MOVED_STEPS", (1, 2))
-    monkeypatch.setattr(transfer, "experiment", lambda start, layers, _, pair: made(start, layers, 4, pair))
-    cells = [cell for cell in transfer.depth_cells("0.02") if cell.exponents in (transfer.PAPER, (1.0, 0.0))]
+    monkeypatch.setattr(transfer, "experiment", lambda start, layers, _, *arm: made(start, layers, 4, *arm))
+    settings = [s for s in transfer.depth_settings("0.02") if s.exponents in (transfer.PAPER, (1.0, 0.0))]
+    cells = [replace(setting.cell, seeds=2, extensions=0) for setting in settings]
     for cell in cells:
         cell.run(tmp_path, workers=1)
     for start in transfer.STARTS:
@@ -127,6 +128,7 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     text = transfer.report(tmp_path, cells)
     assert "| ε: 1/2, LR: 1/2 (the paper) | INCONCLUSIVE |" in text
     assert "| ε: 1, LR: 0 | INCONCLUSIVE |" in text
+    assert "| ε: 1/2, LR: 1/2, of the branches alone | INCONCLUSIVE |" in text
     assert "| branches | 2 | " in text
     assert (tmp_path / "drifts.png").exists()
 

@@ -43,12 +43,12 @@ def load_trainable(target: str) -> Trainable:
     named = _named(target, "experiment", default="experiment")
     if is_trainable(named):
         return named
-    takes_a_run = callable(named) and not inspect.isclass(named) and _needs_arguments(named)
-    return Function(named) if takes_a_run else load_experiment(target)
+    return Function(named) if _takes_a_run(named) else load_experiment(target)
 
 
-def _needs_arguments(named: Any) -> bool:
-    """A function or class cannot be called without an argument, so far as it tells its signature."""
+def _takes_a_run(named: Any) -> bool:
+    if not callable(named) or inspect.isclass(named):
+        return False
     try:
         signature = inspect.signature(named)
     except (TypeError, ValueError):
@@ -79,8 +79,6 @@ def load_target(target: str, kind: type, noun: str, default: str = "") -> Any:
         return value
     if not callable(value):
         raise InputError(f"{target} is of type {type(value).__name__}; name a factory that takes no arguments")
-    if _needs_arguments(value):
-        raise InputError(f"{target}{inspect.signature(value)} needs arguments; name a factory that takes none")
     with user_code(f"{target}() fails", value, fix="; name a factory that takes no arguments"):
         return value()
 

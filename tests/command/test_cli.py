@@ -410,7 +410,7 @@ def test_bad_input_to_tune_and_sweep_ends_with_2_and_names_the_fault(
         ("none.py", "there is no file none.py"),
         (f"{NAME}.py:none", "has no attribute 'none'; give a name that is in it"),
         (f"{NAME}.py:number", "is of type int"),
-        (f"{NAME}.py:LoopedMLP", "needs arguments; name a factory that takes none"),
+        (f"{NAME}.py:LoopedMLP", "missing 1 required positional argument"),
         ("raises_at_once.py", "ValueError: broken ("),
         ("no_such_module_here:x", "ModuleNotFoundError"),
     ],

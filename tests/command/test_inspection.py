@@ -77,7 +77,7 @@ def test_either_all_inputs_have_names_or_none() -> None:
         ),
         (
             f"{HERE}:unwilling",
-            r"unwilling\(width: int\).* needs arguments; name a factory that takes none",
+            r"unwilling\(\) fails: TypeError.*a factory that takes no arguments",
         ),
         (f"{HERE}:nothing", r"returns a str; it must return a model, or \(model, inputs\)"),
         (f"{HERE}:without_inputs", "gives no example inputs; return"),
