@@ -167,7 +167,7 @@ def draw_drifts(verdicts: Mapping[str, lt.Verdict]) -> Figure:
         panel.set_ylim(len(verdict.rules) - 0.5, -0.5)
         panel.set_title(title, loc="left", fontsize="medium")
         panel.axvline(0, color="0.6", linewidth=0.8)
-    panels[-1].set_xlabel("drift of the best base LR, octaves per doubling (grey: within the tolerance)")
+    panels[-1].set_xlabel("drift of the best base LR, octaves per doubling\n(grey: within the tolerance)")
     for answer, colour in COLOURS.items():
         panels[0].plot([], [], color=colour, marker=MARKERS[answer], label=answer)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
