@@ -24,8 +24,7 @@ from looptransfer.transfer.verdict import RuleVerdict
 CENTRE = 0.014  # absolute; near the optimum of reports/sweep at N = 2
 SEEDS = 3
 STEP = 0.75  # octaves between LRs
-COLOURS = {"FLAT": "#0072B2", "DRIFTS": "#D55E00", "INCONCLUSIVE": "#7F7F7F"}
-MARKERS = {"FLAT": "o", "DRIFTS": "s", "INCONCLUSIVE": "D"}
+ANSWER_STYLES = {"FLAT": ("#0072B2", "o"), "DRIFTS": ("#D55E00", "s"), "INCONCLUSIVE": ("#7F7F7F", "D")}
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,9 @@ def draw_drifts(verdicts: Mapping[str, lt.Verdict]) -> Figure:
         panel.axvspan(-verdict.tolerance, verdict.tolerance, color="0.9", linewidth=0)
         for row, judged in enumerate(verdict.rules.values()):
             if judged.drift:
-                drift, colour = judged.drift, COLOURS[judged.answer]
+                drift, (colour, marker) = judged.drift, ANSWER_STYLES[judged.answer]
                 panel.plot([drift.low, drift.high], [row, row], color=colour, linewidth=2)
-                panel.plot([drift.estimate], [row], color=colour, marker=MARKERS[judged.answer])
+                panel.plot([drift.estimate], [row], color=colour, marker=marker)
             else:
                 panel.text(0, row, judged.cause, ha="center", va="center", fontsize="small", color="0.35")
         panel.set_yticks(range(len(verdict.rules)), list(verdict.rules))
@@ -168,8 +167,8 @@ def draw_drifts(verdicts: Mapping[str, lt.Verdict]) -> Figure:
         panel.set_title(title, loc="left", fontsize="medium")
         panel.axvline(0, color="0.6", linewidth=0.8)
     panels[-1].set_xlabel("drift of the best base LR, octaves per doubling\n(grey: within the tolerance)")
-    for answer, colour in COLOURS.items():
-        panels[0].plot([], [], color=colour, marker=MARKERS[answer], label=answer)
+    for answer, (colour, marker) in ANSWER_STYLES.items():
+        panels[0].plot([], [], color=colour, marker=marker, label=answer)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     return figure
 

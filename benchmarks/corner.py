@@ -26,7 +26,7 @@ from torch import nn
 
 import looptransfer as lt
 from benchmarks.cells import SEEDS, Cell, draw_losses, footer, options, publish, run_cells
-from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
+from benchmarks.paper import enlarge_matrices, paper_gain
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rules import Rule
@@ -40,7 +40,7 @@ TUNING_SEEDS = (100, 101, 102)
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the study; `base` is (N, L, width) of the smallest model, `octaves` of LRs around the carried one."""
+    """Sizes of the study; `base` is (N, L, width) of the smallest model."""
 
     base: tuple[int, int, int] = (1, 1, 32)
     growth: tuple[int, int, int] = (32, 8, 4)
@@ -83,7 +83,7 @@ class Grown:
     def decoder(self, width: int, loops: int) -> nn.Module:
         """The model before it is rewritten, its branches as large beside the embedding as at the paper's width."""
         model = lt.LoopedDecoder(width=width, heads=width // HEAD, layers=self.layers, loops=loops, tied_head=False)
-        enlarge_matrices(model.layers, math.sqrt(PAPER_WIDTH / self.base_width))
+        enlarge_matrices(model.layers, paper_gain(self.base_width))
         return model
 
 
@@ -142,8 +142,8 @@ def tuned(scale: Scale, out: Path, workers: int) -> float:
         loops, layers, width = scale.base
         (out / "tuning").mkdir(parents=True, exist_ok=True)
         trained = experiment(scale, layers, width, scale.steps)
-        found = lt.tune(trained, loops=loops, seeds=TUNING_SEEDS, ledger=out / "tuning" / "ledger.db", workers=workers)
-        stored.write_text(json.dumps({"lr": found.lr, "runs": len(found.results)}) + "\n")
+        result = lt.tune(trained, loops=loops, seeds=TUNING_SEEDS, ledger=out / "tuning" / "ledger.db", workers=workers)
+        stored.write_text(json.dumps({"lr": result.lr, "runs": len(result.results)}) + "\n")
     return float(json.loads(stored.read_text())["lr"])
 
 

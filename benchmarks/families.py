@@ -38,7 +38,7 @@ from benchmarks.cells import (
     rows_of,
     run_cells,
 )
-from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
+from benchmarks.paper import enlarge_matrices, paper_gain
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.reference.model import Attention, Block, SwiGLU, rotary_table
@@ -64,7 +64,7 @@ class Looped(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim >= 2:
                 nn.init.trunc_normal_(parameter, std=0.02)
-        enlarge_matrices(self.loop, math.sqrt(PAPER_WIDTH / WIDTH))
+        enlarge_matrices(self.loop, paper_gain(WIDTH))
 
     def make_loop(self) -> nn.Module:
         """What is visited."""
@@ -100,7 +100,7 @@ class Injected(Looped):
         for block in (self.prelude, self.coda):
             for parameter in block.parameters():
                 if parameter.ndim == 2:
-                    nn.init.trunc_normal_(parameter, std=0.02 * math.sqrt(PAPER_WIDTH / WIDTH))
+                    nn.init.trunc_normal_(parameter, std=0.02 * paper_gain(WIDTH))
 
     def make_loop(self) -> nn.Module:
         return nn.ModuleDict({"adapter": nn.Linear(2 * WIDTH, WIDTH, bias=False), "block": Block(WIDTH, HEADS)})

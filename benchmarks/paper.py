@@ -104,8 +104,13 @@ def decoder(scale: Scale, layers: int = 1, loops: int = 1) -> lt.LoopedDecoder:
     the embedding. The output of a matrix grows with √width; √(768/width) on the matrices makes up for it.
     """
     model = lt.LoopedDecoder(vocab=scale.vocab, width=scale.width, heads=scale.heads, layers=layers, loops=loops)
-    enlarge_matrices(model.layers, math.sqrt(PAPER_WIDTH / scale.width))
+    enlarge_matrices(model.layers, paper_gain(scale.width))
     return model.to(scale.device)
+
+
+def paper_gain(width: int) -> float:
+    """How much larger than 0.02 matrices start, for branches as large beside the embedding as at the paper's width."""
+    return math.sqrt(PAPER_WIDTH / width)
 
 
 def enlarge_matrices(layers: nn.Module, gain: float) -> None:

@@ -10,7 +10,6 @@ loss at the best LR of N = 8 less that at the best LR of N = 1, paired by seed, 
 A killed run goes on from its ledgers, and `--minutes` begins no further row after that time.
 """
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ from benchmarks.cells import (
     regret_of,
     run_cells,
 )
-from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
+from benchmarks.paper import enlarge_matrices, paper_gain
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rewrite.plan import Role
@@ -47,7 +46,7 @@ LOOPS = (1, 8)
 OCTAVES = (-2.25, -1.5, -0.75, 0.0, 0.75)
 HELD = 2 * CENTRE  # LR of embedding and head where they are held
 BOTH: tuple[Rule, ...] = ("factored", "sqrt")
-LARGER = math.sqrt(PAPER_WIDTH / ReferenceSize().width)
+LARGER = paper_gain(ReferenceSize().width)
 
 
 @dataclass(frozen=True)

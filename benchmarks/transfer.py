@@ -18,7 +18,6 @@ That holds where one base LR serves all parameters. In the arm “of the branche
 and head stays at twice the centre of the grid, and only that of the branches is searched.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from torch import nn
 
 import looptransfer as lt
 from benchmarks.cells import CENTRE, SEEDS, Cell, draw_drifts, footer, options, publish, rows_of, run_cells
-from benchmarks.paper import PAPER_WIDTH, enlarge_matrices
+from benchmarks.paper import enlarge_matrices, paper_gain
 from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rewrite.plan import Role
@@ -45,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "reports" / "transfer"
 BASE_LAYERS = 2
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
-STARTS = {"0.02": 1.0, "0.02·√(768/width)": math.sqrt(PAPER_WIDTH / ReferenceSize().width)}
+STARTS = {"0.02": 1.0, "0.02·√(768/width)": paper_gain(ReferenceSize().width)}
 EXPONENTS = tuple(product((0.5, 1.0), (0.0, 0.5, 1.0)))  # of ε and of the LR, over layers
 PAPER = (0.5, 0.5)
 HELD = 2 * CENTRE  # LR of embedding, final norm and head where the search is for the branches' alone

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from looptransfer.errors import InputError
@@ -102,7 +102,8 @@ def _names_in(module: ModuleType) -> str:
     made = [
         name
         for name, value in vars(module).items()
-        if isinstance(value, Experiment) or getattr(value, "__module__", None) == module.__name__
+        if isinstance(value, Experiment)
+        or (isinstance(value, (type, FunctionType)) and value.__module__ == module.__name__)
     ]
     return " or ".join(name for name in made if not name.startswith("_")) or "NAME"
 
