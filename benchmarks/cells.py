@@ -20,6 +20,7 @@ from looptransfer.report.figures import ORDERED
 from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import Interval, t_interval
 from looptransfer.transfer.verdict import RuleVerdict
+from looptransfer.trials.run import Run
 
 CENTRE = 0.014  # absolute; near the optimum of reports/sweep at N = 2
 SEEDS = 3
@@ -48,21 +49,35 @@ class Cell:
         """Where its results are written, once it is finished."""
         return out / f"{self.name}.csv"
 
+    def finished(self, out: Path) -> bool:
+        """Whether the table holds all seeds."""
+        return self._stored(out)["seed"].nunique() >= self.seeds
+
     def run(self, out: Path, workers: int) -> None:
-        """Make the sweep, or the rest of it."""
+        """Make the sweep, or what its table and its ledger do not hold of it."""
         ledger = out / self.name / "ledger.db"
         ledger.parent.mkdir(parents=True, exist_ok=True)
-        trained, octaves = self.make_experiment(), self.octaves
+        trained, runs = self.make_experiment(), self._stored(out)
+        distances = {round(math.log2(lr / self.centre), 3) for lr in runs["lr"]}
+        octaves = sorted(distances | set(self.octaves))
         for extension in range(self.extensions + 1):
-            runs = lt.sweep(
+            known = {Run(*row) for row in runs[["rule", "loops", "lr", "seed"]].itertuples(index=False)}
+            further_runs = lt.sweep(
                 trained, self.loops, self.centre, self.rules, seeds=self.seeds, octaves=octaves, ledger=ledger,
-                workers=workers,
+                workers=workers, known=known,
             )  # fmt: skip
+            runs = pd.concat([frame for frame in (runs, further_runs) if len(frame)], ignore_index=True)
             further = beyond(runs, octaves)
             if extension == self.extensions or not further:
                 break
-            octaves = tuple(sorted({*octaves, *further}))
+            octaves = sorted({*octaves, *further})
         runs.to_csv(self.table(out), index=False)
+
+    def _stored(self, out: Path) -> pd.DataFrame:
+        """The runs of the table, if there is one."""
+        if not self.table(out).exists():
+            return pd.DataFrame(columns=["rule", "loops", "lr", "seed"])
+        return pd.read_csv(self.table(out), float_precision="round_trip")
 
 
 def options(doc: str | None, report: Path) -> argparse.ArgumentParser:
@@ -95,10 +110,10 @@ def run_cells(cells: Sequence[Cell], out: Path, minutes: float, workers: int) ->
     for cell in cells:
         if time.monotonic() - started > 60 * minutes:
             break
-        if not cell.table(out).exists():
+        if not cell.finished(out):
             print(cell.name, file=sys.stderr, flush=True)
             cell.run(out, workers)
-    return [cell for cell in cells if cell.table(out).exists()]
+    return [cell for cell in cells if cell.finished(out)]
 
 
 def rows_of(verdict: lt.Verdict) -> pd.DataFrame:

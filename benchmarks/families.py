@@ -27,7 +27,6 @@ from torch import Tensor, nn
 import looptransfer as lt
 from benchmarks.cells import (
     CENTRE,
-    SEEDS,
     Cell,
     draw_drifts,
     draw_losses,
@@ -46,6 +45,7 @@ from looptransfer.reference.model import Attention, Block, SwiGLU, rotary_table
 REPORT = Path(__file__).parent.parent / "reports" / "transfer" / "families"
 WIDTH, HEADS, VOCAB, RANK = 32, 2, 256, 4
 LOOPS = (1, 8)
+SEEDS = 6
 COLUMNS = 4  # of panels
 OCTAVES = (-2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
 SIZE = ReferenceSize(layers=1, held_out=8_192)
@@ -270,7 +270,7 @@ FAMILIES = {
     "sgd": Family("pre-norm, SGD", optimizer=sgd, centre=0.5),
 }
 CELLS = [
-    Cell(name, family.experiment, LOOPS, ("factored", "unscaled"), OCTAVES, family.centre)
+    Cell(name, family.experiment, LOOPS, ("factored", "unscaled"), OCTAVES, family.centre, SEEDS)
     for name, family in FAMILIES.items()
 ]
 

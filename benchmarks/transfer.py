@@ -15,11 +15,12 @@ no LR falls (a = 1/2, b = 0). Its exponent c is the b that would keep the moveme
 another b the best base LR should move by b − c octaves per doubling.
 
 That holds where one base LR serves all parameters. In the arm “of the branches alone” the LR of embedding, final norm
-and head stays at twice the centre of the grid, and only that of the branches is searched.
+and head stays at twice the centre of the grid, and only that of the branches is searched. Further arms have another λ,
+or keep LR × decay as it is over L, not the decay.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -35,20 +36,18 @@ import looptransfer as lt
 from benchmarks.cells import CENTRE, SEEDS, Cell, draw_drifts, footer, options, publish, rows_of, run_cells
 from benchmarks.paper import enlarge_matrices, paper_gain
 from benchmarks.verdict_simulations import table
+from looptransfer.optim import DecayPolicy
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rewrite.plan import Role
-from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import t_interval
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "reports" / "transfer"
 BASE_LAYERS = 2
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
-STARTS = {"0.02": 1.0, "0.02·√(768/width)": paper_gain(ReferenceSize().width)}
-EXPONENTS = tuple(product((0.5, 1.0), (0.0, 0.5, 1.0)))  # of ε and of the LR, over layers
-PAPER = (0.5, 0.5)
+SMALL, LARGER = "0.02", "0.02·√(768/width)"
+STARTS = {SMALL: 1.0, LARGER: paper_gain(ReferenceSize().width)}
 HELD = 2 * CENTRE  # LR of embedding, final norm and head where the search is for the branches' alone
-DEPTHS = (2, 4, 8)
 MOVED_DEPTHS, MOVED_STEPS, MOVED_LR = (2, 4, 8, 16), (1, 10, 30), CENTRE / 8  # of the movement of the output
 LOOPS = (1, 4, 16)
 
@@ -66,27 +65,82 @@ class Larger:
         return model
 
 
-def adamw(model: nn.Module, lr: float, factor: float, held: bool) -> torch.optim.Optimizer:
-    """AdamW whose LR of the branches has a further factor; `held`: the LR of the rest stays where it is."""
-    rest = dict.fromkeys(get_args(Role), HELD / lr if held else 1.0)
-    ratio = {**rest, "branch matrix": factor, "branch vector": factor}
-    groups = lt.param_groups(model, torch.optim.AdamW, lr=lr, weight_decay=0.1, lr_ratio=ratio)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+@dataclass(frozen=True)
+class Arm:
+    """A rule over layers: the exponents of m_L in ε and in the branches' LR, both downwards, λ, and what else differs.
+
+    `held`: the LR of all but the branches stays where it is.
+    """
+
+    multiplier: float = 0.5
+    lr: float = 0.5
+    lam: float = 1.0
+    held: bool = False
+    decay_policy: DecayPolicy = "coefficient"
+
+    @property
+    def title(self) -> str:
+        """The rule in words."""
+        words = {0.0: "0", 0.5: "1/2", 1.0: "1"}
+        further = {
+            " (the paper)": self == PAPER,
+            f", λ = {words.get(self.lam, f'{self.lam:g}')}": self.lam != 1,
+            ", of the branches alone": self.held,
+            ", LR × decay constant": self.decay_policy == "product",
+        }
+        return f"ε: {words[self.multiplier]}, LR: {words[self.lr]}" + "".join(w for w, true in further.items() if true)
+
+    @property
+    def name(self) -> str:
+        """The rule in the name of a file."""
+        further = {
+            f"-lambda{self.lam:g}": self.lam != 1,
+            "-held": self.held,
+            "-product": self.decay_policy == "product",
+        }
+        return f"eps{self.multiplier:g}-lr{self.lr:g}" + "".join(part for part, true in further.items() if true)
+
+    def at(self, layers: int) -> "Arm":
+        """The arm that is trained at that depth: at the base depth the exponents and the decay do not matter."""
+        return replace(self, multiplier=0.5, lr=0.5, decay_policy="coefficient") if layers == BASE_LAYERS else self
+
+    def optimizer(self, model: nn.Module, lr: float, depth: float) -> torch.optim.Optimizer:
+        """AdamW whose LR of the branches falls as m_L^(−lr) where `depth` is m_L."""
+        rest = dict.fromkeys(get_args(Role), HELD / lr if self.held else 1.0)
+        factor = depth ** (0.5 - self.lr)  # beside the paper's m_L^(−1/2)
+        ratio = {**rest, "branch matrix": factor, "branch vector": factor}
+        groups = lt.param_groups(
+            model, torch.optim.AdamW, lr=lr, weight_decay=0.1, lr_ratio=ratio, decay_policy=self.decay_policy
+        )
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
-def experiment(
-    start: str, layers: int, steps: int, exponents: tuple[float, float] = PAPER, held: bool = False
-) -> lt.Experiment:
-    """The reference experiment at a start, a depth, a length, and exponents of depth in ε and in the LR."""
+PAPER, NO_LR_FACTOR, COMPLETEP = Arm(), Arm(lr=0.0), Arm(multiplier=1.0, lr=0.0)
+ARMS = (
+    PAPER,
+    Arm(held=True),
+    Arm(decay_policy="product"),
+    NO_LR_FACTOR,
+    Arm(lr=1.0),
+    COMPLETEP,
+    Arm(multiplier=1.0),
+    Arm(multiplier=1.0, lr=1.0),
+    Arm(lam=0.5),
+    Arm(lam=2.0),
+)
+
+
+def experiment(start: str, layers: int, steps: int, arm: Arm = PAPER) -> lt.Experiment:
+    """The reference experiment at a start, a depth, a length, and a rule over layers."""
     reference = lt.reference_experiment(ReferenceSize(layers=layers, steps=steps, held_out=8_192))
-    depth, (of_multiplier, of_lr) = layers / BASE_LAYERS, exponents
+    depth = layers / BASE_LAYERS
     return replace(
         reference,
         make_model=Larger(reference.make_model, STARTS[start]),
         base_layers=BASE_LAYERS,
-        lam=depth ** (0.5 - of_multiplier),
-        optimizer=partial(adamw, factor=depth ** (0.5 - of_lr), held=held) if held or of_lr != 0.5 else None,
-        settings={**reference.settings, "start": start, "exponents": list(exponents), "held": held},
+        lam=arm.lam * depth ** (0.5 - arm.multiplier),
+        optimizer=partial(arm.optimizer, depth=depth),
+        settings={**reference.settings, "start": start},
     )
 
 
@@ -96,51 +150,76 @@ def name_of_start(start: str) -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is trained in one sweep."""
+class OverLayers:
+    """Sweeps at N = 1 over L, under every arm."""
 
     start: str
-    layers: int
     steps: int
-    exponents: tuple[float, float]
-    loops: tuple[int, ...]
-    rules: tuple[Rule, ...]
-    held: bool = False
+    arms: tuple[Arm, ...]
+    depths: tuple[int, ...]
+    seeds: int = SEEDS
 
     @property
-    def cell(self) -> Cell:
+    def title(self) -> str:
+        """What the sweeps are, in words."""
+        return f"over layers, matrices start at {self.start}, {self.steps} steps"
+
+    def cell(self, arm: Arm, layers: int) -> Cell:
+        """The sweep of an arm at a depth."""
+        trained = arm.at(layers)
+        name = f"{name_of_start(self.start)}-L{layers}-{trained.name}-{self.steps}-N1"
+        return Cell(name, partial(experiment, self.start, layers, self.steps, trained), (1,), ("factored",), OCTAVES,
+                    seeds=self.seeds)  # fmt: skip
+
+    def cells(self) -> Iterable[Cell]:
+        """All sweeps, those that several arms share once."""
+        by_name = {cell.name: cell for arm in self.arms for cell in (self.cell(arm, n) for n in self.depths)}
+        return by_name.values()
+
+    def verdict(self, out: Path) -> lt.Verdict | None:
+        """The verdict over L of every arm that is finished, the paper's first."""
+        tables = []
+        for arm in self.arms:
+            cells = [self.cell(arm, layers) for layers in self.depths]
+            if all(cell.finished(out) for cell in cells):
+                tables += [pd.read_csv(cell.table(out)).assign(rule=arm.title) for cell in cells]
+        if not any(frame["rule"].iloc[0] == PAPER.title for frame in tables):
+            return None
+        return lt.check(pd.concat(tables, ignore_index=True), PAPER.title, axis="layers")
+
+
+@dataclass(frozen=True)
+class OverLoops:
+    """A sweep over N from the larger start, with the 1/√N arm beside the rule."""
+
+    title = f"over loops, matrices start at {LARGER}, 250 steps"
+
+    def cells(self) -> Iterable[Cell]:
         """The sweep."""
-        of_multiplier, of_lr = self.exponents
-        size, exponents = f"L{self.layers}", f"eps{of_multiplier:g}-lr{of_lr:g}"
-        name = f"{name_of_start(self.start)}-{size}-{exponents}-{self.steps}-N{max(self.loops)}"
-        name += "-held" if self.held else ""
-        trained = partial(experiment, self.start, self.layers, self.steps, self.exponents, self.held)
-        return Cell(name, trained, self.loops, self.rules, OCTAVES)
+        name = f"larger-L{BASE_LAYERS}-{PAPER.name}-250-N{max(LOOPS)}"
+        return [Cell(name, partial(experiment, LARGER, BASE_LAYERS, 250), LOOPS, ("factored", "sqrt"), OCTAVES)]
+
+    def verdict(self, out: Path) -> lt.Verdict | None:
+        """The verdict over N."""
+        (cell,) = self.cells()
+        return lt.check(pd.read_csv(cell.table(out)), "factored") if cell.finished(out) else None
 
 
-def depth_settings(start: str) -> list[Setting]:
-    """L = 2, 4, 8 at N = 1 under each pair of exponents; at L = 2 they are all one, but where LRs are held."""
-    settings = [Setting(start, BASE_LAYERS, 250, PAPER, (1,), ("factored",))]
-    settings += [Setting(start, layers, 250, PAPER, (1,), ("factored",), held=True) for layers in DEPTHS]
-    pairs = sorted(EXPONENTS, key=lambda pair: pair != PAPER)
-    return settings + [
-        Setting(start, layers, 250, pair, (1,), ("factored",)) for pair in pairs for layers in DEPTHS[1:]
-    ]
+STUDIES = (
+    OverLoops(),
+    OverLayers(LARGER, 250, ARMS, (2, 4, 8, 16), seeds=4),
+    OverLayers(LARGER, 1000, (PAPER, NO_LR_FACTOR, COMPLETEP), (2, 4, 8)),
+    OverLayers(SMALL, 250, (PAPER, NO_LR_FACTOR, Arm(lr=1.0), COMPLETEP), (2, 4, 8)),
+)
 
-
-def loop_settings(steps: int) -> list[Setting]:
-    """N = 1, 4, 16 from the larger start, with the 1/√N arm beside the rule."""
-    return [Setting("0.02·√(768/width)", 2, steps, PAPER, LOOPS, ("factored", "sqrt"))]
-
-
-SETTINGS = [*loop_settings(250), *depth_settings("0.02·√(768/width)"), *depth_settings("0.02"), *loop_settings(1000)]
+CELLS = [cell for study in STUDIES for cell in study.cells()]
 
 
 def movements(start: str) -> pd.DataFrame:
     """How far steps of all parameters, or of the branches' alone, move the output of a probe batch, by L and seed."""
     rows = []
     for layers, seed, moved in product(MOVED_DEPTHS, range(SEEDS), ("branches", "all")):
-        trained = experiment(start, layers, 250, (0.5, 0.0))
+        trained = experiment(start, layers, 250, NO_LR_FACTOR)
         torch.manual_seed(seed)
         model, batches = trained.make_model(1), trained.batches(seed)
         probe, _ = next(batches)
@@ -174,36 +253,6 @@ def movement_exponents(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def name_of(exponents: tuple[float, float], held: bool = False) -> str:
-    """The exponents in words."""
-    words = {0.0: "0", 0.5: "1/2", 1.0: "1"}
-    paper = ", of the branches alone" if held else " (the paper)" if exponents == PAPER else ""
-    return f"ε: {words[exponents[0]]}, LR: {words[exponents[1]]}{paper}"
-
-
-def over_layers(out: Path, start: str) -> lt.Verdict | None:
-    """The verdict over L of every pair of exponents that is finished, the paper's first."""
-    files_of = {(s.exponents, s.held, s.layers): s.cell.table(out) for s in depth_settings(start)}
-    tables = []
-    for pair, held in [(PAPER, True), *((pair, False) for pair in EXPONENTS)]:
-        files = [files_of[pair if held else PAPER, held, BASE_LAYERS], *(files_of[pair, held, n] for n in DEPTHS[1:])]
-        if all(file.exists() for file in files):
-            tables += [pd.read_csv(file).assign(rule=name_of(pair, held)) for file in files]
-    if not any(frame["rule"].iloc[0] == name_of(PAPER) for frame in tables):
-        return None
-    return lt.check(pd.concat(tables, ignore_index=True), name_of(PAPER), axis="layers")
-
-
-def over_loops(out: Path, start: str, steps: int) -> lt.Verdict | None:
-    """The verdict over N at a start and a length."""
-    if start == "0.02" and steps == 250:
-        runs = pd.read_csv(ROOT / "reports" / "sweep" / "results.csv")
-        return lt.check(runs[runs["loops"].isin(LOOPS) & (runs["seed"] < SEEDS)], "factored")
-    tables = [setting.cell.table(out) for setting in loop_settings(steps) if setting.start == start]
-    files = [file for file in tables if file.exists()]
-    return lt.check(pd.read_csv(files[0]), "factored") if files else None
-
-
 def flattest(verdict: lt.Verdict) -> str:
     """Which exponents move the optimum least over L, and which end lowest at the largest L."""
     means = verdict.runs.groupby(["rule", "layers", "lr"])["loss"].mean()
@@ -219,27 +268,37 @@ def flattest(verdict: lt.Verdict) -> str:
     return " ".join(sentences)
 
 
+def over_loops_from_small() -> lt.Verdict:
+    """The verdict over N from the small start, of another report's sweep."""
+    runs = pd.read_csv(ROOT / "reports" / "sweep" / "results.csv")
+    return lt.check(runs[runs["loops"].isin(LOOPS) & (runs["seed"] < SEEDS)], "factored")
+
+
 def report(out: Path, finished: Sequence[Cell]) -> str:
     """The README of what is finished."""
-    depth = {f"over layers, matrices start at {start}": over_layers(out, start) for start in STARTS}
-    loops = {
-        f"over loops, matrices start at {start}, {steps} steps": over_loops(out, start, steps)
-        for start, steps in (("0.02", 250), ("0.02·√(768/width)", 250), ("0.02·√(768/width)", 1000))
-    }
-    verdicts = {title: verdict for title, verdict in (depth | loops).items() if verdict}
+    made = {study.title: verdict for study in STUDIES if (verdict := study.verdict(out))}
+    verdicts = {f"over loops, matrices start at {SMALL}, 250 steps": over_loops_from_small(), **made}
     draw_drifts(verdicts).savefig(out / "drifts.png", dpi=150)
     lines = [
         "# How far one learning rate carries",
         "",
         *(__doc__ or "").splitlines()[4:],
         "",
-        f"Reference experiment (width {ReferenceSize().width}, 16 × 32 bytes a step), {SEEDS} paired seeds, "
-        f"{len(OCTAVES)} LRs 0.75 octave apart around {CENTRE}. Over layers N = 1, 250 steps.",
+        f"Reference experiment (width {ReferenceSize().width}, 16 × 32 bytes a step), paired seeds, {len(OCTAVES)} LRs "
+        f"0.75 octave apart around {CENTRE}, the grid two or four LRs longer where the best was its last. Over layers "
+        "N = 1.",
         "",
         "![drifts](drifts.png)",
     ]
     for title, verdict in verdicts.items():
-        lines += ["", f"## {title.capitalize()}", "", table(rows_of(verdict))]
+        lines += [
+            "",
+            f"## {title.capitalize()}",
+            "",
+            f"{verdict.runs['seed'].nunique()} seeds.",
+            "",
+            table(rows_of(verdict)),
+        ]
         if verdict.axis == "layers":
             lines += ["", flattest(verdict)]
     for start in STARTS:
@@ -247,7 +306,7 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
         lines += ["", f"## How the output moves as L grows, matrices start at {start}", "", table(exponents)]
     lines += [
         "",
-        f"{len(finished)} of {len(SETTINGS)} sweeps are finished. The small start over loops is reports/sweep/.",
+        f"{len(finished)} of {len(CELLS)} sweeps are finished. The small start over loops is reports/sweep/.",
         "Differences are paired by seed, over the sizes at which both rules have an optimum.",
         *footer(pd.read_csv(cell.table(out)) for cell in finished),
     ]
@@ -261,8 +320,7 @@ def main() -> None:
         file = arguments.out / f"movements-{name_of_start(start)}.csv"
         if not file.exists():
             movements(start).to_csv(file, index=False)
-    cells = [setting.cell for setting in SETTINGS]
-    finished = run_cells(cells, arguments.out, arguments.minutes, arguments.workers)
+    finished = run_cells(CELLS, arguments.out, arguments.minutes, arguments.workers)
     publish(arguments.out, report(arguments.out, finished))
 
 

@@ -2,14 +2,17 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 
 from looptransfer.reference.experiment import ReferenceSize
+from tests.experiments import tiny_experiment
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -112,6 +115,22 @@ def test_the_cost_of_the_monitor_is_measured_beside_a_step() -> None:
     assert 0 < share["without"] < share["with"]
 
 
+def test_a_finished_sweep_goes_on_with_further_seeds_alone(tmp_path: Path) -> None:
+    cells = load("cells")
+    cell = cells.Cell("sweep", tiny_experiment, (1, 2), ("factored",), (-1.0, 0.0), seeds=2, extensions=0)
+    cell.run(tmp_path, workers=1)
+    shutil.rmtree(tmp_path / "sweep")  # the ledger
+    before = pd.read_csv(cell.table(tmp_path))
+    assert cell.finished(tmp_path)
+    further = replace(cell, seeds=3)
+    assert not further.finished(tmp_path)
+    assert cells.run_cells([further], tmp_path, minutes=1, workers=1) == [further]
+    after = pd.read_csv(cell.table(tmp_path))
+    assert after[after["seed"] < 2].reset_index(drop=True).equals(before)  # as they were, seconds included
+    assert len(after) == 12
+    assert not after.duplicated(["rule", "loops", "lr", "seed"]).any()
+
+
 def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transfer = load("transfer")
     made = transfer.experiment
@@ -119,8 +138,11 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     monkeypatch.setattr(transfer, "MOVED_DEPTHS", (2, 4))
     monkeypatch.setattr(transfer, "MOVED_STEPS", (1, 2))
     monkeypatch.setattr(transfer, "experiment", lambda start, layers, _, *arm: made(start, layers, 4, *arm))
-    settings = [s for s in transfer.depth_settings("0.02") if s.exponents in (transfer.PAPER, (1.0, 0.0))]
-    cells = [replace(setting.cell, seeds=2, extensions=0) for setting in settings]
+    arms = (transfer.PAPER, transfer.COMPLETEP, transfer.Arm(held=True), transfer.Arm(lam=0.5))
+    study = transfer.OverLayers(transfer.SMALL, 250, arms, (2, 4), seeds=2)
+    monkeypatch.setattr(transfer, "STUDIES", (study,))
+    cells = [replace(cell, extensions=0) for cell in study.cells()]
+    assert len(cells) == 7  # the exponents are one at the base depth
     for cell in cells:
         cell.run(tmp_path, workers=1)
     for start in transfer.STARTS:
@@ -129,6 +151,7 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     assert "| ε: 1/2, LR: 1/2 (the paper) | INCONCLUSIVE |" in text
     assert "| ε: 1, LR: 0 | INCONCLUSIVE |" in text
     assert "| ε: 1/2, LR: 1/2, of the branches alone | INCONCLUSIVE |" in text
+    assert "| ε: 1/2, LR: 1/2, λ = 1/2 | INCONCLUSIVE |" in text
     assert "| branches | 2 | " in text
     assert (tmp_path / "drifts.png").exists()
 
