@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -50,16 +51,17 @@ class Cell:
         return out / f"{self.name}.csv"
 
     def finished(self, out: Path) -> bool:
-        """Whether the table holds all seeds."""
-        return self._stored(out)["seed"].nunique() >= self.seeds
+        """Whether the table holds every run; those of a grown grid may be more."""
+        runs = self._stored(out)
+        stored = set(zip(runs["rule"], runs["loops"], self._octaves(runs), runs["seed"], strict=True))
+        return stored >= set(product(self.rules, self.loops, self.octaves, range(self.seeds)))
 
     def run(self, out: Path, workers: int) -> None:
         """Make the sweep, or what its table and its ledger do not hold of it."""
         ledger = out / self.name / "ledger.db"
         ledger.parent.mkdir(parents=True, exist_ok=True)
         trained, runs = self.make_experiment(), self._stored(out)
-        distances = {round(math.log2(lr / self.centre), 3) for lr in runs["lr"]}
-        octaves = sorted(distances | set(self.octaves))
+        octaves = sorted({*self.octaves, *self._octaves(runs)})
         for extension in range(self.extensions + 1):
             known = {Run(*row) for row in runs[["rule", "loops", "lr", "seed"]].itertuples(index=False)}
             further_runs = lt.sweep(
@@ -72,6 +74,10 @@ class Cell:
                 break
             octaves = sorted({*octaves, *further})
         runs.to_csv(self.table(out), index=False)
+
+    def _octaves(self, runs: pd.DataFrame) -> list[float]:
+        """The LRs of runs as log2 distances from the centre."""
+        return [round(math.log2(lr / self.centre), 3) for lr in runs["lr"]]
 
     def _stored(self, out: Path) -> pd.DataFrame:
         """The runs of the table, if there is one."""

@@ -10,6 +10,7 @@ loss at the best LR of N = 8 less that at the best LR of N = 1, paired by seed, 
 A killed run goes on from its ledgers, and `--minutes` begins no further row after that time.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ from looptransfer.transfer.optimum import Interval, Optimum
 REPORT = Path(__file__).parent.parent / "reports" / "transfer" / "regimes"
 LOOPS = (1, 8)
 OCTAVES = (-2.25, -1.5, -0.75, 0.0, 0.75)
+TO_THE_EDGE = (*OCTAVES, *(1.5 + 0.75 * step for step in range(10)))  # up to LRs at which all rules diverge
 HELD = 2 * CENTRE  # LR of embedding and head where they are held
 BOTH: tuple[Rule, ...] = ("factored", "sqrt")
 LARGER = paper_gain(ReferenceSize().width)
@@ -85,6 +87,7 @@ class Regime:
     changes: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = BOTH
     seeds: int = SEEDS
+    octaves: tuple[float, ...] = OCTAVES
 
     def experiment(self) -> lt.Experiment:
         """The reference experiment, changed."""
@@ -94,17 +97,17 @@ class Regime:
 
     def cell(self, name: str) -> Cell:
         """Its sweep."""
-        return Cell(name, self.experiment, LOOPS, self.rules, OCTAVES, 2 * CENTRE, self.seeds)
+        return Cell(name, self.experiment, LOOPS, self.rules, self.octaves, 2 * CENTRE, self.seeds)
 
 
 REGIMES = {
-    "base": Regime("as described, 250 steps"),
+    "base": Regime("as described, 250 steps", rules=(*BOTH, "unscaled"), octaves=TO_THE_EDGE),
     "small": Regime("matrices of the loop start at 0.02", Model(loop_gain=1.0)),
-    "no-clip": Regime("gradients not clipped", changes={"clip": None}),
+    "no-clip": Regime("gradients not clipped", changes={"clip": None}, octaves=TO_THE_EDGE),
     "warm-up": Regime("warm-up over 10 % of the steps, not 50 %", changes={"warmup": 0.1}, seeds=2 * SEEDS),
-    "held": Regime(f"LR of embedding and head held at {HELD:g}", changes={"optimizer": held}),
+    "held": Regime(f"LR of embedding and head held at {HELD:g}", changes={"optimizer": held}, seeds=2 * SEEDS),
     "lambda-2": Regime("λ = 2", changes={"lam": 2.0}, rules=("factored",)),
-    "lambda-half": Regime("λ = 1/2", changes={"lam": 0.5}, rules=("factored",)),
+    "lambda-half": Regime("λ = 1/2", changes={"lam": 0.5}, rules=("factored",), seeds=2 * SEEDS),
     "lambda-4": Regime("λ = 4", changes={"lam": 4.0}, rules=("factored",)),
     "long": Regime("1000 steps", steps=1000),
     "embedding": Regime("the embedding starts as much larger too", Model(embedding_gain=LARGER)),
@@ -131,6 +134,27 @@ def rows_of_regime(regime: Regime, verdict: lt.Verdict) -> list[dict[str, str]]:
         }
         for rule, judged in verdict.rules.items()
     ]
+
+
+def edges_of(regime: Regime, verdict: lt.Verdict) -> list[dict[str, str]]:
+    """The LRs between which training becomes unstable, a row per rule, where the grid goes so far."""
+    rows = []
+    for rule, judged in verdict.rules.items():
+        stable = {n: losses.max(axis=1).map(math.isfinite) for n, losses in judged.tables.items()}
+        if all(lrs.all() for lrs in stable.values()):
+            continue
+        edges = {n: edge_of(lrs, judged.tables[n].mean(axis=1).idxmin()) for n, lrs in stable.items()}
+        rows.append({"regime": regime.title, "rule": rule, **{f"N = {n}": edge for n, edge in edges.items()}})
+    return rows
+
+
+def edge_of(stable: pd.Series, best: float) -> str:
+    """The highest LR below which no seed diverges and the next one, and how far above the best they lie."""
+    if stable.all():
+        return f"> {2 ** stable.index[-1]:.3g}"
+    first = stable.index[~stable][0]
+    last = stable.index[stable.index < first][-1]
+    return f"{2**last:.3g} to {2**first:.3g}, {last - best:.2f} to {first - best:.2f} octaves above the best"
 
 
 def basin_of(optimum: Optimum) -> str:
@@ -168,6 +192,7 @@ def report(out: Path, finished: list[Cell]) -> str:
     titled = {REGIMES[name].title: verdict for name, verdict in verdicts.items()}
     draw_drifts(titled).savefig(out / "drifts.png", dpi=150)
     rows = [row for name, verdict in verdicts.items() for row in rows_of_regime(REGIMES[name], verdict)]
+    edges = [row for name, verdict in verdicts.items() for row in edges_of(REGIMES[name], verdict)]
     size = ReferenceSize()
     lines = [
         "# What the drift over N depends on",
@@ -184,6 +209,12 @@ def report(out: Path, finished: list[Cell]) -> str:
         "![drifts](drifts.png)",
         "",
         table(pd.DataFrame(rows)),
+        "",
+        "## Where training becomes unstable",
+        "",
+        "The highest LR up to which no seed diverges, and the next one, at which some seed does.",
+        "",
+        table(pd.DataFrame(edges)),
         "",
         *footer(runs.values()),
     ]
