@@ -104,6 +104,8 @@ def _counts(measured: Measured, situation: str) -> list[int]:
         return [n for n, table in measured.tables.items() if table.empty]
     if situation == "shape: a wall":
         return [optimum.n for optimum in measured.optima if optimum.walled]
+    if situation == "regret: elsewhere":
+        return list(measured.loses_at)
     if situation.startswith("regret"):
         return [measured.optima[-1].n]
     return [optimum.n for optimum in measured.optima if optimum.censored == situation] or measured.fitted
@@ -238,6 +240,10 @@ ROWS: Mapping[str, Row] = {
     "regret: too large": Row(
         "The optimum stays, but the transferred LR costs more than the tolerance.",
         "tune the proxy again, nearer to its optimum",
+    ),
+    "regret: elsewhere": Row(
+        "The optimum has no trend, but at {N} = {counts} the transferred LR costs more than the tolerance.",
+        "look for what differs at {N} = {counts}, and run the {N} beside it",
     ),
     "regret": Row(
         REGRET, f"{IN_ALL} at {{N}} = {{counts}} (there are {{case.seeds}})",

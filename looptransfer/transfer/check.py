@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 
 from looptransfer.checks import check_number
@@ -13,14 +15,16 @@ from looptransfer.transfer import drift
 from looptransfer.transfer.causes import advised
 from looptransfer.transfer.judge import judge_tables, situation_of
 from looptransfer.transfer.optimum import Interval, Optimum, curve_height, curves, t_interval_of_runs
-from looptransfer.transfer.results import at_horizon, tidy
+from looptransfer.transfer.results import OF_A_RUN, at_horizon, axis_label, tidy
+from looptransfer.transfer.rows import is_state
 from looptransfer.transfer.verdict import LOSS, METRIC, NATS, Difference, RuleVerdict, Terms, Verdict
 
 REGRET_NATS = 0.02
 REGRET_SHARE = 0.05  # of the curve's height, where the loss is not in nats: about what 0.02 nats are of the usual basin
 LARGE_OF_HEIGHT = 0.25  # a bowl is that high 1.25 octaves from its vertex, beyond which no fit is trusted
 LARGE_OF_LOSS = 0.1
-MOST_NAMED = 8  # LRs in a note
+MOST_NAMED = 8  # LRs in a note; values of a setting
+FEWEST = 3  # losses that are equal by no chance; LRs that have a shape
 HORIZONS = (0.5, 0.75)  # shares of the training at which the optimum is shown beside that at its end
 
 
@@ -40,9 +44,10 @@ def check(
 
     FLAT: the interval of the drift lies inside ±tolerance (an equivalence test at (1 − confidence)/2), so does the
     drift by a narrower and a wider fit, and the upper limit of the regret of the transferred LR at the largest N is
-    below `regret_tolerance`. DRIFTS: the interval of the drift lies outside, and so does the drift by the other fits;
-    an optimum that is censored takes no part, and three known ones are then needed. Otherwise INCONCLUSIVE, with the
-    runs that would settle it; so is a rule that is flat where every control is flat too.
+    below `regret_tolerance`, as is its lower limit at every other N. DRIFTS: the interval of the drift lies outside,
+    and so does the drift by the other fits; an optimum that is censored takes no part, and three known ones are then
+    needed. Otherwise INCONCLUSIVE, with the runs that would settle it; so is a rule that is flat where every control is
+    flat too.
 
     Args:
         results: columns loops (or `axis`), lr, loss and, if there, rule, seed, diverged, step (see `tidy`).
@@ -79,7 +84,12 @@ def check(
     verdicts = {name: judge_tables(name, tables[name], terms, horizons[name]) for name in order}
     differences = tuple(_difference(verdicts[rule], verdicts[name], terms) for name in order[1:])
     verdicts[rule] = _with_power(verdicts, rule, terms)
-    notes = (*_notes(runs, terms), *_late_moves(verdicts.values(), terms), results.attrs.get("left_out"))
+    notes = (
+        *_notes(runs, terms),
+        *_directions(verdicts[rule], runs, maximize, terms.axis_label),
+        *_late_moves(verdicts.values(), terms),
+        results.attrs.get("left_out"),
+    )
     proxy = verdicts[rule].log2_lr
     if transferred_lr is None and proxy is not None:
         terms = replace(terms, transferred_lr=2.0**proxy)
@@ -144,13 +154,14 @@ def _unit(height: float | None, tables: Mapping[int, pd.DataFrame]) -> str:
 
 
 def _horizons(steps: pd.DataFrame, terms: Terms) -> dict[float, tuple[Optimum, ...]]:
-    """The optima at earlier shares of the training and at its end; nothing where the table has no steps."""
+    """The optima at earlier shares of the training and at its end, where every N has rows there."""
     if "step" not in steps or steps["step"].nunique() < 2:
         return {}
     tables = {share: curves(at_horizon(steps, terms.axis, share), terms.axis) for share in (*HORIZONS, 1.0)}
-    return {
-        share: drift.find_optima(table, terms.confidence, terms.regret_tolerance) for share, table in tables.items()
-    }
+    whole = {share: table for share, table in tables.items() if table.keys() == tables[1.0].keys()}
+    if len(whole) == 1:
+        return {}
+    return {share: drift.find_optima(table, terms.confidence, terms.regret_tolerance) for share, table in whole.items()}
 
 
 def _with_power(verdicts: Mapping[str, RuleVerdict], rule: str, terms: Terms) -> RuleVerdict:
@@ -184,9 +195,8 @@ def _notes(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
     label = terms.axis_label
     if "fingerprint" in runs and runs["fingerprint"].nunique() > 1:
         yield f"the rows come from {runs['fingerprint'].nunique()} different experiments (column fingerprint)"
-    for name in ("loops", "layers", "width", "steps"):
-        if name != terms.axis and name in runs and runs.loc[~runs["diverged"], name].nunique() > 1:
-            yield f"{name} differs between the rows, so a drift in {label} may be a drift in {name}"
+    yield from _confounds(runs[~runs["diverged"]], terms)
+    yield from _copies(runs, terms)
     for (rule, n), group in runs.groupby(["rule", terms.axis]):
         seeds, per_lr = group["seed"].nunique(), group.groupby("lr")["seed"].nunique()
         partial = [f"{lr:.6g}" for lr in per_lr.index[per_lr < seeds]]
@@ -194,6 +204,54 @@ def _notes(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
             more = f" and {len(partial) - MOST_NAMED} more" if partial[MOST_NAMED:] else ""
             named = ", ".join(partial[:MOST_NAMED]) + more
             yield f"{rule}, {label} = {n}: LR {named} is left out, without a result of all {seeds} seeds"
+
+
+def _confounds(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
+    """A note for every setting, a column of few values, that differs between the N or the LRs of a rule."""
+    label = terms.axis_label
+    known = {"loops", "layers", "width", "steps"}
+    for name in runs.columns.difference([*OF_A_RUN, terms.axis, "fingerprint", "run"], sort=False):
+        texts = runs[name].map(str)
+        numbers = pd.to_numeric(texts, errors="coerce").notna().all()
+        few = texts.nunique() <= max(MOST_NAMED, runs[terms.axis].nunique()) and texts.nunique() < len(runs) / 3
+        if texts.nunique() < 2 or not (few or name in known) or is_state(runs[name]):
+            continue
+        cells = [runs["rule"], runs[terms.axis]]
+        mixed = texts.groupby([*cells, runs["seed"]]).nunique() > 1
+        if not (texts.groupby(cells).nunique() > 1).any():
+            if (texts.groupby(runs["rule"]).nunique() > 1).any() or name in known:
+                yield f"{name} differs between the rows, so a drift in {label} may be a drift in {name}"
+        elif mixed.any() and (numbers or name in known):
+            n = mixed.index[mixed][0][1]
+            yield f"{name} differs between the LRs of {label} = {n}, so that their losses may not be comparable"
+
+
+def _copies(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
+    """A note on seeds, and on N, that have the very same losses: neither the seed nor N has reached the training."""
+    label = terms.axis_label
+    for column, across, reason in (
+        ("seed", ["rule", terms.axis, "lr"], "they are one seed, and intervals over them are too narrow"),
+        (terms.axis, ["rule", "lr", "seed"], f"{label} may not have reached the training"),
+    ):
+        losses = runs[~runs["diverged"]].pivot_table(index=across, columns=column, values="loss")
+        pairs = {pair: losses[list(pair)].dropna() for pair in pairwise(losses.columns)}
+        copies = [f"{first} and {second}" for (first, second), both in pairs.items()
+                  if len(both) >= FEWEST and both[first].equals(both[second].rename(first))]  # fmt: skip
+        if copies:
+            yield f"{axis_label(column)} {', '.join(copies)} have the same losses to the last digit: {reason}"
+
+
+def _directions(judged: RuleVerdict, runs: pd.DataFrame, maximize: bool, label: str) -> Iterator[str]:
+    """Notes on a metric that seems to be turned round, and on LRs that seem to be logarithms or numbers of a grid."""
+    means = [table.mean(axis=1) for table in judged.tables.values() if len(table) >= FEWEST]
+    ends = [(mean.index[0], mean.index[-1]) for mean in means]
+    if means and all(m.idxmin() in end and m.idxmax() not in end for m, end in zip(means, ends, strict=True)):
+        fix = "leave out --maximize where less is better" if maximize else "say --maximize where more is better"
+        yield f"at every {label} the worst LR lies between better ones; {fix}"
+    lrs = np.sort(runs["lr"].unique())
+    steps = np.diff(lrs)
+    if len(lrs) > FEWEST and lrs[0] >= 1 and np.allclose(steps, steps[0], rtol=1e-6):
+        yield f"the LRs are {lrs[0]:g}, {lrs[1]:g}, … {lrs[-1]:g}, evenly spaced: are they logarithms of the LR?"
 
 
 def _late_moves(verdicts: Iterable[RuleVerdict], terms: Terms) -> Iterator[str]:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from looptransfer.transfer import drift
 from looptransfer.transfer.causes import advised
-from looptransfer.transfer.optimum import Optimum, curve_height, t_interval
+from looptransfer.transfer.optimum import Interval, Optimum, curve_height, t_interval
 from looptransfer.transfer.verdict import Measured, RuleVerdict, Terms
 
 FEWEST_FITTED = 3  # known optima that a drift needs where others are censored
@@ -36,9 +36,7 @@ def measure(
     log2_lr = proxy.log2_lr.estimate if proxy.log2_lr is not None else None
     log2_lr = log2_lr if terms.transferred_lr is None else math.log2(terms.transferred_lr)
     regrets = None if log2_lr is None else drift.regret_by_seed(target, tables[target.n], log2_lr)
-    regret = None
-    if log2_lr is not None and regrets is not None:
-        regret = drift.regret_interval(target, regrets, log2_lr, terms.confidence)
+    regret_at = {o.n: _regret(o, tables[o.n], log2_lr, terms) for o in optima}
     return Measured(
         rule,
         tables,
@@ -47,11 +45,19 @@ def measure(
         drift=None if drifts is None else t_interval(drifts, terms.confidence),
         drift_by_reach=drift.drift_by_reach(optima, tables),
         drift_by_seed=drifts,
-        regret=regret,
+        regret=regret_at[target.n],
+        loses_at=tuple(n for n, regret in regret_at.items() if regret and regret.low > terms.regret_tolerance),
         regret_by_seed=regrets,
         height=curve_height(tables[target.n]),
         horizons=horizons,
     )
+
+
+def _regret(optimum: Optimum, table: pd.DataFrame, log2_lr: float | None, terms: Terms) -> Interval | None:
+    by_seed = None if log2_lr is None else drift.regret_by_seed(optimum, table, log2_lr)
+    if log2_lr is None or by_seed is None:
+        return None
+    return drift.regret_interval(optimum, by_seed, log2_lr, terms.confidence)
 
 
 def situation_of(measured: Measured, terms: Terms) -> str:
@@ -82,6 +88,8 @@ def _by_regret(measured: Measured, tolerance: float) -> str:
         return "tolerance"
     if measured.regret.low > tolerance:
         return "regret: too large"
+    if measured.loses_at:
+        return "regret: elsewhere"
     if measured.regret.high >= tolerance:
         return "regret"
     return "no power" if measured.flat_controls else "flat"

@@ -13,7 +13,15 @@ import pandas as pd
 
 from looptransfer.errors import InputError
 from looptransfer.text import short
-from looptransfer.transfer.rows import finished_state, is_missing, is_state, listing, refuse_unfinished
+from looptransfer.transfer.rows import (
+    finished_state,
+    is_missing,
+    is_state,
+    listing,
+    quoted,
+    refuse_unfinished,
+    words_of,
+)
 
 COLUMNS = ["rule", "layers", "loops", "width", "lr", "seed", "steps", "loss", "diverged", "seconds", "fingerprint"]
 OF_A_RUN = {"rule", "lr", "seed", "loss", "diverged", "step", "seconds", "last_loss"}
@@ -22,8 +30,9 @@ MOST = 10**6  # the largest loop count, or value of another axis, that is believ
 BELIEVED_LRS = (1e-30, 1e30)
 LARGEST = 1e100  # loss, in size, that is believed
 SAME_LR = 1e-6  # relative distance up to which two LRs are one
-ROUNDED_LR = 5e-4  # the same for LRs that no seed ran both of: one LR, rounded to four digits by somebody
+ROUNDED_LR = 5e-3  # the same for LRs that no seed ran both of: one LR, rounded to three digits by somebody
 ENDS_TOGETHER = 0.95  # share of the longest run that a run must have lasted, unless it diverged
+PROGRESS = re.compile(r"_?((global|training|last)_)?(step|epoch|iteration)", re.IGNORECASE)  # how far a run has come
 
 
 def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
@@ -53,8 +62,10 @@ def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
         out[name] = _numbers(out[name], name)
     out["loss"] = _losses(raw)
     _in_range(out, axis, out[axis].between(1, MOST) & (out[axis] % 1 == 0), f"a whole number from 1 to {MOST}")
-    _in_range(out, "lr", np.isfinite(out["lr"]) & (out["lr"] > 0), "a finite number above 0")
+    absolute = "a finite number above 0" + ", no logarithm of the LR" * bool((out["lr"] < 0).any())
+    _in_range(out, "lr", np.isfinite(out["lr"]) & (out["lr"] > 0), absolute)
     _in_range(out, "lr", out["lr"].between(*BELIEVED_LRS), "between {:g} and {:g}".format(*BELIEVED_LRS))
+    _no_summaries(out["seed"])
     out[axis] = out[axis].astype(int)
     out["diverged"] = ~np.isfinite(out["loss"])
     if out["diverged"].all():
@@ -63,8 +74,7 @@ def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
         _in_range(out, "step", np.isfinite(out["step"]) & (out["step"] >= 0), "a number from 0 up")
     out["lr"] = _one_spelling(out, ["rule", axis, "seed", *(["step"] if "step" in out else [])])
     _no_duplicates(out, axis, raw)
-    if "step" in out:
-        _all_end_together(out, axis)
+    _all_end_together(out, axis, "step") if "step" in out else _all_came_as_far(out, axis)
     return out.reset_index(drop=True)
 
 
@@ -113,8 +123,9 @@ def _by_name(frame: pd.DataFrame, axis: str) -> str:
 def _mapping(frame: pd.DataFrame, missing: Sequence[str]) -> str:
     """What --columns could say of missing names, by the columns that have them within theirs."""
     parts = {name: (name, "learning_rate") if name == "lr" else (name,) for name in missing}
+    columns = [column for column in map(str, frame.columns) if not any(w.startswith("log") for w in words_of(column))]
     alike = {
-        name: [column for column in map(str, frame.columns) if any(part in column.casefold() for part in parts[name])]
+        name: [column for column in columns if any(part in column.casefold() for part in parts[name])]
         for name in missing
     }
     return " ".join(
@@ -139,7 +150,10 @@ def _names(column: pd.Series, name: str, spelled: Callable[[str], str] = str) ->
     names = _each(column, lambda cell: "" if is_missing(cell) or str(cell) == "nan" else spelled(str(cell).strip()))
     if "" in names:
         row = column.index[names.index("")]
-        raise InputError(f"row {row}: {name} is empty; fill it in, or drop the whole column")
+        raise InputError(
+            f"row {row}: {name} is empty; fill it in, leave such rows out with --where {name}!=, or drop the whole "
+            "column"
+        )
     return names
 
 
@@ -172,7 +186,8 @@ def _numbers(column: pd.Series, name: str) -> pd.Series:
     if None in numbers:
         row = column.index[numbers.index(None)]
         cell = "" if is_missing(column[row]) else column[row]
-        raise InputError(f"row {row}: {name} is {short(cell)}, which is not a number{_hint(str(cell))}")
+        hint = _hint(str(cell)) if cell != "" else f"; leave rows of no run out with --where {name}!="
+        raise InputError(f"row {row}: {name} is {short(cell)}, which is not a number{hint}")
     return pd.Series(numbers, column.index, dtype=float)
 
 
@@ -189,6 +204,8 @@ def _number(cell: Any) -> float | None:
 
 
 def _hint(text: str) -> str:
+    if re.fullmatch(r"\s*[+-]?\d{1,3}(,\d{3})+\s*", text):
+        return "; write thousands without commas, and decimals with a point"
     return "; write decimals with a point" if re.fullmatch(r"\s*[+-]?\d+,\d+([eE][+-]?\d+)?\s*", text) else ""
 
 
@@ -258,15 +275,20 @@ def _no_duplicates(frame: pd.DataFrame, axis: str, raw: pd.DataFrame) -> None:
     row = twice.iloc[0]
     same = twice[(twice[key] == row[key]).all(axis=1)]
     telling = [name for name in frame.columns if name not in {*key, *OF_A_RUN} and _tells(raw, same.index, name)]
-    if telling and "step" in str(telling[0]).casefold() and "step" not in frame:
-        fix = f"they differ in {telling[0]}: where that is the step, say --columns step={telling[0]}"
+    steps = [name for name in telling if PROGRESS.fullmatch(str(name)) or "step" in str(name).casefold()]
+    seeds = [name for name in telling if "seed" in words_of(name)]
+    states = [name for name in telling if is_state(raw[name])]  # of a crashed run and its rerun, the one that finished
+    if steps and "step" not in frame:
+        fix = f"they differ in {steps[0]}: where that is the step, say --columns {quoted(f'step={steps[0]}')}"
+    elif seeds and "seed" not in raw:
+        fix = f"they differ in {seeds[0]}: where that is the seed, say --columns {quoted(f'seed={seeds[0]}')}"
     elif telling:
-        column = next(filter(is_state, telling), telling[0])  # of a crashed run and its rerun, the one that finished
+        column = (states or telling)[0]
         cells = raw.loc[same.index, column]
-        value = (finished_state(cells) if is_state(column) else None) or cells.iloc[0]
+        value = (finished_state(cells) if states else None) or cells.iloc[0]
         fix = (
             f"they differ in {' and '.join(map(str, telling[:3]))}: keep one value of it, or make it the axis "
-            f"(--where {column}={value})"
+            f"(--where {quoted(f'{column}={value}')})"
         )
     else:
         fix = "drop the repeated rows" if "seed" in raw else "add a column seed that tells them apart"
@@ -282,10 +304,30 @@ def _tells(raw: pd.DataFrame, same: pd.Index, name: str) -> bool:
     return texts[same].nunique() > 1 and (name in COLUMNS or texts.nunique() <= len(texts) / 2)
 
 
-def _all_end_together(frame: pd.DataFrame, axis: str) -> None:
-    last = frame.loc[frame.groupby(["rule", axis, "lr", "seed"])["step"].idxmax()]
-    longest = last.groupby(["rule", axis])["step"].transform("max")
-    early = last[(last["step"] < ENDS_TOGETHER * longest) & ~last["diverged"]]
+def _no_summaries(seeds: pd.Series) -> None:
+    """Refuse seeds that are words beside numbers, such as mean: what sums up other rows is no run."""
+    words = [seed for seed in seeds.unique() if _number(seed) is None]
+    if words and len(words) < seeds.nunique():
+        word = short(words[0])
+        raise InputError(
+            f"row {seeds.index[list(seeds).index(words[0])]}: seed is {word} beside numbers; leave a row that sums up "
+            f"other rows out with --where {quoted(f'seed!={words[0]}')}, or name all seeds by numbers"
+        )
+
+
+def _all_came_as_far(frame: pd.DataFrame, axis: str) -> None:
+    """Refuse runs that ended early by a column of a table of last values, such as _step or epoch."""
+    for name in frame.columns:
+        if PROGRESS.fullmatch(re.split("[./]", str(name))[-1]):
+            numbers = pd.Series(_each(frame[name], _number), frame.index, dtype=float)
+            if numbers.notna().all():
+                _all_end_together(frame.assign(**{name: numbers}), axis, str(name))
+
+
+def _all_end_together(frame: pd.DataFrame, axis: str, steps: str) -> None:
+    last = frame.loc[frame.groupby(["rule", axis, "lr", "seed"])[steps].idxmax()]
+    longest = last.groupby(["rule", axis])[steps].transform("max")
+    early = last[(last[steps] < ENDS_TOGETHER * longest) & ~last["diverged"]]
     if len(early):
         run = early.iloc[0]
         fix = "give its last loss as nan if it diverged, else drop its rows"
@@ -293,6 +335,6 @@ def _all_end_together(frame: pd.DataFrame, axis: str) -> None:
             equal, other = (shlex.quote(f"run{sign}{run['run']}") for sign in ("=", "!="))
             fix = f"count it as diverged with --diverged {equal}, or leave it out with --where {other}"
         raise InputError(
-            f"row {early.index[0]}: the run of {axis} {run[axis]}, lr {run['lr']:g}, seed {run['seed']} ends at step "
-            f"{run['step']:g} of {longest[early.index[0]]:g} with a finite loss; {fix}"
+            f"row {early.index[0]}: the run of {axis} {run[axis]}, lr {run['lr']:g}, seed {run['seed']} ends at "
+            f"{steps} {run[steps]:g} of {longest[early.index[0]]:g} with a finite loss; {fix}"
         )

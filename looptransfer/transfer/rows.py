@@ -11,9 +11,11 @@ import pandas as pd
 from looptransfer.errors import InputError
 from looptransfer.text import short
 
-STATES = ("state", "status")  # what trackers call the column that says what became of a run
-# What they write there of a run that finished; --where tells of other words.
+STATES = ("state", "status")  # the last word of the name of a column that says what became of a run
+# What trackers write there of a run that finished, or call a column of true and false; --where tells of other words.
 FINISHED = ("finished", "complete", "completed", "success", "succeeded", "done", "ok", "status_success")
+FAILED = ("failed", "crashed", "killed", "preempted")  # what they call a column that is true where it did not
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def is_missing(cell: Any) -> bool:
@@ -21,8 +23,15 @@ def is_missing(cell: Any) -> bool:
     return cell is None or cell is pd.NA or cell is pd.NaT or (isinstance(cell, str) and not cell.strip())
 
 
+def words_of(name: object) -> list[str]:
+    """The words of a column's name in lower case: val and loss of summary/valLoss or val_loss, after what is above."""
+    return [word.casefold() for word in WORDS.findall(re.split(r"[./]", str(name))[-1])]
+
+
 def find(name: str, names: Iterable[object], option: str) -> str | None:
     """The one of the names that a name stands for: itself, or the only one that ends with it, as params.lr with lr.
+
+    Case counts only where names differ by nothing else.
 
     Args:
         name: what is looked for.
@@ -33,7 +42,10 @@ def find(name: str, names: Iterable[object], option: str) -> str | None:
         InputError: several end with it.
     """
     others = list(map(str, names))
-    ends = [name] if name in others else [other for other in others if other.endswith((f".{name}", f"/{name}"))]
+    ends = [name] if name in others else []
+    for fold in (str, str.casefold):
+        tails = (fold(f".{name}"), fold(f"/{name}"))
+        ends = ends or [other for other in others if fold(f"/{other}").endswith(tails)]
     if len(ends) > 1:
         ways = " or ".join(option.format(shlex.quote(other)) for other in ends[:4])
         raise InputError(f"{name} is not clear: {len(ends)} columns or metrics end with it; write {ways}")
@@ -61,14 +73,16 @@ def choose(
     for text in where:
         column, met = _met(out, text, "--where", names)
         if not met.any():
-            counts = ", ".join(
-                f"{short(value)} ({count})" for value, count in _texts(out[column]).value_counts()[:8].items()
-            )
-            raise InputError(f"--where {text} leaves no row; {column} is {counts or 'empty'}")
+            raise InputError(f"--where {text} leaves no row; {column} is {_counts(out[column])}")
         if not met.all():
             note(out, f"{int((~met).sum())} of {len(out)} rows are left out by --where {text}{_unfinite(out[~met])}")
-        out, seen_to = out[met], [*seen_to, *([column] if is_state(column) else [])]
-    marks = [_met(out, text, "--diverged", names)[1] for text in diverged]
+        out, seen_to = out[met], [*seen_to, *([column] if is_state(out[column]) else [])]
+    marks = []
+    for text in diverged:
+        column, met = _met(out, text, "--diverged", names)
+        if not met.any():
+            note(out, f"--diverged {text} is true of no row; {column} is {_counts(out[column])}")
+        marks.append(met)
     if marks:
         before = out["diverged"] if "diverged" in out else pd.Series(False, out.index, dtype=object)
         out = out.assign(diverged=before.mask(pd.concat(marks, axis=1).any(axis=1), True))
@@ -83,6 +97,12 @@ def choose(
             )
         out = out[counts]
     return out.drop(columns=seen_to)
+
+
+def _counts(column: pd.Series) -> str:
+    """The most frequent values of a column, with their counts."""
+    counts = _texts(column).value_counts()[:8].items()
+    return ", ".join(f"{short(value)} ({count})" for value, count in counts) or "empty"
 
 
 def _unfinite(rows: pd.DataFrame) -> str:
@@ -129,14 +149,29 @@ def listing(frame: pd.DataFrame) -> str:
     return ", ".join(short(name)[1:-1] for name in frame.columns[:40]) or "no columns"
 
 
-def is_state(column: object) -> bool:
-    """The name of a column that says what became of a run."""
-    return str(column).rpartition(".")[2].strip().casefold() in STATES
+def is_state(column: pd.Series) -> bool:
+    """A column that says what became of a run: a word of a state, or true and false under such a word.
+
+    Where state is but the last word of its name, as in sys/run_state, some run must be said to have finished.
+    """
+    last = words_of(column.name)[-1:]
+    if last and last[0] in STATES:
+        return str(column.name).rpartition(".")[2].strip().casefold() in STATES or bool(_finished(column).any())
+    is_flag = bool(last) and last[0] in (*FINISHED, *FAILED)
+    return is_flag and set(_texts(column).str.casefold()) <= {"true", "false"}
 
 
 def finished_state(column: pd.Series) -> str | None:
     """The first word of a column of states that says that a run finished."""
-    return next(iter(_texts(column)[_finished(column)]), None)
+    return next(iter(_texts(column)[~_stopped(column)]), None)
+
+
+def _stopped(column: pd.Series) -> pd.Series:
+    """The runs that a column of states does not say to have finished."""
+    last = words_of(column.name)[-1]
+    if last in STATES:
+        return ~_finished(column)
+    return _texts(column).str.casefold() == ("false" if last in FINISHED else "true")
 
 
 def _finished(column: pd.Series) -> pd.Series:
@@ -154,16 +189,16 @@ def refuse_unfinished(frame: pd.DataFrame, loss: pd.Series, no_result: pd.Series
     Raises:
         InputError: with the ways out.
     """
-    states = [name for name in frame.columns if is_state(name)]
+    states = [name for name in frame.columns if is_state(frame[name])]
     stopped = pd.Series(False, frame.index)
     for name in states:
-        stopped |= ~_finished(frame[name])
+        stopped |= _stopped(frame[name])
     unfinished = no_result | (stopped & (loss.abs() < float("inf")))
     if not unfinished.any():
         return
     row = unfinished.idxmax()
     if stopped[row]:
-        name = next(name for name in states if not _finished(frame[name])[row])
+        name = next(name for name in states if _stopped(frame[name])[row])
         texts = _texts(frame[name])
         over = finished_state(frame[name]) or "VALUE"
         why, keep, mark = f"{name} is {short(texts[row])}", f"{name}={over}", f"{name}={texts[row]}"
@@ -172,5 +207,11 @@ def refuse_unfinished(frame: pd.DataFrame, loss: pd.Series, no_result: pd.Series
         why, keep, mark = f"loss is {short(cell)}, which is not a number", f"loss!={cell}", f"loss={cell}"
     raise InputError(
         f"row {row}: {why}: a run without a result, as in {int(unfinished.sum())} of {len(frame)} rows. Leave such "
-        f"rows out with --where {keep}, or count them as diverged with --diverged {mark}"
+        f"rows out with --where {quoted(keep)}, or count them as diverged with --diverged {quoted(mark)}"
     )
+
+
+def quoted(condition: str) -> str:
+    """A condition as a shell takes it; a long one is cut."""
+    cut = short(condition)[1:-1]
+    return cut if re.fullmatch(r"[\w.!=/-]*", cut) else shlex.quote(cut)

@@ -24,7 +24,7 @@ from looptransfer.rules import RULES
 from looptransfer.text import printable, short, without_password, without_secrets
 from looptransfer.transfer.exports import named, of_metric, refuse_unnamed
 from looptransfer.transfer.results import COLUMNS, ROUNDED_LR, tidy
-from looptransfer.transfer.rows import choose, find, listing, note
+from looptransfer.transfer.rows import choose, find, listing, note, words_of
 from looptransfer.transfer.studies import SWEEP, read_study
 
 FORMATS = "give CSV, JSON (an array, or .jsonl), Parquet, or an Optuna study such as sqlite:///file.db#study"
@@ -33,7 +33,10 @@ JOURNAL = b'{"op_code":'  # how the file of Optuna's journal begins
 CELL = re.compile(r' *(?:"([^"]*(?:""[^"]*)*)" *|([^",]*))(,|$)')
 LOGGED = re.compile(r"/|^(metrics|summary)\.")  # in the names that trackers give to what is logged in training
 LONG = ("run", "tag", "step", "value")  # the columns of a table with a row per value of any metric
-IMPLIED = ("lr", "loss", "seed", "rule")
+IMPLIED = ("lr", "loss", "seed", "rule", "diverged")
+LR_NAMES = (["lr"], ["learning", "rate"])
+FEWEST_LRS = 3  # values of a column that may be the LRs of a search
+PACKED = {b"PK\x03\x04": "an Excel file or a ZIP archive", b"\x1f\x8b": "packed by gzip"}
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -73,6 +76,9 @@ def read_results(
     read = [_one_source(str(place), columns or {}, implied, bool(run_name) or len(sources) > 1) for place in sources]
     frame = _together(sources, [frame for frame, _ in read])
     called = {name: column for _, names in read for name, column in names.items()}
+    losses = dict.fromkeys(names.get("loss", "loss") for part, names in read if "loss" in part)
+    if len(losses) > 1:
+        raise InputError(f"the loss is {' in one file and '.join(losses)} in another; give files of one metric")
     if run_name:
         frame = named(frame, run_name)
     frame = choose(frame, where, diverged, called)
@@ -111,21 +117,31 @@ def _one_source(
 
 def _implied(frame: pd.DataFrame, implied: Sequence[str]) -> tuple[pd.DataFrame, dict[str, str]]:
     """The table with names of ours for the only columns that end with them, and what those are called there."""
-    losses = [column for column in frame.columns if "loss" in str(column).casefold()]
+    losses = [column for column in frame.columns if "loss" in str(column).casefold() and column != "last_loss"]
     needed = [name for name in implied if name != "loss" or len(losses) == 1]
     columns_of = {name: find(name, frame.columns, f"--columns {name}={{}}") for name in needed}
     others = {name: column for name, column in columns_of.items() if column is not None and column != name}
+    if "loss" in losses[1:] or losses[:1] == ["loss"] != losses:
+        note(frame, f"judged is loss; there is {', '.join(str(name) for name in losses if name != 'loss')} as well")
     if "lr" in needed:
         _refuse_logged(frame, others.get("lr", "lr"))
     return frame.rename(columns={column: name for name, column in others.items()}), others
 
 
 def _refuse_logged(frame: pd.DataFrame, called: str) -> None:
-    """Refuse an LR beside a configured one that differs: it may be what was logged last, at the end of a schedule."""
-    names = [column for column in map(str, frame.columns) if re.split("[./]", column)[-1] in ("lr", "learning_rate")]
-    numbers = {name: pd.to_numeric(frame[name].map(str), errors="coerce") for name in names}
-    for other in names if called in names else []:
-        if not LOGGED.search(other) and ((numbers[other] / numbers[called] - 1).abs() > ROUNDED_LR).any():
+    """Refuse an LR beside a configured one that differs: it may be what was logged last, at the end of a schedule.
+
+    One of another name, such as peak_lr, may be in proportion to it, unless the LR in question was logged.
+    """
+    columns = [
+        str(name) for name in frame.columns if {"lr", "rate"} & {*words_of(name)} and not LOGGED.search(str(name))
+    ]
+    numbers = {name: pd.to_numeric(frame[name].map(str), errors="coerce") for name in {*columns, called} & {*frame}}
+    for other in columns if called in numbers else []:
+        alike, ratio = words_of(other) in LR_NAMES, numbers[other] / numbers[called]
+        usual = 1.0 if alike or LOGGED.search(called) else ratio.median()
+        searched = alike or numbers[other].nunique() >= FEWEST_LRS
+        if searched and ((ratio / usual - 1).abs() > ROUNDED_LR).any():
             ways = " or ".join(f"--columns {shlex.quote(f'lr={name}')}" for name in (called, other))
             raise InputError(
                 f"lr is not clear: {called} and {other} differ, as where one is the configured LR and one what a "
@@ -209,6 +225,11 @@ def _table(data: bytes, suffix: str, shown: str) -> pd.DataFrame:
         raise InputError(f"{shown} has more than {MOST_BYTES >> 20} MiB, which no table of runs has; {FORMATS}")
     if data.startswith(SQLITE):
         raise InputError(f"{shown} sends a database, which must be opened where it lies; give its path")
+    packed = next((kind for magic, kind in PACKED.items() if data.startswith(magic)), None)
+    if packed:
+        raise InputError(
+            f"{shown} is not a CSV table or JSON lines: it is {packed}; unpack it, or save it as CSV; {FORMATS}"
+        )
     if data.startswith(b"PAR1") or suffix == ".parquet":
         return _parquet(data, shown)
     text = _text(data, shown)
@@ -252,12 +273,10 @@ def _csv(text: str, shown: str) -> pd.DataFrame:
         if not header:
             header = cells
             _check_header(header, text, shown)
+        elif cells[0].startswith("#") and not header[0].startswith("#"):
+            raise InputError(f"{shown}, line {number} begins with #: remove comment lines")
         elif len(cells) != len(header):
-            fix = (
-                "remove comment lines"
-                if "#" in (line.lstrip()[0], header[0][:1])
-                else "put cells with commas in quotes"
-            )
+            fix = "remove comment lines" if header[0].startswith("#") else "put cells with commas in quotes"
             raise InputError(
                 f"{shown} is not a CSV table: line {number} has {len(cells)} cells, the header {len(header)}; {fix}"
             )

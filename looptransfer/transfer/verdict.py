@@ -54,6 +54,7 @@ class Measured:
         drift: of the optimum, in octaves per doubling of N, over every N whose optimum is known.
         drift_by_reach: the drift by a narrower and a wider fit, where those have a minimum.
         regret: of the transferred LR at the largest N, in the unit of the loss.
+        loses_at: the N at which the transferred LR loses more than the tolerance, by the interval of the regret there.
         height: of the curve at the largest N: what leaving the best LR by 2.5 octaves costs there.
         horizons: the optima at earlier shares of the training, where the table has curves over steps.
         flat_controls: the names of all its controls, where each is flat.
@@ -68,6 +69,7 @@ class Measured:
     drift_by_seed: pd.Series | None = None
     regret: Interval | None = None
     regret_by_seed: pd.Series | None = None
+    loses_at: tuple[int, ...] = ()
     height: float | None = None
     horizons: Mapping[float, tuple[Optimum, ...]] = field(default_factory=dict)
     flat_controls: tuple[str, ...] = ()
@@ -177,8 +179,8 @@ class Verdict(Terms):
             known = [optimum for optimum in judged.optima if optimum.log2_lr is not None]
             ends = (f"{2**o.log2_lr.estimate:.3g} at {label} = {o.n}" for o in (known[0], known[-1]) if o.log2_lr)
             return f"Do not carry one LR to a larger {label}: the best one goes from {' to '.join(ends)}."
-        if judged.regret is not None and judged.regret.low > self.regret_tolerance:
-            return f"Do not carry {lr} to {label} = {last}."
+        if judged.loses_at:
+            return f"Do not carry {lr} to {label} = {listed(judged.loses_at)}."
         return f"It is not settled that {lr} serves {over}."
 
     def _as_good(self) -> Iterator[str]:

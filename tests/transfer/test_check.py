@@ -645,7 +645,7 @@ def test_a_study_that_is_maximized_is_and_one_that_is_minimized_is_not_turned_ro
 
 def test_lrs_that_no_two_seeds_share_are_said_to_be_so() -> None:
     runs = runs_of(loops=(1, 4), seeds=2)
-    apart = runs.assign(lr=runs["lr"] * (1 + 1e-3 * runs["seed"]))
+    apart = runs.assign(lr=runs["lr"] * (1 + 1e-2 * runs["seed"]))
     judged = check(apart).judged
     assert (judged.answer, judged.cause, judged.further_runs) == ("INCONCLUSIVE", "too few LRs", None)
     assert judged.reason == "At N = 1, 4 no LR was run by every seed."
