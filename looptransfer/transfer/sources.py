@@ -139,9 +139,10 @@ def _refuse_logged(frame: pd.DataFrame, called: str) -> None:
     numbers = {name: pd.to_numeric(frame[name].map(str), errors="coerce") for name in {*columns, called} & {*frame}}
     for other in columns if called in numbers else []:
         alike, ratio = words_of(other) in LR_NAMES, numbers[other] / numbers[called]
+        if not alike and numbers[other].nunique() < FEWEST_LRS:
+            continue
         usual = 1.0 if alike or LOGGED.search(called) else ratio.median()
-        searched = alike or numbers[other].nunique() >= FEWEST_LRS
-        if searched and ((ratio / usual - 1).abs() > ROUNDED_LR).any():
+        if ((ratio / usual - 1).abs() > ROUNDED_LR).any():
             ways = " or ".join(f"--columns {shlex.quote(f'lr={name}')}" for name in (called, other))
             raise InputError(
                 f"lr is not clear: {called} and {other} differ, as where one is the configured LR and one what a "

@@ -1,7 +1,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -681,3 +681,78 @@ def test_no_table_however_odd_is_an_error_of_ours(draw: int) -> None:
 def test_what_is_no_table_is_refused() -> None:
     with pytest.raises(InputError, match=r"results is 'results\.csv', no table of runs; read one with"):
         check("results.csv")  # type: ignore[arg-type]
+
+
+# -- what a table may hide
+
+
+def test_an_optimum_that_is_off_at_one_n_alone_is_not_flat() -> None:
+    runs = runs_of()
+    off = runs.assign(lr=runs["lr"].mask(runs["loops"] == 4, runs["lr"] * 2))
+    verdict = check(off)
+    judged = verdict.judged
+    assert (judged.answer, judged.cause, judged.loses_at) == ("INCONCLUSIVE", "regret", (4,))
+    assert judged.reason.startswith("The optimum has no trend, but at N = 4 the transferred LR costs more")
+    assert re.fullmatch(r"Do not carry LR \S+ to N = 4\.", verdict.headline[0])
+    assert check(runs).judged.loses_at == ()
+
+
+@pytest.mark.parametrize("last", [[997, 1000, 998, 999], [1000, 1000, 1000, 980]])
+def test_last_steps_that_differ_are_no_curves(last: list[int]) -> None:
+    runs = runs_of()
+    verdict = check(runs.assign(step=runs["loops"].map(dict(zip((1, 2, 4, 8), last, strict=True)))))
+    assert verdict.answer == "FLAT"
+    assert verdict.judged.horizons == {}
+    assert verdict.to_dict()["rules"]["factored"]["optima"][0]["earlier_log2_lr"] == {}
+
+
+def test_an_n_without_rows_at_half_the_training_has_no_horizons() -> None:
+    runs = runs_of()
+    steps = pd.concat([runs.assign(step=step) for step in (100, 200)], ignore_index=True)
+    verdict = check(steps[(steps["loops"] > 1) | (steps["step"] == 200)])
+    assert verdict.answer == "FLAT"
+    assert str(verdict)
+    assert not any("still moved" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (lambda runs: runs["loops"] * 16, "batch differs between the rows, so a drift in N may be a drift in batch"),
+        (lambda runs: runs["loops"].map(lambda n: f"text-{n > 2}"), "batch differs between the rows"),
+        (lambda runs: 32 + 96 * (runs["lr"] > 2.0**-6), "batch differs between the LRs of N = 1"),
+        (lambda runs: runs["seed"] * 10, None),
+        (lambda runs: runs["loss"] * 2, None),
+        (lambda runs: runs["lr"] > 2.0**-6, None),
+    ],
+)
+def test_a_setting_that_differs_is_told(column: Callable[[pd.DataFrame], pd.Series], told: str | None) -> None:
+    runs = runs_of()
+    notes = check(runs.assign(batch=column(runs))).notes
+    assert any(note.startswith(told) for note in notes) if told else notes == ()
+
+
+def test_seeds_and_n_with_the_very_same_losses_are_told() -> None:
+    runs = runs_of()
+    seeds = check(runs.assign(loss=runs.groupby(["loops", "lr"])["loss"].transform("first"))).notes
+    assert seeds[0].startswith("seed 0 and 1, 1 and 2, 2 and 3 have the same losses to the last digit")
+    counts = check(runs.assign(loss=runs.groupby(["seed", "lr"])["loss"].transform("first"))).notes
+    assert counts == ("N 1 and 2, 2 and 4, 4 and 8 have the same losses to the last digit: N may not have reached the "
+                      "training",)  # fmt: skip
+    assert check(runs).notes == ()
+
+
+def test_a_metric_that_seems_turned_round_is_told() -> None:
+    runs = runs_of()
+    assert check(runs).notes == check(runs.assign(loss=-runs["loss"]), maximize=True).notes == ()
+    (told,) = check(runs, maximize=True).notes
+    assert told == "at every N the worst LR lies between better ones; leave out --maximize where less is better"
+    (told,) = check(runs.assign(loss=-runs["loss"])).notes
+    assert told.endswith("say --maximize where more is better")
+
+
+def test_lrs_that_seem_to_be_logarithms_are_told() -> None:
+    runs = runs_of(grid=np.arange(-3.0, 4.0))
+    notes = check(runs.assign(lr=-np.log2(runs["lr"]))).notes
+    assert "the LRs are 3, 4, … 9, evenly spaced: are they logarithms of the LR?" in notes
+    assert check(runs).notes == ()

@@ -250,3 +250,68 @@ def test_a_digit_that_pandas_would_lose_stays(tmp_path: Path) -> None:
     path = csv_file(tmp_path, "loops,lr,loss\n1,0.00029999999999999997,1.2345678901234567890\n")
     runs = read_results(path)
     assert (runs["lr"][0], runs["loss"][0]) == (0.0003, 1.2345678901234567)
+
+
+# -- runs that did not come to their end
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "left"),
+    [
+        ("sys/state", ["finished", "killed", "finished"], "sys/state=finished"),
+        ("runStatus", ["Finished", "crashed", "finished"], "runStatus=Finished"),
+        ("job_status", ["COMPLETED", "TIMEOUT", "COMPLETED"], "job_status=COMPLETED"),
+        ("done", [True, False, True], "done=True"),
+        ("sys/failed", ["false", "true", "false"], "sys/failed=false"),
+        ("has_crashed", [False, True, False], "has_crashed=False"),
+    ],
+)
+def test_a_run_that_did_not_finish_is_refused_whatever_its_tracker_calls_that(
+    name: str, cells: list[Any], left: str
+) -> None:
+    with pytest.raises(InputError, match=rf"row 1: {name} is .*, as in 1 of 3 rows. .* --where {left}, or"):
+        tidy(table(**{name: cells}))
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [("random_state", [0, 1, 2]), ("init_state", ["a", "b", "c"]), ("finished", ["monday", "tuesday", "friday"])],
+)
+def test_a_column_that_tells_no_end_is_no_state(name: str, cells: list[Any]) -> None:
+    assert len(tidy(table(**{name: cells}))) == 3
+
+
+@pytest.mark.parametrize("name", ["_step", "summary._step", "epoch", "global_step", "training_iteration"])
+def test_a_run_that_came_less_far_than_the_others_of_its_n_is_refused(name: str) -> None:
+    runs = pd.DataFrame({"loops": 1, "lr": [0.1, 0.2, 0.3], "loss": 2.0, name: [1000, 400, 990]})
+    with pytest.raises(InputError, match=f"row 1: the run of loops 1, lr 0.2, seed 0 ends at {name} 400 of 1000 with"):
+        tidy(runs)
+    assert len(tidy(runs.assign(loss=[2.0, math.inf, 2.0]))) == 3  # it diverged
+    assert len(tidy(runs.assign(loops=[1, 2, 3]))) == 3  # each as far as its N goes
+    assert len(tidy(runs.assign(**{name: ["x", "y", "z"]}))) == 3
+
+
+def test_a_row_that_sums_up_seeds_is_no_run() -> None:
+    with pytest.raises(InputError, match=r"row 2: seed is 'mean' beside numbers; .* --where seed!=mean, or"):
+        tidy(table(rule=["a"] * 3, loops=[1] * 3, seed=["0", "1", "mean"]))
+
+
+def test_an_lr_below_zero_is_said_to_be_no_logarithm() -> None:
+    with pytest.raises(InputError, match="row 1: lr is -3; it must be a finite number above 0, no logarithm"):
+        tidy(table(lr=[0.1, -3.0, 0.2]))
+
+
+def test_thousands_are_told_from_decimal_commas() -> None:
+    with pytest.raises(InputError, match=r"loss is '1,024', .*; write thousands without commas"):
+        tidy(table(loss=["1,024", "2.0", "3.0"]))
+
+
+@pytest.mark.parametrize(("name", "role"), [("epoch", "step"), ("random_seed", "seed")])
+def test_repeats_that_differ_in_a_step_or_a_seed_are_told_as_that(name: str, role: str) -> None:
+    runs = pd.DataFrame(
+        [(n, lr, k) for n in (1, 2) for lr in (0.1, 0.2) for k in (0, 1)], columns=["loops", "lr", name]
+    )
+    with pytest.raises(
+        InputError, match=f"they differ in {name}: where that is the {role}, say --columns {role}={name}$"
+    ):
+        tidy(runs.assign(loss=2.0))

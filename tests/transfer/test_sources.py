@@ -209,3 +209,59 @@ def test_rows_that_where_leaves_out_are_told_where_they_diverged(tmp_path: Path)
 def test_a_learning_rate_is_offered_as_the_lr(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--columns lr=learning_rate"):
         read_results(csv_file(tmp_path, "loops,learning_rate,loss\n1,0.01,2\n"))
+
+
+def test_a_name_is_found_whatever_its_case(tmp_path: Path) -> None:
+    runs = read_results(csv_file(tmp_path, "loops,LR,config.Seed,loss,Diverged\n1,0.1,5,2,true\n2,0.2,6,3,false\n"))
+    assert (runs["lr"].tolist(), runs["seed"].tolist()) == ([0.1, 0.2], ["5", "6"])
+    assert runs["loss"].tolist() == [math.inf, 3.0]
+
+
+def test_files_of_two_metrics_are_no_table(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("loops,lr,train/loss\n1,0.1,2\n")
+    (tmp_path / "b.csv").write_text("loops,lr,val/loss\n2,0.1,2\n")
+    with pytest.raises(InputError, match="the loss is train/loss in one file and val/loss in another"):
+        read_results([tmp_path / "a.csv", tmp_path / "b.csv"])
+
+
+def test_another_loss_beside_the_judged_one_is_told(tmp_path: Path) -> None:
+    runs = read_results(csv_file(tmp_path, "loops,lr,loss,val_loss\n1,0.1,2,3\n"))
+    assert runs.attrs["left_out"] == "judged is loss; there is val_loss as well"
+
+
+@pytest.mark.parametrize("name", ["peak_lr", "config.max_lr", "Learning Rate", "config.LR", "optimizer.initial_lr"])
+def test_a_logged_lr_beside_a_configured_one_is_not_clear_whatever_that_is_called(tmp_path: Path, name: str) -> None:
+    rows = "".join(f"{n},{lr},{lr / 10 / n},2\n" for n in (1, 2) for lr in (0.1, 0.2, 0.4))
+    with pytest.raises(InputError, match=f"lr is not clear: train/lr and {name} differ, .*lr={name}.?, the configured"):
+        read_results(csv_file(tmp_path, f"loops,{name},train/lr,loss\n{rows}"))
+
+
+@pytest.mark.parametrize("name", ["min_lr", "embedding_lr", "lr_warmup_steps", "lr_decay"])
+def test_an_lr_in_proportion_or_one_that_is_no_search_is_no_rival(tmp_path: Path, name: str) -> None:
+    cells = {"min_lr": "{0}", "embedding_lr": "0.3", "lr_warmup_steps": "{1}00", "lr_decay": "cosine"}[name]
+    rows = "".join(f"{n},{lr},{cells.format(lr / 10, n)},2\n" for n in (1, 2) for lr in (0.1, 0.2, 0.4))
+    assert len(read_results(csv_file(tmp_path, f"loops,lr,{name},loss\n{rows}"))) == 6
+
+
+def test_a_row_that_is_commented_out_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="line 3 begins with #: remove comment lines"):
+        read_results(csv_file(tmp_path, "rule,loops,lr,loss\na,1,0.1,2\n#a,2,0.1,2\n"))
+
+
+def test_a_mark_of_divergence_that_is_true_of_no_row_is_told(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "loops,lr,loss,State\n1,0.1,2,finished\n")
+    told = read_results(path, diverged=["State=crashed"]).attrs["left_out"]
+    assert told == "--diverged State=crashed is true of no row; State is 'finished' (1)"
+
+
+@pytest.mark.parametrize(("magic", "kind"), [(b"PK\x03\x04rest", "an Excel file"), (b"\x1f\x8brest", "packed by gzip")])
+def test_what_is_packed_is_called_so(tmp_path: Path, magic: bytes, kind: str) -> None:
+    (tmp_path / "runs.csv").write_bytes(magic)
+    with pytest.raises(InputError, match=f"is not a CSV table or JSON lines: it is {kind}"):
+        read_results(tmp_path / "runs.csv")
+
+
+def test_a_condition_that_is_offered_can_be_pasted(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, 'loops,lr,loss,State\n1,0.1,2,finished\n1,0.2,2,"x; $(touch pwned)"\n')
+    with pytest.raises(InputError, match=r"--diverged 'State=x; \$\(touch pwned\)'"):
+        read_results(path)
