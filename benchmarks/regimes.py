@@ -110,8 +110,8 @@ REGIMES = {
     "lambda-half": Regime("λ = 1/2", changes={"lam": 0.5}, rules=("factored",), seeds=2 * SEEDS),
     "lambda-4": Regime("λ = 4", changes={"lam": 4.0}, rules=("factored",)),
     "long": Regime("1000 steps", steps=1000),
-    "embedding": Regime("the embedding starts as much larger too", Model(embedding_gain=LARGER)),
-    "tied": Regime("tied head", Model(tied_head=True)),
+    "embedding": Regime("the embedding starts as much larger too", Model(embedding_gain=LARGER), seeds=2 * SEEDS),
+    "tied": Regime("tied head", Model(tied_head=True), seeds=2 * SEEDS),
     "two-layers": Regime("two layers", Model(layers=2)),
 }
 
