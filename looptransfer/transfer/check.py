@@ -1,11 +1,9 @@
 """Judge a table of runs: every rule in it, the one asked for against its controls, and what else to know."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 
-import numpy as np
 import pandas as pd
 
 from looptransfer.checks import check_number
@@ -14,18 +12,16 @@ from looptransfer.text import short
 from looptransfer.transfer import drift
 from looptransfer.transfer.causes import advised
 from looptransfer.transfer.judge import judge_tables, situation_of
-from looptransfer.transfer.optimum import Interval, Optimum, curve_height, curves, t_interval_of_runs
-from looptransfer.transfer.results import OF_A_RUN, at_horizon, axis_label, tidy
-from looptransfer.transfer.rows import is_state
+from looptransfer.transfer.notes import HALFWAY, notes
+from looptransfer.transfer.optimum import Optimum, curve_height, curves, paired_interval
+from looptransfer.transfer.results import at_horizon, tidy
 from looptransfer.transfer.verdict import LOSS, METRIC, NATS, Difference, RuleVerdict, Terms, Verdict
 
 REGRET_NATS = 0.02
 REGRET_SHARE = 0.05  # of the curve's height, where the loss is not in nats: about what 0.02 nats are of the usual basin
 LARGE_OF_HEIGHT = 0.25  # a bowl is that high 1.25 octaves from its vertex, beyond which no fit is trusted
 LARGE_OF_LOSS = 0.1
-MOST_NAMED = 8  # LRs in a note; values of a setting
-FEWEST = 3  # losses that are equal by no chance; LRs that have a shape
-HORIZONS = (0.5, 0.75)  # shares of the training at which the optimum is shown beside that at its end
+HORIZONS = (HALFWAY, 0.75)  # shares of the training at which the optimum is shown beside that at its end
 
 
 @explained_in("verdict.md")
@@ -84,12 +80,7 @@ def check(
     verdicts = {name: judge_tables(name, tables[name], terms, horizons[name]) for name in order}
     differences = tuple(_difference(verdicts[rule], verdicts[name], terms) for name in order[1:])
     verdicts[rule] = _with_power(verdicts, rule, terms)
-    notes = (
-        *_notes(runs, terms),
-        *_directions(verdicts[rule], runs, maximize, terms.axis_label),
-        *_late_moves(verdicts.values(), terms),
-        results.attrs.get("left_out"),
-    )
+    remarks = (*notes(runs, verdicts, rule, terms, maximize), results.attrs.get("left_out"))
     proxy = verdicts[rule].log2_lr
     if transferred_lr is None and proxy is not None:
         terms = replace(terms, transferred_lr=2.0**proxy)
@@ -98,7 +89,7 @@ def check(
         rule=rule,
         rules=verdicts,
         differences=differences,
-        notes=tuple(filter(None, notes)),
+        notes=tuple(filter(None, remarks)),
         unit=unit,
         source=str(results.attrs.get("source", "")),
         grows=results.attrs.get("grows"),
@@ -180,87 +171,5 @@ def _difference(judged: RuleVerdict, control: RuleVerdict, terms: Terms) -> Diff
         for verdict in (control, judged)
     )
     same_target = judged.optima[-1].n == control.optima[-1].n
-    regret = _paired(control.regret_by_seed, judged.regret_by_seed, terms.confidence) if same_target else None
-    return Difference(control.rule, _paired(slopes, judged_slopes, terms.confidence), regret)
-
-
-def _paired(minuend: pd.Series | None, subtrahend: pd.Series | None, confidence: float) -> Interval | None:
-    """The mean difference over the seeds that both have; None where those are fewer than two."""
-    gaps = pd.Series(dtype=float) if minuend is None or subtrahend is None else (minuend - subtrahend).dropna()
-    return None if len(gaps) < 2 else t_interval_of_runs(gaps, confidence)
-
-
-def _notes(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
-    """Notes on what in the table may stand behind a drift, or is left out of the fits."""
-    label = terms.axis_label
-    if "fingerprint" in runs and runs["fingerprint"].nunique() > 1:
-        yield f"the rows come from {runs['fingerprint'].nunique()} different experiments (column fingerprint)"
-    yield from _confounds(runs[~runs["diverged"]], terms)
-    yield from _copies(runs, terms)
-    for (rule, n), group in runs.groupby(["rule", terms.axis]):
-        seeds, per_lr = group["seed"].nunique(), group.groupby("lr")["seed"].nunique()
-        partial = [f"{lr:.6g}" for lr in per_lr.index[per_lr < seeds]]
-        if partial:
-            more = f" and {len(partial) - MOST_NAMED} more" if partial[MOST_NAMED:] else ""
-            named = ", ".join(partial[:MOST_NAMED]) + more
-            yield f"{rule}, {label} = {n}: LR {named} is left out, without a result of all {seeds} seeds"
-
-
-def _confounds(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
-    """A note for every setting, a column of few values, that differs between the N or the LRs of a rule."""
-    label = terms.axis_label
-    known = {"loops", "layers", "width", "steps"}
-    for name in runs.columns.difference([*OF_A_RUN, terms.axis, "fingerprint", "run"], sort=False):
-        texts = runs[name].map(str)
-        numbers = pd.to_numeric(texts, errors="coerce").notna().all()
-        few = texts.nunique() <= max(MOST_NAMED, runs[terms.axis].nunique()) and texts.nunique() < len(runs) / 3
-        if texts.nunique() < 2 or not (few or name in known) or is_state(runs[name]):
-            continue
-        cells = [runs["rule"], runs[terms.axis]]
-        mixed = texts.groupby([*cells, runs["seed"]]).nunique() > 1
-        if not (texts.groupby(cells).nunique() > 1).any():
-            if (texts.groupby(runs["rule"]).nunique() > 1).any() or name in known:
-                yield f"{name} differs between the rows, so a drift in {label} may be a drift in {name}"
-        elif mixed.any() and (numbers or name in known):
-            n = mixed.index[mixed][0][1]
-            yield f"{name} differs between the LRs of {label} = {n}, so that their losses may not be comparable"
-
-
-def _copies(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
-    """A note on seeds, and on N, that have the very same losses: neither the seed nor N has reached the training."""
-    label = terms.axis_label
-    for column, across, reason in (
-        ("seed", ["rule", terms.axis, "lr"], "they are one seed, and intervals over them are too narrow"),
-        (terms.axis, ["rule", "lr", "seed"], f"{label} may not have reached the training"),
-    ):
-        losses = runs[~runs["diverged"]].pivot_table(index=across, columns=column, values="loss")
-        pairs = {pair: losses[list(pair)].dropna() for pair in pairwise(losses.columns)}
-        copies = [f"{first} and {second}" for (first, second), both in pairs.items()
-                  if len(both) >= FEWEST and both[first].equals(both[second].rename(first))]  # fmt: skip
-        if copies:
-            yield f"{axis_label(column)} {', '.join(copies)} have the same losses to the last digit: {reason}"
-
-
-def _directions(judged: RuleVerdict, runs: pd.DataFrame, maximize: bool, label: str) -> Iterator[str]:
-    """Notes on a metric that seems to be turned round, and on LRs that seem to be logarithms or numbers of a grid."""
-    means = [table.mean(axis=1) for table in judged.tables.values() if len(table) >= FEWEST]
-    ends = [(mean.index[0], mean.index[-1]) for mean in means]
-    if means and all(m.idxmin() in end and m.idxmax() not in end for m, end in zip(means, ends, strict=True)):
-        fix = "leave out --maximize where less is better" if maximize else "say --maximize where more is better"
-        yield f"at every {label} the worst LR lies between better ones; {fix}"
-    lrs = np.sort(runs["lr"].unique())
-    steps = np.diff(lrs)
-    if len(lrs) > FEWEST and lrs[0] >= 1 and np.allclose(steps, steps[0], rtol=1e-6):
-        yield f"the LRs are {lrs[0]:g}, {lrs[1]:g}, … {lrs[-1]:g}, evenly spaced: are they logarithms of the LR?"
-
-
-def _late_moves(verdicts: Iterable[RuleVerdict], terms: Terms) -> Iterator[str]:
-    """A note for every N whose optimum still moved by more than the tolerance over the last half of the training."""
-    for verdict in verdicts:
-        for halfway, end in zip(verdict.horizons.get(HORIZONS[0], ()), verdict.optima, strict=False):
-            moved = _paired(end.by_seed, halfway.by_seed, terms.confidence)
-            if moved is not None and moved.outside(0.0) and abs(moved.estimate) > terms.tolerance:
-                yield (
-                    f"{verdict.rule}, {terms.axis_label} = {end.n}: over the last half of the training the optimum "
-                    f"still moved by {moved} octaves; train longer before it is transferred"
-                )
+    regret = paired_interval(control.regret_by_seed, judged.regret_by_seed, terms.confidence) if same_target else None
+    return Difference(control.rule, paired_interval(slopes, judged_slopes, terms.confidence), regret)

@@ -128,6 +128,12 @@ def t_interval_of_runs(values: pd.Series | Array, confidence: float) -> Interval
     return t_interval(values, confidence) if np.isfinite(values).all() else Interval(math.inf, math.inf, math.inf)
 
 
+def paired_interval(minuend: pd.Series | None, subtrahend: pd.Series | None, confidence: float) -> Interval | None:
+    """The mean difference over the seeds that both have; None where those are fewer than two."""
+    gaps = pd.Series(dtype=float) if minuend is None or subtrahend is None else (minuend - subtrahend).dropna()
+    return None if len(gaps) < 2 else t_interval_of_runs(gaps, confidence)
+
+
 def curve(runs: pd.DataFrame) -> pd.DataFrame:
     """Losses of one rule and loop count with log2(LR) down and seeds across; only LRs that every seed ran.
 

@@ -133,9 +133,7 @@ def _refuse_logged(frame: pd.DataFrame, called: str) -> None:
 
     One of another name, such as peak_lr, may be in proportion to it, unless the LR in question was logged.
     """
-    columns = [
-        str(name) for name in frame.columns if {"lr", "rate"} & {*words_of(name)} and not LOGGED.search(str(name))
-    ]
+    columns = [name for name in map(str, frame.columns) if _is_lr(words_of(name)) and not LOGGED.search(name)]
     numbers = {name: pd.to_numeric(frame[name].map(str), errors="coerce") for name in {*columns, called} & {*frame}}
     for other in columns if called in numbers else []:
         alike, ratio = words_of(other) in LR_NAMES, numbers[other] / numbers[called]
@@ -148,6 +146,10 @@ def _refuse_logged(frame: pd.DataFrame, called: str) -> None:
                 f"lr is not clear: {called} and {other} differ, as where one is the configured LR and one what a "
                 f"schedule left of it; write {ways}, the configured one"
             )
+
+
+def _is_lr(words: list[str]) -> bool:
+    return "lr" in words or {"learning", "rate"} <= {*words}
 
 
 def _together(sources: Sequence[str | Path], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
