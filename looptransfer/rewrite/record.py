@@ -40,7 +40,7 @@ from looptransfer.rewrite.memory import Memory, has_no_memory, is_whole, key_of,
 from looptransfer.rewrite.names import homes, named_parameters
 from looptransfer.rewrite.ops import GATHERED, GIVEN, operator
 from looptransfer.rewrite.proportion import note_proportion, sign_of
-from looptransfer.rewrite.sites import SiteCounter, place_of
+from looptransfer.rewrite.sites import SiteCounter
 from looptransfer.rewrite.twin import state_kept
 from looptransfer.user_code import described, line_of
 
@@ -145,6 +145,7 @@ class Recorder(SiteCounter):
         if isinstance(func, HigherOrderOperator):
             return self.inside(func, args, kwargs)
         op = operator(func)
+        self.count(op)
         if op.accumulates is not None and _argument(op.accumulates, args, kwargs):
             op = replace(op, relation="onto")
         inputs = tensors_in(args) + tensors_in(kwargs)
@@ -174,7 +175,7 @@ class Recorder(SiteCounter):
                 self.nodes[number].followed |= tensor.requires_grad
             elif tensor.grad_fn is not None:
                 raise InputError(
-                    f"at {self._line()} the model uses a tensor that the trace did not see being made, such as one of "
+                    f"at {self.line()} the model uses a tensor that the trace did not see being made, such as one of "
                     "another thread; compute it in the thread that calls the model, for the trace"
                 )
 
@@ -375,10 +376,7 @@ class Recorder(SiteCounter):
             return
         silent = call.again(lambda n, tensor: torch.zeros_like(tensor) if n in learned else tensor) or []
         if any(a.shape == b.shape and torch.equal(a.to(b.dtype), b) for a in silent for b in data):
-            self.fused_kernels.append(self._line())
-
-    def _line(self) -> str:
-        return place_of(self.caller())[0]
+            self.fused_kernels.append(self.line())
 
     def finish(self) -> Graph:
         """The graph of the forward that has run."""
