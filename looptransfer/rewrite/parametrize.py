@@ -156,7 +156,7 @@ def _draws(model: nn.Module, example_inputs: ExampleInputs, declared: list[str] 
 
 
 def _states(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy, again and again: run it each time, and it has the generators and counters of the next forward."""
+    """One copy, again and again: run each time, it comes with the generators and counters of the next forward."""
     live = twin_of(model)
     for _ in range(FOLLOWING):
         yield live
