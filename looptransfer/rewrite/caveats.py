@@ -17,9 +17,19 @@ from looptransfer.text import few
 
 DIFFER = "visits differ"
 VARIES = (
-    "visits vary: with other weights and random numbers the branches were visited another number of times (a random "
-    "loop count, adaptive halting, layer dropout). N is that of one forward; give the mean, loops=…"
+    "visits vary: in other forwards (with other weights and random numbers, or later ones) the branches were visited "
+    "another number of times (a random loop count, a counter, adaptive halting, layer dropout). N is the largest that "
+    "was seen; give the mean, loops=…"
 )
+
+
+def other_in_training(visits: Sequence[str]) -> str:
+    """The sentence for a plan that was made in eval mode; `visits`: of the branches, there and here."""
+    return (
+        f"other visits in training: the model is in eval mode, and in training mode it visits {few(visits)} times. N "
+        "is that of eval mode; for that of training call model.train() first, and give the mean, loops=…, of a count "
+        "that is drawn there"
+    )
 
 
 def find_caveats(model: nn.Module, draws: Sequence[Analysis], plan: ScalingPlan, preserved: bool) -> tuple[str, ...]:

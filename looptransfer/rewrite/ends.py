@@ -153,13 +153,21 @@ def _weights_used_elsewhere(forward: Trace, ends: list[End], names: frozenset[st
 
 
 def _result_used_elsewhere(forward: Trace, ends: list[End], group: Group) -> str:
-    ended = {end.node for end in ends}
+    """What the last maps make may only be carried to the stream: fed to another one, ε would count twice."""
+    graph, ended = forward.graph, {end.node for end in ends}
     totals = {add.total for add in group.adds}
     route = totals.union(*(add.path for add in group.adds))
-    last = sum(1 << n for n in ended)
-    after = [n for n in route if n in ended or forward.graph.nodes[n].ancestors & last]
-    if any(forward.graph.users(n) - route for n in after if n not in totals):
+    after, used, queue = set[int](), set[int](), sorted(ended)
+    while queue:
+        number = queue.pop()
+        if number not in after | totals:
+            after.add(number)
+            used |= graph.users(number)
+            queue += graph.users(number) & route
+    if used - route:
         return "what its last map makes is used elsewhere too, and would change there"
+    if any(graph.nodes[n].op.name != "add" for n in used & ended):  # a bias that is added apart ends it with the map
+        return "one of its last maps is fed by another, as in y + l(y), and ε would count twice there"
     return ""
 
 

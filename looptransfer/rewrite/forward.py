@@ -45,10 +45,15 @@ def as_seeded(
     torch.clear_autocast_cache()  # casts of an earlier trace would be missing from this one
     with as_written(), state_kept(model), module_hooks(enter, leave):
         if seed is not None:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
+            seed_all(seed)
         yield
+
+
+def seed_all(seed: int) -> None:
+    """Set the random state of Python, numpy and torch."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 @contextmanager

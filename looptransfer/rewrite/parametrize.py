@@ -1,7 +1,8 @@
 """A plan put into a model, changed, moved into the weights, and taken out again."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from looptransfer.errors import InputError, ScalingWarning, explained_in
 from looptransfer.rewrite.analysis import Analysis, analyse, fullest
-from looptransfer.rewrite.caveats import renewed
+from looptransfer.rewrite.caveats import VARIES, other_in_training, renewed
 from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_input_multiplier, set_multiplier
@@ -21,12 +22,14 @@ from looptransfer.rewrite.pretrained import carry, drop, forget_saved_plan, save
 from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import record
 from looptransfer.rewrite.roles import roles_of
+from looptransfer.rewrite.sites import OperationCounter, ending, run_counted
 from looptransfer.rewrite.twin import check_ties, twin_of
 from looptransfer.rewrite.width import base_shapes, check_attention, read_outs, rescale_weights
 from looptransfer.rules import Rule, check_rule, depth_multiplier, residual_multiplier
 from looptransfer.text import few
 
 DRAWS = 7  # further forwards where random numbers steer the model
+FOLLOWING = 4  # forwards of one copy, to see whether they are alike
 
 
 @explained_in("models.md#what-is-refused-and-what-settles-it")
@@ -90,6 +93,7 @@ def parametrize(
     )
     if preserve:
         _check_foldable(plan, "preserve=True")
+    plan = _in_training(model, example_inputs, declared, plan)
     if small is not None:
         plan = _with_widths(model, small, example_inputs, fullest(draws), plan)
     for caveat in plan.caveats:
@@ -131,19 +135,64 @@ def _with_widths(
 def _draws(model: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None, meta: bool) -> list[Analysis]:
     """Forwards of a copy with random weights, which is put to the proof.
 
-    Drawn again where random numbers steer the model, and first as the model stands where its weights do.
+    Drawn again where random numbers steer the model, first as the model stands where its weights do, and further on
+    where forwards that follow each other are not alike.
     """
     check_ties(model)
-    twin = twin_of(model, randomised=True)
-    analysis = analyse(twin_of(twin), example_inputs, declared, seed=SEED, copy_of=model)
-    draws = [analyse(twin_of(twin), example_inputs, declared, seed=seed) for seed in _seeds(analysis)]
-    if analysis.trace.graph.weights_steer:
-        draws.insert(0, analyse(twin_of(model), example_inputs, declared))
-    if not meta and analysis.groups:
-        hidden = prove(twin, example_inputs, analysis)
-        for draw in [*draws, analysis]:
-            draw.hide(model, hidden)
+    plain = [run_counted(live, example_inputs, SEED) for live in _states(model)]
+    with ending(plain[0].operations if plain[0] else None):
+        twin = twin_of(model, randomised=True)
+        analysis = analyse(twin_of(twin), example_inputs, declared, seed=SEED, copy_of=model)
+        draws = [analyse(twin_of(twin), example_inputs, declared, seed=seed) for seed in _seeds(analysis)]
+        if analysis.trace.graph.weights_steer:
+            draws.insert(0, analyse(twin_of(model), example_inputs, declared))
+        later = _later(twin, example_inputs, declared, plain)
+        draws += later if any(draw.visits != analysis.visits for draw in later) else []
+        if not meta and analysis.groups:
+            hidden = prove(twin, example_inputs, analysis)
+            for draw in [*draws, analysis]:
+                draw.hide(model, hidden)
     return [*draws, analysis]
+
+
+def _states(model: nn.Module) -> Iterator[nn.Module]:
+    """One copy, again and again: run each time, it comes with the generators and counters of the next forward."""
+    live = twin_of(model)
+    for _ in range(FOLLOWING):
+        yield live
+
+
+def _later(
+    twin: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None, plain: Sequence[OperationCounter | None]
+) -> list[Analysis]:
+    """The forwards that ran another number of additions than the first one; those that fail are left out."""
+    totals = [counter.additions if counter else None for counter in plain]
+    draws = []
+    for live, total in zip(_states(twin) if len(set(totals)) > 1 else (), totals, strict=False):
+        if total not in {totals[0], None}:
+            with suppress(InputError):
+                draws.append(analyse(twin_of(live), example_inputs, declared, seed=SEED))
+        run_counted(live, example_inputs, SEED)
+    return draws
+
+
+def _in_training(
+    model: nn.Module, example_inputs: ExampleInputs, declared: list[str] | None, plan: ScalingPlan
+) -> ScalingPlan:
+    """The plan, with a caveat where it was made in eval mode and training mode visits the branches otherwise."""
+    if model.training or plan.random_loops or VARIES in plan.caveats:
+        return plan
+    evaluated, trained = (run_counted(twin, example_inputs, SEED) for twin in (twin_of(model), twin_of(model).train()))
+    if not evaluated or not trained or evaluated.additions == trained.additions:
+        return plan
+    with suppress(InputError), ending(trained.operations):
+        visits = analyse(twin_of(model, randomised=True).train(), example_inputs, declared, seed=SEED).visits
+        # a branch that is not visited at all is a layer that was dropped
+        there = [(branch, visits.get(branch.handle, branch.visits)) for branch in plan.branches]
+        other = [f"{branch.handle} {n:g}, not {branch.visits:g}" for branch, n in there if n != branch.visits]
+        if other:
+            return replace(plan, caveats=(*plan.caveats, other_in_training(other)))
+    return plan
 
 
 def _seeds(analysis: Analysis) -> range:

@@ -13,7 +13,7 @@ from looptransfer.rewrite.forward import ExampleInputs, as_written, run
 from looptransfer.rewrite.graph import ANY, Handle, Site
 from looptransfer.rewrite.insert import set_multiplier
 from looptransfer.rewrite.names import named_parameters
-from looptransfer.rewrite.sites import run_scaled
+from looptransfer.rewrite.sites import OperationCounter, run_scaled
 from looptransfer.rewrite.twin import twin_of
 from looptransfer.text import few
 from looptransfer.user_code import described, line_of
@@ -54,10 +54,14 @@ def _effective(model: nn.Module, example_inputs: ExampleInputs) -> frozenset[str
             torch.manual_seed(SEED)
             for parameter in parameters.values():
                 parameter.requires_grad_()
-            results = [t for t in run(model, example_inputs) if t.requires_grad and not t.is_complex()]
+            with OperationCounter():
+                outputs = run(model, example_inputs)
+            results = [t for t in outputs if t.requires_grad and not t.is_complex()]
             results = [t for t in results if t.ndim] or results
             weighted = sum((tensor * torch.randn_like(tensor)).sum() for tensor in results)
             gradients = torch.autograd.grad(weighted, list(parameters.values()), allow_unused=True)  # type: ignore[arg-type]
+    except InputError:
+        raise
     except Exception:
         return None
     pairs = zip(parameters, gradients, strict=True)
@@ -88,6 +92,8 @@ def _check_equality(twin: nn.Module, example_inputs: ExampleInputs, analysis: An
             scale[site, ANY] = factor
     try:
         rewritten = dict(enumerate(run_scaled(_with(twin, multipliers), example_inputs, {}, SEED)))
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"the model fails where its branches are multiplied ({described(error)}{line_of(error)}), perhaps asking "

@@ -16,6 +16,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,12 @@ from looptransfer.rewrite.forward import (
     tensors_held,
     values_told,
 )
-from looptransfer.rewrite.graph import Call, Graph, Handle, Node, Part, Site, Sum, tensors_in, versions
+from looptransfer.rewrite.graph import Call, Graph, Handle, Node, Part, Site, Sum, bits, tensors_in, versions
 from looptransfer.rewrite.memory import Memory, has_no_memory, is_whole, key_of, part_of, region
 from looptransfer.rewrite.names import homes, named_parameters
-from looptransfer.rewrite.ops import GATHERED, GIVEN, operator
+from looptransfer.rewrite.ops import GATHERED, GIVEN, Operator, operator
 from looptransfer.rewrite.proportion import note_proportion, sign_of
-from looptransfer.rewrite.sites import SiteCounter, place_of
+from looptransfer.rewrite.sites import SiteCounter
 from looptransfer.rewrite.twin import state_kept
 from looptransfer.user_code import described, line_of
 
@@ -67,7 +68,7 @@ class Recorder(SiteCounter):
         self.homes, self.strangers, self.watch, self.change = homes(model), strangers, watch, change
         self.calls: Counter[Handle] = Counter()
         self.sums: list[Sum] = []
-        self.outputs: list[int | None] = []
+        self.outputs: list[tuple[int | None, bool]] = []  # what was handed back, and whether autograd follows it
         self.watched: dict[int, Tensor] = {}
         self.fused_kernels: list[str] = []
         self.chance_steers = self.weights_steer = False
@@ -114,7 +115,7 @@ class Recorder(SiteCounter):
             for index, tensor in parts_of(output):
                 self._handed_over(tensor, Handle(name, index))
         if name == "":
-            self.outputs = [self._node_of(tensor) for tensor in tensors_held(output)]
+            self.outputs = [(self._node_of(tensor), tensor.requires_grad) for tensor in tensors_held(output)]
 
     def mark(self, tensor: Tensor, name: str) -> None:
         """Hook of `residual`."""
@@ -145,11 +146,12 @@ class Recorder(SiteCounter):
         if isinstance(func, HigherOrderOperator):
             return self.inside(func, args, kwargs)
         op = operator(func)
+        self.count(op)
         if op.accumulates is not None and _argument(op.accumulates, args, kwargs):
             op = replace(op, relation="onto")
         inputs = tensors_in(args) + tensors_in(kwargs)
         before = [self._node_of(tensor) for tensor in inputs]
-        self._note_followed(before, inputs)
+        self._note_followed(op, before, inputs)
         if op.view:
             return func(*args, **kwargs)
         if op.tells and (op.name != "index" or _has_mask(inputs)):
@@ -168,13 +170,21 @@ class Recorder(SiteCounter):
             self._note_sum(call, out, site)
         return out
 
-    def _note_followed(self, before: list[int | None], inputs: list[Tensor]) -> None:
+    def _note_followed(self, op: Operator, before: list[int | None], inputs: list[Tensor]) -> None:
+        acts = not op.passive and not op.view and any(self.nodes[n].data for n in before if n is not None)
         for number, tensor in zip(before, inputs, strict=True):
             if number is not None:
                 self.nodes[number].followed |= tensor.requires_grad
+            elif _is_trained(tensor) and (tensor.grad_fn is not None or (acts and tensor.ndim >= 2)):
+                raise InputError(
+                    f"at {self.line(outside='torch')} the model computes with a trained tensor of shape "
+                    f"{tuple(tensor.shape)} that is no parameter of it, as in a plain list, an attribute or a closure: "
+                    "the trace misses it, as optimizers and checkpoints do. Register it: nn.Parameter, "
+                    "nn.ParameterList, nn.ModuleList"
+                )
             elif tensor.grad_fn is not None:
                 raise InputError(
-                    f"at {self._line()} the model uses a tensor that the trace did not see being made, such as one of "
+                    f"at {self.line()} the model uses a tensor that the trace did not see being made, such as one of "
                     "another thread; compute it in the thread that calls the model, for the trace"
                 )
 
@@ -375,23 +385,34 @@ class Recorder(SiteCounter):
             return
         silent = call.again(lambda n, tensor: torch.zeros_like(tensor) if n in learned else tensor) or []
         if any(a.shape == b.shape and torch.equal(a.to(b.dtype), b) for a in silent for b in data):
-            self.fused_kernels.append(self._line())
-
-    def _line(self) -> str:
-        return place_of(self.caller())[0]
+            self.fused_kernels.append(self.line())
 
     def finish(self) -> Graph:
         """The graph of the forward that has run."""
         kernels = tuple(dict.fromkeys(self.fused_kernels))
-        outputs = tuple(n for n in self.outputs if n is not None)
-        backward = functools.reduce(lambda mask, n: mask | self.nodes[n].backward << n, range(len(self.nodes)), 0)
-        results = tuple(
-            place
-            for place, n in enumerate(self.outputs)
-            if n is None or not (self.nodes[n].ancestors | 1 << n) & backward
-        )
+        looks, backward = self._looks(), sum(node.backward << n for n, node in enumerate(self.nodes))
+        kept = [(place, n) for place, (n, _) in enumerate(self.outputs) if n not in looks]
+        outputs = tuple(n for _, n in kept if n is not None)
+        results = tuple(place for place, n in kept if n is None or not self._made_of(n) & backward)
         steers = self.chance_steers, self.weights_steer
         return Graph(self.nodes, self.sums, self.calls, outputs, results, kernels, *steers, self.watched)
+
+    def _looks(self) -> set[int]:
+        """Outputs that only tell of the others, as a last step's size does: autograd follows others, and not these.
+
+        The same matrices made them. A teacher, which has its own, is none.
+        """
+        others = {n for n, f in self.outputs if n is not None and not f}
+        followed = functools.reduce(or_, (self._made_of(n) for n, f in self.outputs if f and n is not None), 0)
+        matrices = self._matrices_in(followed)
+        own = {n: self._matrices_in(self._made_of(n) & ~followed) for n in others}
+        return {n for n in others if own[n] and own[n] <= matrices}
+
+    def _made_of(self, number: int) -> int:
+        return self.nodes[number].ancestors | 1 << number
+
+    def _matrices_in(self, mask: int) -> frozenset[str]:
+        return frozenset[str]().union(*(self.nodes[n].matrices for n in bits(mask)))
 
 
 def record(
@@ -456,6 +477,12 @@ def _explained(model: nn.Module, example_inputs: ExampleInputs, error: Exception
 
 
 # -- tensors
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    """A tensor that gets a gradient of its own, or a view of one."""
+    whole = tensor if tensor._base is None else tensor._base
+    return whole.is_leaf and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _has_mask(tensors: list[Tensor]) -> bool:

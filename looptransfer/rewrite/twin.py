@@ -84,6 +84,19 @@ def randomise(model: nn.Module) -> None:
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Give the model's buffers and Python's, numpy's and torch's random state back as they were."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with random_state_kept(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Give Python's, numpy's and torch's random state back as they were, on the model's devices too."""
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -92,7 +105,3 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)

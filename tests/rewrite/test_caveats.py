@@ -636,3 +636,4 @@ def test_a_teacher_is_not_scaled() -> None:
     plan = planned(Distilled(), X.double())
     assert [(str(b.handle), b.visits) for b in plan.branches] == [("student.f", 2)]
     assert plan.layers == 1
+    assert any(caveat.startswith("left as they are: no gradient comes") for caveat in plan.caveats)

@@ -296,6 +296,18 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+class SkipInside(nn.Module):
+    """y + l(y): the first map reaches the stream past the second and through it."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.tanh())
+        return y + self.second(self.between(y))
+
+
 class WeightPerVisit(nn.Module):
     """A matrix of low rank on the last map, put in by functional_call."""
 
@@ -336,6 +348,8 @@ UNFOLDABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         name: (lambda p=product: BranchLoop(WithItself(p)), "does not end in a learned")
         for name, product in PRODUCTS.items()
     },
+    "a map on what another made": (lambda: BranchLoop(SkipInside(lambda y: y)), "fed by another"),
+    "a map and an activation on it": (lambda: BranchLoop(SkipInside(torch.tanh)), "fed by another"),
     "a computed weight": (lambda: BranchLoop(ComputedWeight()), "computed from its parameters"),
     "a weight put in for the call": (WeightPerVisit, "computed from its parameters"),
     "spectral norm": (

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import looptransfer as lt
 from tests.models import WIDTH, inputs, mlp, noisy, tokens
-from tests.rewrite.answers import X
+from tests.rewrite.answers import Stepped, X, refusal
 
 Memory = Any  # what earlier layers left for later ones
 
@@ -161,3 +161,46 @@ def test_what_has_no_effect_at_epsilon_zero_is_in_the_branches(
     plan = lt.parametrize(model, example)
     inside = {name for branch in plan.branches for name in branch.parameters}
     assert {name.split(".")[0] for name, _ in model.named_parameters() if name not in inside} == outside
+
+
+# -- loops that end by values
+
+
+def until_large(m: Any, x: Tensor) -> Tensor:
+    while float(x.detach().norm()) < m.enough:
+        x = x + m.f(x)
+    return x
+
+
+def until_near(m: Any, x: Tensor) -> Tensor:
+    gap = m.enough
+    while gap > 0.1:
+        x, before = x + m.f(x), x
+        gap = min(gap, (x - before).detach().norm().tolist())
+    return x
+
+
+@pytest.mark.parametrize("loop", [until_large, until_near])
+def test_a_loop_that_other_weights_never_end_is_refused_at_the_line_that_reads_values(loop: Any) -> None:
+    model = Stepped(loop, 1)
+    model.enough = 40.0
+    with torch.no_grad():
+        model.f[3].weight.mul_(0.001 if loop is until_near else 1.0)
+        model.f[3].bias.zero_()
+    message = refusal(model, "float(" if loop is until_large else "m.f(x)")
+    assert "does not come to its end: it still runs after" in message
+    assert "let a number of loops end it too" in message
+
+
+def test_a_loop_that_a_cap_ends_where_values_do_not_is_scaled() -> None:
+    def capped(m: Any, x: Tensor) -> Tensor:
+        for _ in range(300):
+            if float(x.detach().norm()) > m.enough:
+                break
+            x = x + m.f(x)
+        return x
+
+    model = Stepped(capped, 1).double()
+    model.enough = float(X.norm()) + 4
+    plan = lt.parametrize(model, X)
+    assert 1 < plan.branches[0].visits < 300

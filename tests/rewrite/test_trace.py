@@ -1,4 +1,7 @@
+import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from looptransfer.rewrite.trace import Trace, trace
 from looptransfer.rewrite.twin import twin_of
 from tests import models
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
+from tests.rewrite.answers import Stepped, refusal
 
 
 def kinds(seen: Trace) -> list[tuple[str, str]]:
@@ -231,3 +235,60 @@ def test_a_tensor_that_another_thread_made_is_refused_at_the_line_that_uses_it()
         lt.parametrize(Threaded().double(), inputs(3, WIDTH))
     place = str(caught.value).split(" ")[1]
     assert line_of(place) == "return h + pool.submit(self.f, h).result()"
+
+
+Step = Callable[[Any, torch.Tensor], torch.Tensor]
+
+HIDDEN: dict[str, tuple[Any, Step]] = {
+    "an attribute": (torch.ones(WIDTH, WIDTH).requires_grad_(), lambda m, h: h + h @ m.hidden),
+    "parameters in a list": ([nn.Parameter(torch.ones(WIDTH, WIDTH))], lambda m, h: h + h @ m.hidden[0]),
+    "a module in a list": ([nn.Linear(WIDTH, WIDTH)], lambda m, h: h + m.hidden[0](h)),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_trained_weights_that_are_not_registered_are_refused_at_the_line_that_computes_with_them(name: str) -> None:
+    hidden, step = HIDDEN[name]
+    message = refusal(Stepped(step, hidden=hidden), "m.hidden", inputs(3, WIDTH).float())
+    assert f"a trained tensor of shape ({WIDTH}, {WIDTH}) that is no parameter of it" in message
+    assert "Register it: nn.Parameter, nn.ParameterList, nn.ModuleList" in message
+
+
+def put_in(m: Any, h: torch.Tensor) -> torch.Tensor:
+    own = {name: p.detach().clone().requires_grad_() for name, p in m.f[1].named_parameters()}
+    return m.f[3](torch.func.functional_call(m.f[1], own, (h,)))  # type: ignore[no-any-return]
+
+
+KNOWN: dict[str, tuple[Any, Step]] = {
+    "made in the forward": (None, lambda m, h: h @ nn.Parameter(m.f[3].weight.detach()[:, :WIDTH])),
+    "put in for a call": (None, put_in),
+    "a frozen module in a list": ([nn.Linear(WIDTH, WIDTH).requires_grad_(False)], lambda m, h: m.hidden[0](h)),
+    "a module in a list, without gradients": ([nn.Linear(WIDTH, WIDTH)], lambda m, h: torch.no_grad()(m.hidden[0])(h)),
+    "a table in a list": ([nn.Embedding(3, WIDTH)], lambda m, h: h + m.hidden[0](torch.arange(3))),
+    "a gain": (torch.ones(WIDTH).requires_grad_(), lambda m, h: h * m.hidden),
+}
+
+
+class Ended(models.ResidualMLP):
+    """A loop, and something that a test does with its end."""
+
+    def __init__(self, end: Step, hidden: Any) -> None:
+        super().__init__()
+        self.end, self.hidden = end, hidden
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.end(self, super().forward(h))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_no_trained_matrix_of_the_models_needs_no_registration(name: str) -> None:
+    hidden, end = KNOWN[name]
+    model = Ended(end, copy.deepcopy(hidden))
+    plan = lt.parametrize(model, inputs(3, WIDTH).float().requires_grad_())
+    assert [(str(branch.handle), branch.visits) for branch in plan.branches] == [("f", 3)]
+
+
+def test_a_registered_weight_may_stand_in_a_list_too() -> None:
+    model = Ended(lambda m, h: h @ m.hidden[0][:WIDTH].detach() @ m.hidden[0][:WIDTH], None)
+    model.hidden = [model.f[1].weight]
+    assert lt.parametrize(model, inputs(3, WIDTH).float()).loops == 3

@@ -202,7 +202,36 @@ def until_still(m: Any, x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize(("run", "count"), [(with_a_look, 3), (with_a_hook, 2), (until_still, 5)])
+def with_a_look_handed_back(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    for _ in range(3):
+        x = m.block(x)
+    return x, (m.block(x) - x).detach().norm(dim=-1)
+
+
+def with_a_look_without_gradients(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    for _ in range(3):
+        x = m.block(x)
+    with torch.no_grad():
+        return x, (m.block(x) - x).norm(dim=-1)
+
+
+def in_two_halves(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        first = m.block(m.block(x))
+    return m.block(m.block(first)), first
+
+
+@pytest.mark.parametrize(
+    ("run", "count"),
+    [
+        (with_a_look, 3),
+        (with_a_look_handed_back, 3),
+        (with_a_look_without_gradients, 3),
+        (with_a_hook, 2),
+        (until_still, 5),
+        (in_two_halves, 4),
+    ],
+)
 def test_visits_that_do_not_reach_the_output_do_not_count(run: Any, count: int) -> None:
     assert visits(Solver(run)) == {"block.f": count}
 
