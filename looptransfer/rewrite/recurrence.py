@@ -101,6 +101,8 @@ def _change(regions: list[Part | None], kept: list[Part | None], tensor: Tensor)
     plain = tensor.clone()
     for part in regions:
         view = _view(tensor, part)
+        if not view.numel():  # as of the first step of a growing prefix
+            continue
         other = ~view if view.dtype == torch.bool else view.max() + view.min() - view
         view.copy_(other + 0.5 if view.is_floating_point() else other)
     for part in kept:
