@@ -7,6 +7,7 @@ the blocks doubles L.
 
 import re
 from collections import Counter, defaultdict
+from operator import attrgetter
 
 from torch import nn
 
@@ -19,7 +20,7 @@ LISTS = (nn.ModuleList, nn.ModuleDict)
 
 def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
     """The name of every group's block."""
-    sums = [added_together(group, groups) for group in groups]
+    sums = [added_together(group, groups, attrgetter("begun")) for group in groups]
     holders = [_holder(model, together[0], len(together) > 1) for together in sums]
     held = Counter(part for name in holders for part in _path(name))
     blocks = [name for name, times in held.items() if times >= 2 and _can_be_block(model, name)]
@@ -45,6 +46,8 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
 def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties: Ties) -> int:
     """L: blocks of which every branch is tied to a branch of the other are one block twice.
 
+    What stands in one sum, as attention and MLP in parallel, is one branch here, however its parentheses are put.
+
     So are those that one run of a matrix serves together. Runs of one handle that are not tied, as of a skeleton that
     is called with other weights, are different layers; of one mark in an element of a list they are branches of one
     layer.
@@ -52,7 +55,7 @@ def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties:
     parts: defaultdict[tuple[str, int], list[Branch]] = defaultdict(list)
     for block, group in zip(blocks, groups, strict=True):
         whole = group.handle.mark is not None and _in_list(model, block)
-        for place, branch in enumerate(ties.apart(group)):
+        for place, branch in enumerate(ties.sums_apart(group)):
             parts[block, 0 if whole else place].append(branch)
     unique: list[list[Branch]] = []
     for branches in parts.values():
