@@ -1191,7 +1191,7 @@ add(
     "streams",
     OneProjectionForBoth,
     ("first", "first", 3),
-    ("second", "second", 3),
+    ("first", "second", 3),  # in one sum with it
     layers=1,
 )
 add("numbered parts", "streams", lambda: Looped([NumberedParts(), NumberedParts()]),

@@ -67,7 +67,7 @@ def analyse(
         refuse_time(forward)
         refuse_unrecognised(forward, rest, again)
         groups = find_groups(forward) + groups
-    ties = count_visits(model, forward, groups)
+    ties = count_visits(model, forward, groups, again)
     note_members(model, forward, groups, rest, frozenset())
     blocks = find_blocks(model, groups)
     layers = count_layers(model, blocks, groups, ties)

@@ -1,7 +1,7 @@
 """The places where each residual branch can be taken hold of."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -28,19 +28,20 @@ class Group:
     routes: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)  # from each add, and its own factor
 
 
-def added_together(group: Group, groups: Sequence[Group]) -> list[Group]:
+def added_together(group: Group, groups: Sequence[Group], sum_of: Callable[[ResidualAdd], int] = id) -> list[Group]:
     """The branches that stand in one sum with this one, as attention and MLP in parallel do, the principal one first.
 
     The principal one is in most adds, as the shared matrix is beside which each visit has an adapter of its own; among
-    equals it is the first in the module that adds.
+    equals it is the first in the module that adds. `sum_of` tells the sum that an add belongs to: one addition, unless
+    it says otherwise.
     """
 
     def rank(other: Group) -> tuple[int, bool]:
         container = other.adds[0].site.container[-1:]
         return len(other.adds), all(other.handle.module.startswith(f"{name}.") for name in container if name)
 
-    adds = {id(add) for add in group.adds}
-    together = [other for other in groups if not adds.isdisjoint(id(add) for add in other.adds)]
+    sums = {sum_of(add) for add in group.adds}
+    together = [other for other in groups if not sums.isdisjoint(map(sum_of, other.adds))]
     return sorted(together, key=rank, reverse=True)
 
 
@@ -330,7 +331,7 @@ def scaled(forward: Trace, groups: list[Group]) -> list[ResidualAdd]:
 def _standing_alone(place: int, path: frozenset[int], matrices: frozenset[str], last: frozenset[str]) -> ResidualAdd:
     """A branch that the user names and that is added in a way that is not recognised: each output counts as one."""
     site = Site(DECLARED, 0, ())
-    return ResidualAdd("leaf", site, 0, place, place, place, 0, place, path, matrices=matrices, last=last)
+    return ResidualAdd("leaf", site, 0, place, place, place, 0, place, path, begun=place, matrices=matrices, last=last)
 
 
 def _at(handle: Handle, places: list[int], adds: list[ResidualAdd]) -> Group:

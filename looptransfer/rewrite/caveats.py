@@ -9,7 +9,7 @@ from torch import nn
 
 from looptransfer.rewrite.analysis import Analysis, fullest
 from looptransfer.rewrite.branches import Group, scaled
-from looptransfer.rewrite.ends import gates
+from looptransfer.rewrite.ends import depth_constants, gates
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import Branch, ScalingPlan
 from looptransfer.rewrite.trace import ResidualAdd, Trace
@@ -38,7 +38,7 @@ def find_caveats(model: nn.Module, draws: Sequence[Analysis], plan: ScalingPlan,
     `draws`: as `make_plan` takes them. `preserved`: the rewrite leaves the function as it is.
     """
     analysis, branches = fullest(draws), plan.branches
-    forward, groups, constants = analysis.trace, analysis.groups, [branch.factors for branch in branches]
+    forward, groups = analysis.trace, analysis.groups
     checks = [
         _unused(model, forward, groups),
         _injection(analysis),
@@ -46,7 +46,7 @@ def find_caveats(model: nn.Module, draws: Sequence[Analysis], plan: ScalingPlan,
         _shared(analysis.shared),
         _fixed(forward, groups),
         _post_norm(forward),
-        _depth_scaling(forward, groups, constants),
+        _depth_scaling(forward, groups),
         _cut_loops(model, forward, groups),
     ]
     checks += [
@@ -153,12 +153,8 @@ def _normed(forward: Trace, add: ResidualAdd, later: list[ResidualAdd], carried:
     return any(forward.graph.nodes[n].op.relation == "norm" for n in path) and not forward.graph.matrices_on(path)
 
 
-def _depth_scaling(forward: Trace, groups: list[Group], constants: list[tuple[float, ...]]) -> str | None:
-    named = [
-        f"{group.handle} × {factors[0]:g}"
-        for group, factors in zip(groups, constants, strict=True)
-        if factors and all(abs(constant - 1) > 1e-6 for constant in factors)
-    ]
+def _depth_scaling(forward: Trace, groups: list[Group]) -> str | None:
+    named = [f"{group.handle} × {factors[0]:g}" for group in groups if (factors := depth_constants(forward, group))]
     learned = sorted(frozenset[str]().union(*(gates(forward, group) for group in groups)))
     causes = [f"a constant factor ({named[0]}, as residual_multiplier in some configurations)"] if named else []
     causes += [f"learned factors ({few(learned)}; LayerScale, ReZero)"] if learned else []

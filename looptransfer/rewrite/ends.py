@@ -1,6 +1,6 @@
 """The end of a branch: its last learned maps, what can be folded into them, and what stands on them already."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,12 +22,14 @@ class End:
 
 def find_ends(forward: Trace, group: Group) -> list[End]:
     """Follow a branch from its adds back to its last learned maps."""
+    return [end for ends in _ends_of_visits(forward, group) for end in ends]
+
+
+def _ends_of_visits(forward: Trace, group: Group) -> Iterator[list[End]]:
     walk = _Walk(forward, frozenset[int]().union(*(add.path for add in group.adds)))
-    ends = []
     for weight, route in group.routes:
         outside = weight * walk.share(route[0], route[-1])
-        ends += [End(n, outside * share, walk.learned(n)) for n, share in walk.shares(route[-1]).items()]
-    return ends
+        yield [End(n, outside * share, walk.learned(n)) for n, share in walk.shares(route[-1]).items()]
 
 
 class _Walk:
@@ -103,7 +105,21 @@ def _weights(node: Node, sources: Sequence[int]) -> Sequence[float]:
 
 def factors(forward: Trace, group: Group) -> tuple[float, ...]:
     """The constant factors that stand on a branch between its last learned maps and the stream, each once."""
-    return tuple(sorted({float(f"{abs(end.factor):.9g}") for end in find_ends(forward, group)}))
+    return _distinct(find_ends(forward, group))
+
+
+def depth_constants(forward: Trace, group: Group) -> tuple[float, ...]:
+    """Those of the visits at which none of the branch's maps goes without: beside a scaled part it is no depth scaling.
+
+    They may differ from visit to visit, as in f(x) / (i + 1).
+    """
+    visits = [_distinct(ends) for ends in _ends_of_visits(forward, group)]
+    scaled = {f for constants in visits if all(abs(f - 1) > 1e-6 for f in constants) for f in constants}
+    return tuple(sorted(scaled))
+
+
+def _distinct(ends: list[End]) -> tuple[float, ...]:
+    return tuple(sorted({float(f"{abs(end.factor):.9g}") for end in ends}))
 
 
 def last_maps(model: nn.Module, forward: Trace, group: Group) -> tuple[tuple[str, ...], str]:

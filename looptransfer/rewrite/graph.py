@@ -151,7 +151,7 @@ class Graph:
     fused_kernels: tuple[str, ...]  # lines where one kernel adds a branch to its own input
     chance_steers: bool  # random numbers may have told Python what to do
     weights_steer: bool  # what learned tensors made may have
-    watched: dict[int, Tensor]  # sums over the nodes that were asked for
+    watched: dict[int, Tensor]  # the values of the nodes that were asked for
 
     @functools.cached_property
     def ends(self) -> list[int]:

@@ -1,37 +1,41 @@
 """The number of unique layers that hold the branches.
 
 Branches belong to blocks. A block is the module whose forward adds two or more of them, or an element of a module list
-that holds two or more. Where there are no such modules, each branch is a layer. What matters is consistency: doubling
-the blocks doubles L.
+that holds two or more; a module in which every branch has a twin holds as many layers as there are twins. Where there
+are no such modules, each branch is a layer. What matters is consistency: doubling the blocks doubles L.
 """
 
 import re
 from collections import Counter, defaultdict
+from operator import attrgetter
 
 from torch import nn
 
 from looptransfer.rewrite.branches import Group, added_together
-from looptransfer.rewrite.names import module_of
+from looptransfer.rewrite.graph import Handle
+from looptransfer.rewrite.names import named_parameters, plain_names
 from looptransfer.rewrite.visits import Branch, Ties
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
+Kind = dict[Handle, str]  # branches that are built alike, and a name for each
 
 
 def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
     """The name of every group's block."""
-    sums = [added_together(group, groups) for group in groups]
-    holders = [_holder(model, together[0], len(together) > 1) for together in sums]
+    sums = [added_together(group, groups, attrgetter("begun")) for group in groups]
+    principals = [together[0] for together in sums]
+    holders = [_holder(model, group, len(together) > 1) for group, together in zip(principals, sums, strict=True)]
     held = Counter(part for name in holders for part in _path(name))
     blocks = [name for name, times in held.items() if times >= 2 and _can_be_block(model, name)]
     places = [next((part for part in reversed(_path(name)) if part in blocks), "") for name in holders]
     units = [_unit(model, around, name) if around else name for around, name in zip(places, holders, strict=True)]
-    apart = _numbered(model, holders, groups)
+    layers = _layers_within(model, holders, principals)
 
-    def block_of(around: str, holder: str, unit: str, group: Group) -> str:
+    def block_of(around: str, holder: str, unit: str, principal: Group) -> str:
         if not around:
             return holder
         if holder == around:
-            return group.handle.module if around in apart else around
+            return layers.get(principal.handle, around)
         siblings = {part for part, where in zip(units, places, strict=True) if where == around and part != around}
         if _element(model, around, holder):
             return around if _in_list(model, around) and _differ(model, siblings) else unit
@@ -39,11 +43,13 @@ def find_blocks(model: nn.Module, groups: list[Group]) -> list[str]:
         is_block = around in holders or (_in_list(model, around) and not stage) or _differ(model, siblings)
         return around if is_block else unit
 
-    return [block_of(*place) for place in zip(places, holders, units, groups, strict=True)]
+    return [block_of(*place) for place in zip(places, holders, units, principals, strict=True)]
 
 
 def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties: Ties) -> int:
     """L: blocks of which every branch is tied to a branch of the other are one block twice.
+
+    What stands in one sum, as attention and MLP in parallel, is one branch here, however its parentheses are put.
 
     So are those that one run of a matrix serves together. Runs of one handle that are not tied, as of a skeleton that
     is called with other weights, are different layers; of one mark in an element of a list they are branches of one
@@ -52,7 +58,7 @@ def count_layers(model: nn.Module, blocks: list[str], groups: list[Group], ties:
     parts: defaultdict[tuple[str, int], list[Branch]] = defaultdict(list)
     for block, group in zip(blocks, groups, strict=True):
         whole = group.handle.mark is not None and _in_list(model, block)
-        for place, branch in enumerate(ties.apart(group)):
+        for place, branch in enumerate(ties.sums_apart(group)):
             parts[block, 0 if whole else place].append(branch)
     unique: list[list[Branch]] = []
     for branches in parts.values():
@@ -110,15 +116,43 @@ def _unit(model: nn.Module, around: str, holder: str) -> str:
     return _element(model, around, holder) or (below[0] if below else holder)
 
 
-def _numbered(model: nn.Module, holders: list[str], groups: list[Group]) -> set[str]:
-    """Modules whose branches are all numbered twins, attn0 and attn1, mlp0 and mlp1: layers, not parts of one block."""
-    stems: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+def _layers_within(model: nn.Module, holders: list[str], groups: list[Group]) -> dict[Handle, str]:
+    """The layers of modules in which every branch has a twin: attn0, mlp0, attn1 and mlp1 are no parts of one block.
+
+    Twins are built alike and told apart by numbers alone; where there are several kinds of twins, by any names. So two
+    MLPs stay one block, as do attention, cross-attention and MLP.
+    """
+    modules, parameters = plain_names(model), named_parameters(model)
+    kinds: defaultdict[str, defaultdict[tuple[str, ...], Kind]] = defaultdict(lambda: defaultdict(dict))
     for holder, group in zip(holders, groups, strict=True):
-        module = module_of(model, group.handle.module)
-        stem = re.sub(r"\d+", "", group.handle.module.removeprefix(holder))
-        learned = group.handle.mark is None and next(module.parameters(), None) is not None
-        stems[holder][stem if learned else str(group.handle), type(module).__qualname__] += 1
-    return {holder for holder, seen in stems.items() if min(seen.values()) > 1 and not _in_list(model, holder)}
+        if not _in_list(model, holder):
+            name = group.handle.module if group.handle.mark is None else str(group.handle)
+            kinds[holder][_structure(modules, parameters, group)][group.handle] = name
+    layers: dict[Handle, str] = {}
+    for holder, held in kinds.items():
+        built = list(held.values())
+        numbered = [kind for alike in built for kind in _numbered(holder, alike)]
+        twins = numbered if min(map(len, numbered)) > 1 else built
+        if min(map(len, twins)) > 1 and (twins is numbered or len(twins) > 1):
+            names = list(max(twins, key=len).values())
+            layers |= {handle: names[n * len(names) // len(kind)] for kind in twins for n, handle in enumerate(kind)}
+    return layers
+
+
+def _numbered(holder: str, alike: Kind) -> list[Kind]:
+    """The branches that only numbers in their names tell apart, together."""
+    stems: defaultdict[str, Kind] = defaultdict(dict)
+    for handle, name in alike.items():
+        stems[re.sub(r"\d+", "", name.removeprefix(holder))][handle] = name
+    return list(stems.values())
+
+
+def _structure(modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], group: Group) -> tuple[str, ...]:
+    """How a branch is built: by what modules it is handed over, and of what matrices it is made."""
+    parts = modules[group.handle.module].modules() if group.handle.mark is None else ()
+    names = [name.split("+")[0] for name in group.adds[0].matrices]
+    shapes = sorted(str(parameters[name].shape) for name in names if name in parameters)
+    return *(type(part).__qualname__ for part in parts), *shapes
 
 
 def _differ(model: nn.Module, names: set[str]) -> bool:

@@ -268,11 +268,11 @@ class Recorder(SiteCounter):
             start += size
 
     def _see(self, tensor: Tensor, number: int) -> None:
+        if number in self.watch:
+            self.watched[number] = tensor.detach().clone().nan_to_num()
         if number in self.change and not tensor.is_meta:
             with torch.no_grad():
                 self.change[number](tensor)
-        if number in self.watch:
-            self.watched[number] = tensor.detach().double().nan_to_num().sum()
 
     # -- whose memory it is
 
@@ -432,7 +432,7 @@ def record(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         seed: of all random numbers drawn in the forward; None leaves them to the random state as it is.
         copy_of: the model of which `model` is a copy; that none of its modules runs is checked.
-        watch: nodes whose sums are wanted in `Graph.watched`.
+        watch: nodes whose values, before they are changed, are wanted in `Graph.watched`.
         change: nodes that are to hold other values, and what changes them in place.
 
     Raises:

@@ -17,13 +17,18 @@ from looptransfer.rewrite.graph import Graph, Part, bits
 
 Change = Callable[[Tensor], None]  # in place
 Read = tuple[int, Part | None]  # a node, and which part of it; None: all
-# Runs the forward again with some nodes changed, and tells the sums over others.
+# Runs the forward again with some nodes changed, and tells the values of others.
 Rerun = Callable[[Mapping[int, Change], frozenset[int]], Mapping[int, Tensor]]
 
 
-def runs_over_time(graph: Graph, chain: list[int], again: Rerun) -> bool:
-    """The nodes of a chain, in the order they ran, are steps of a recurrence over time."""
-    links, parts = _links(graph, chain)
+def runs_over_time(
+    graph: Graph, chain: list[int], again: Rerun, follows: Callable[[int, int], bool] | None = None
+) -> bool:
+    """The nodes of a chain, in the order they ran, are steps of a recurrence over time.
+
+    `follows` tells of two nodes whether the first comes after the second; left out, where it is computed from it.
+    """
+    links, parts = _links(graph, chain, follows or (lambda later, earlier: graph.precedes(earlier, later)))
     if len(links) < 2 or _knows_more(graph, links[0], {source for source, _ in parts}):
         return False
     watch = frozenset([links[0], links[-1]])
@@ -46,7 +51,7 @@ def _by_node(parts: set[Read]) -> dict[int, list[Part | None]]:
     return dict(regions)
 
 
-def _links(graph: Graph, chain: list[int]) -> tuple[list[int], set[Read]]:
+def _links(graph: Graph, chain: list[int], follows: Callable[[int, int], bool]) -> tuple[list[int], set[Read]]:
     """The first link, and those that read something that none before them read; and what that is.
 
     What is new to the second link, and read again by all that follow, is injected after every visit.
@@ -54,7 +59,7 @@ def _links(graph: Graph, chain: list[int]) -> tuple[list[int], set[Read]]:
     links, new, read, passed = chain[:1], set[Read](), set[Read](), 0
     used: list[set[Read]] = []
     for count, link in enumerate(chain):
-        earlier = next((n for n in chain[count - 1 :: -1] if count and graph.precedes(n, link)), None)
+        earlier = next((n for n in chain[count - 1 :: -1] if count and follows(link, n)), None)
         before = 0 if earlier is None else graph.nodes[earlier].ancestors | 1 << earlier
         fresh = [n for n in [*bits(graph.nodes[link].ancestors & ~before), link] if graph.nodes[n].data]
         parts = _parts_read(graph, fresh)
@@ -101,6 +106,8 @@ def _change(regions: list[Part | None], kept: list[Part | None], tensor: Tensor)
     plain = tensor.clone()
     for part in regions:
         view = _view(tensor, part)
+        if not view.numel():  # as of the first step of a growing prefix
+            continue
         other = ~view if view.dtype == torch.bool else view.max() + view.min() - view
         view.copy_(other + 0.5 if view.is_floating_point() else other)
     for part in kept:

@@ -26,6 +26,7 @@ from torch import nn
 
 from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.graph import Graph, Site, Sum
+from looptransfer.rewrite.order import Order
 from looptransfer.rewrite.paths import ZEROS, Paths
 from looptransfer.rewrite.record import record
 from looptransfer.rewrite.recurrence import Rerun, runs_over_time
@@ -51,6 +52,7 @@ class ResidualAdd:
     path: frozenset[int]  # the nodes from there to the branch
     recorded: bool = True  # autograd was on
     followed: bool = True  # a gradient gets there
+    begun: int = -1  # the sum of the first add of those it stands in one sum with, as x + a(h) + b(h), itself included
     within: int | None = None  # the sum of the leaf in whose branch it makes a stream of its own
     matrices: frozenset[str] = frozenset()  # those that act in the branch, outside the branches inside it
     last: frozenset[str] = frozenset()  # those of them that no other comes after
@@ -126,6 +128,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Tr
     _mark_composites(forward)
     _mark_nested(forward)
     _note_matrices(forward)
+    _note_begun(forward)
     forward.adds += _fixed_adds(forward)
     return forward
 
@@ -376,6 +379,14 @@ def _note_matrices(forward: Trace) -> None:
         add.matrices = forward.graph.matrices_on(add.path - within)
 
 
+def _note_begun(forward: Trace) -> None:
+    """Note which adds stand in one sum: what a later one adds does not depend on the earlier ones."""
+    for add in forward.adds:
+        before = next((forward.by_total[n] for n in forward.graph.same(add.stream) if n in forward.by_total), add)
+        beside = before is not add and not forward.graph.precedes(before.begun, add.branch)
+        add.begun = before.begun if beside else add.total
+
+
 def _fixed_adds(forward: Trace) -> list[ResidualAdd]:
     """The adds to the stream without a learned matrix, as a Fourier transform or a pooling is."""
     nodes = forward.graph.nodes
@@ -420,7 +431,9 @@ def _fixed(forward: Trace, total: Sum) -> ResidualAdd | None:
 
 def _mark_time(forward: Trace, again: Rerun) -> None:
     """A recurrence over time. All adds of a chain are of one kind, also where the chain begins anew in every loop."""
+    order = Order(forward.graph, {add.total: (add.stream, add.branch) for add in forward.of("leaf")}, again)
     for adds in forward.chains():
-        if runs_over_time(forward.graph, [add.total for add in adds], again):
+        chain = [add.total for add in adds]
+        if runs_over_time(forward.graph, chain, again, functools.partial(order.follows, among=frozenset(chain))):
             for add in adds:
                 add.kind = "time"

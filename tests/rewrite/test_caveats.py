@@ -189,6 +189,13 @@ class Outside(Branches):
         return h + self.f(h) * self.factor
 
 
+class OutsideByVisit(Branches):
+    """The factor is 1, 1/2, 1/3, …"""
+
+    def step(self, h: Tensor, number: int) -> Tensor:
+        return h + self.f(h) / (number + 1)
+
+
 class ReZero(Branches):
     def __init__(self) -> None:
         super().__init__()
@@ -225,9 +232,10 @@ class Divided(nn.Module):
         (lambda: Outside(0.22), r"a constant factor \(f × 0\.22, as residual_multiplier"),
         (lambda: Outside(-2.0), r"a constant factor \(f × 2, as residual_multiplier"),
         (lambda: Outside(torch.tensor(0.5)), r"a constant factor \(f × 0\.5, as residual_multiplier"),
+        (OutsideByVisit, r"a constant factor \(f × 0\.25, as residual_multiplier"),
         (lambda: Branches(Divided()), r"a constant factor \(f × 0\.353553, as residual_multiplier"),
     ],
-    ids=["LayerScale", "LayerScale outside", "ReZero", "constant", "negative", "tensor", "divided"],
+    ids=["LayerScale", "LayerScale outside", "ReZero", "constant", "negative", "tensor", "by visit", "divided"],
 )
 def test_depth_scaling_that_is_there_already_is_warned_of(make: Callable[[], nn.Module], named: str) -> None:
     model = build(make)
@@ -235,6 +243,20 @@ def test_depth_scaling_that_is_there_already_is_warned_of(make: Callable[[], nn.
         plan = lt.parametrize(model, X)
     assert len(plan.caveats) == 1
     lt.verify(model, X)
+
+
+def test_a_constant_on_a_part_of_the_branch_is_no_depth_scaling() -> None:
+    class Adapted(nn.Module):
+        """A low-rank map with the factor α/r, beside the one that it adapts."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.low = models.mlp(), nn.Sequential(nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(x) + 2 * self.low(x)
+
+    assert caveats_of(build(lambda: Branches(Adapted()))) == ()
 
 
 def test_many_learned_factors_are_shortened_and_both_kinds_told() -> None:

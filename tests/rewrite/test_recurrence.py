@@ -85,6 +85,22 @@ def test_what_is_declared_is_depth_with_its_count() -> None:
     assert [(b.module, b.visits) for b in plan.branches] == [("f", STEPS)]
 
 
+def from_here_on(begin: Callable[[int], int]) -> Callable[..., Tensor]:
+    def step(m: Any, x: Tensor) -> Tensor:
+        m.visit = getattr(m, "visit", -1) + 1
+        old, new = x[:, : begin(m.visit % 3)], x[:, begin(m.visit % 3) :]
+        return torch.cat([old, new + m.f(new)], 1)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("begin", "count"), [(lambda i: i, 3), (lambda i: 2 * i, 2)], ids=["a growing prefix is kept", "the last is empty"]
+)
+def test_a_loop_over_depth_may_read_a_part_without_elements(begin: Callable[[int], int], count: int) -> None:
+    assert visits(Stepped(from_here_on(begin)), X) == {"f": count}
+
+
 @pytest.mark.parametrize("loops", [1, 3, 4])
 def test_an_injection_after_every_visit_is_no_frame(loops: int) -> None:
     model = Stepped(lambda m, x, extra: x + m.f(x) + extra, loops)

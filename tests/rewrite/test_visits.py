@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import looptransfer as lt
-from tests.models import WIDTH, inputs
+from tests.models import WIDTH, inputs, mlp
 from tests.rewrite.answers import Residual, Stepped, X, planned, refusal, visits
 
 # -- ties
@@ -316,6 +316,136 @@ def by_copies(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("step", [by_rows, by_windows, by_copies])
 def test_slices_that_are_updated_in_place_are_no_streams_of_their_own(step: Any, loops: int) -> None:
     assert visits(Stepped(step, loops)) == {"f": loops}
+
+
+def one_after_the_other(put: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Each column is updated in its turn, and `put` puts it into the others."""
+
+    def step(m: Any, x: Tensor) -> Tensor:
+        for i in range(x.shape[1]):
+            x = put(x, x[:, i] + m.f(x[:, i]), i)
+        return x
+
+    return step
+
+
+COLUMNS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "select_scatter": lambda x, y, i: torch.select_scatter(x, y, 1, i),
+    "slice_scatter": lambda x, y, i: torch.slice_scatter(x, y[:, None], 1, i, i + 1),
+    "scatter": lambda x, y, i: x.scatter(1, torch.full((2, 1, WIDTH), i), y[:, None]),
+    "index_copy": lambda x, y, i: x.index_copy(1, torch.tensor([i]), y[:, None]),
+    "where": lambda x, y, i: torch.where((torch.arange(4) == i)[:, None], y[:, None], x),
+    "cat": lambda x, y, i: torch.cat([x[:, :i], y[:, None], x[:, i + 1 :]], 1),
+    "stack": lambda x, y, i: torch.stack([y if i == k else x[:, k] for k in range(4)], 1),
+}
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("put", COLUMNS)
+def test_parts_that_are_put_together_are_no_chain(put: str, loops: int) -> None:
+    assert visits(Stepped(one_after_the_other(COLUMNS[put]), loops)) == {"f": loops}
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+def test_branches_that_are_padded_to_the_stream_are_no_chain_where_they_do_not_overlap(loops: int) -> None:
+    def step(m: Any, x: Tensor, size: int) -> Tensor:
+        for i in range(3):
+            x = x + F.pad(m.f(x[:, i : i + size]), (0, 0, i, 4 - size - i))
+        return x
+
+    assert visits(Stepped(step, loops), (X, 1)) == {"f": loops}
+    assert visits(Stepped(step, loops), (X, 2)) == {"f": 2 * loops + 1}  # the next begins when the last but one is done
+
+
+def test_parts_that_overlap_are_a_chain() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        for i in range(2):
+            x = torch.slice_scatter(x, x[:, i : i + 3] + m.f(x[:, i : i + 3]), 1, i, i + 3)
+        return x
+
+    assert visits(Stepped(step, 3)) == {"f": 6}
+
+
+# -- sums
+
+
+class InOneSum(nn.Module):
+    """Beside a map that all visits share, each has one of its own; `spell` adds the stream and both."""
+
+    def __init__(self, own: Callable[[], nn.Module], spell: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.own = mlp(), nn.ModuleList(own() for _ in range(4))
+        self.spell = spell
+
+    def forward(self, x: Tensor, factors: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        for own in self.own:
+            h = F.layer_norm(x, (WIDTH,))
+            x = self.spell(x, factors[0] * self.shared(h), factors[1] * own(h))
+        return x
+
+
+class InOneSumOfBlocks(InOneSum):
+    """The same with a block for each visit, which holds the shared map."""
+
+    def __init__(self, own: Callable[[], nn.Module], spell: Callable[..., Tensor]) -> None:
+        super().__init__(own, spell)
+        self.blocks = nn.ModuleList(Block(self.shared, module, spell) for module in self.own)
+        del self.shared, self.own
+
+    def forward(self, x: Tensor, factors: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        for block in self.blocks:
+            x = block(x, factors)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, shared: nn.Module, own: nn.Module, spell: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.shared, self.own, self.spell = shared, own, spell
+
+    def forward(self, x: Tensor, factors: tuple[float, float]) -> Tensor:
+        h = F.layer_norm(x, (WIDTH,))
+        return self.spell(x, factors[0] * self.shared(h), factors[1] * self.own(h))
+
+
+SUMS: dict[str, Callable[..., Tensor]] = {
+    "one after the other": lambda x, a, b: x + a + b,
+    "the other way round": lambda x, a, b: x + b + a,
+    "in parentheses": lambda x, a, b: x + (a + b),
+    "in place": lambda x, a, b: x.clone().add_(a).add_(b),
+    "stacked": lambda x, a, b: x + torch.stack([a, b]).sum(0),
+}
+
+
+@pytest.mark.parametrize("make", [InOneSum, InOneSumOfBlocks])
+@pytest.mark.parametrize("spell", SUMS)
+@pytest.mark.parametrize(
+    ("own", "visited", "layers"),
+    [
+        (lambda: nn.Sequential(mlp(), mlp()), (4, 1), 4),  # most is a visit's own: as many layers, which share a map
+        (lambda: nn.Linear(WIDTH, WIDTH), (4, 4), 1),  # an adapter goes with what it adapts
+    ],
+    ids=["large", "small"],
+)
+def test_what_is_added_in_one_sum_is_visited_equally_often_however_its_parentheses_are_put(
+    own: Callable[[], nn.Module], visited: tuple[int, int], layers: int, spell: str, make: type[InOneSum]
+) -> None:
+    model = make(own, SUMS[spell]).double()
+    factors = tuple(1 / (n * layers**0.5) for n in visited)
+    expected = model(X, factors)
+    plan = planned(model)
+    assert plan.layers == layers
+    seen = {("shared" if "shared" in branch.module else "own", branch.visits) for branch in plan.branches}
+    assert seen == {("shared", visited[0]), ("own", visited[1])}
+    assert torch.allclose(model(X), expected, rtol=1e-10)
+
+
+def test_a_map_that_stands_twice_in_one_sum_is_visited_twice() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        return x + m.f(x) + m.f(x.flip(1))
+
+    assert visits(Stepped(step, 3)) == {"f": 6}
 
 
 # -- marks
