@@ -282,7 +282,10 @@ def _check_model(model: object) -> None:
         raise InputError(f"{where} is compiled already; call parametrize first and torch.compile after")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(f"{name or 'the model'} is a TorchScript module; rewrite the model before it is scripted")
+            raise InputError(
+                f"{name or 'the model'} is a TorchScript module; rewrite the model it was made of, then "
+                "looptransfer.fold and script that"
+            )
     if any(PLAN in module.__dict__ or OUTPUTS in module.__dict__ for module in model.modules()):
         raise InputError(
             "the model is rewritten already, and a second ε would multiply the first; build a fresh model, or call "

@@ -190,6 +190,52 @@ def test_an_exported_program_is_scaled(strict: bool) -> None:
     assert not torch.allclose(exported(tokens(seed=1)), plain_decoder()(tokens(seed=1)))
 
 
+class Pair(nn.Module):
+    """Hands its branch over as the first of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f(x), x.mean()
+
+
+class FirstOfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pair = nn.LayerNorm(WIDTH), Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.pair(self.norm(x))[0]
+        return x
+
+
+class Whole(FirstOfTwo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Linear(WIDTH, WIDTH)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.pair(self.norm(x))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+@pytest.mark.parametrize("cls", [FirstOfTwo, Whole])
+def test_torch_script_is_refused_until_epsilon_is_in_the_weights(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = noisy(cls(), std=0.1), inputs(2, 4, WIDTH)
+    lt.parametrize(model, x)
+    scaled = model(x)
+    with pytest.raises(lt.InputError, match=r"leave the multiplier of a (Pair|Linear) out; call looptransfer\.fold"):
+        torch.jit.script(model)
+    lt.fold(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), scaled, rtol=1e-12, atol=1e-12)
+
+
 def blocks_in_checkpoint_wrappers(model: nn.Module) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing  # noqa: PLC0415
 
