@@ -10,8 +10,8 @@ from torch import nn
 
 from looptransfer.checks import is_number
 from looptransfer.errors import InputError, explained_in
-from looptransfer.rewrite.names import module_of, named_parameters, parameter_names
-from looptransfer.rewrite.plan import ROLES, SHOWN, Branch, Role, ScalingPlan, planned
+from looptransfer.rewrite.names import around, module_of, named_parameters, parameter_names, plain_names
+from looptransfer.rewrite.plan import ROLES, SHOWN, Branch, Role, ScalingPlan, check_dimensions, planned
 from looptransfer.rewrite.width import Growth, growth, width_divisor
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
@@ -100,6 +100,8 @@ def param_groups(
     family = family_of(optimizer)
     ratios = dict(lr_ratio or {})
     _check_settings(family, lr, adamw_lr, eps, weight_decay, ratios, on_stream, decay_policy)
+    by_dimensions = family == "muon" or (not isinstance(weight_decay, Mapping) and weight_decay > 0)
+    check_dimensions(*planned(model), "param_groups", alone=by_dimensions)
     groups: dict[str, Group] = {}
     for tensor in tensors_of(model, family, on_stream):
         ratio = ratios.get(tensor.role, 1.0)
@@ -268,8 +270,16 @@ def _put_factors(group: Group, tensor: TensorFactors) -> None:
 
 
 def _members(inner: nn.Module, plan: ScalingPlan) -> set[int]:
-    live = named_parameters(inner)
-    return {id(parameter) for branch in plan.branches for parameter in _of_branch(inner, live, branch)}
+    """The parameters of the branches, and new ones, as LoRA's, in a module that holds else those of one alone."""
+    live, modules = named_parameters(inner), plain_names(inner)
+    branches = [{id(parameter) for parameter in _of_branch(inner, live, branch)} for branch in plan.branches]
+    members = set[int]().union(*branches)
+    known = members | {id(live[name]) for name in plan.roles if name in live}
+    for name, parameter in live.items():
+        if id(parameter) not in known:
+            beside = next(filter(None, ({id(p) for p in held} & known for held in around(modules, name))), {0})
+            members |= {id(parameter)} if any(beside <= branch for branch in branches) else set()
+    return members
 
 
 def _of_branch(inner: nn.Module, live: dict[str, nn.Parameter], branch: Branch) -> Iterator[nn.Parameter]:

@@ -4,8 +4,8 @@ The module that hands over a branch gets a subclass of its own class whose call 
 hooks would be shorter and wrong: TorchDynamo does not guard on them, so where an unhooked model of the same class was
 compiled before, a hooked one runs unscaled without a word. It does guard on the class. What is multiplied is the result
 of nn.Module's own call: with what hooks make of it, with a forward that was put on the instance, and before what a
-__call__ of the class's own adds. Marks are multiplied where they run, so the class's methods open their scope too: a user
-or a tool may go past the call, as `model.encode(x)` and torch.fx do.
+__call__ of the class's own adds. Marks are multiplied where they run, so the class's methods open their scope too: a
+user or a tool may go past the call, as `model.encode(x)` and torch.fx do.
 """
 
 import functools

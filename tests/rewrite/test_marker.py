@@ -345,7 +345,7 @@ WAYS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "a checkpointed method": lambda model: lambda x: checkpoint(model.encode, x, use_reentrant=False),
     "a reentrant checkpoint": lambda model: lambda x: checkpoint(model.forward, x, use_reentrant=True),
     "a compiled method": lambda model: torch.compile(model.encode, backend="eager", fullgraph=True),
-    "torch.fx": lambda model: torch.fx.symbolic_trace(model),
+    "torch.fx": torch.fx.symbolic_trace,
 }
 
 
