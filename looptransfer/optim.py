@@ -1,7 +1,7 @@
 """Ordinary parameter groups for an ordinary optimizer, scaled as the model's plan says."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -156,12 +156,16 @@ def strange_groups(groups: Iterable[Mapping[str, Any]], owner: str = "the optimi
     ]
 
 
-def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
     """Give the groups of a live optimizer the factors that the model's plan has now; the base LR and its state stay.
 
     Parameters of one group that are to differ now are split: the new groups come last, and a scheduler that was made
     before them does not know them.
+
+    Returns:
+        What the LR of each group that it had was multiplied by.
     """
+    before = [group["lr_factor"] for group in optimizer.param_groups]
     for group in list(optimizer.param_groups):
         by_id = {id(t.parameter): t for t in tensors_of(model, group["family"], group["on_stream"])}
         parts: dict[str, tuple[TensorFactors, list[nn.Parameter]]] = {}
@@ -175,6 +179,16 @@ def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 optimizer.param_groups.append(part)
             part |= {"name": name, "params": parameters}
             _put_factors(part, tensor)
+    return [group["lr_factor"] / factor for group, factor in zip(optimizer.param_groups, before, strict=False)]
+
+
+def follow_groups(scheduler: Any, ratios: Sequence[float]) -> None:
+    """Multiply the LRs that a scheduler keeps, a list with one for each group, as those of the groups were."""
+    for inner in getattr(scheduler, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        follow_groups(inner, ratios)
+    for name in {"base_lrs", "max_lrs", "min_lrs", "base_values"} & set(vars(scheduler)):  # torch's, the last is timm's
+        kept = getattr(scheduler, name)
+        setattr(scheduler, name, [lr * ratio for lr, ratio in zip(kept, ratios, strict=False)])
 
 
 def tensors_of(model: nn.Module, family: Family, on_stream: OnStream) -> Iterator[TensorFactors]:
@@ -265,8 +279,8 @@ def _put_factors(group: Group, tensor: TensorFactors) -> None:
     before = group["lr_factor"]
     group |= planned_settings(group, tensor)
     _put_lr(group, float(group["lr"]) / before * group["lr_factor"])
-    if "initial_lr" in group:  # of torch's schedulers
-        group["initial_lr"] = group["initial_lr"] / before * group["lr_factor"]
+    for name in {"initial_lr", "max_lr", "min_lr"} & set(group):  # of torch's schedulers
+        group[name] = group[name] / before * group["lr_factor"]
 
 
 def _members(inner: nn.Module, plan: ScalingPlan) -> set[int]:
