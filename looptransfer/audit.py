@@ -1,6 +1,7 @@
 """A model and its live optimizer, checked together and changed together."""
 
 import math
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -265,13 +266,20 @@ def _near(value: float, expected: float) -> bool:
 
 
 def _state_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """State has tensors of its parameter's shape, in any optimizer of our families."""
+    """Of the tensors in a parameter's state one is of its size at least, or holds its rows, columns or a projection."""
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     wrong = []
     for parameter, state in optimizer.state.items():
         shapes = [value.shape for value in state.values() if isinstance(value, torch.Tensor) and value.ndim]
-        if shapes and parameter.shape not in shapes:
+        if shapes and not any(_fits(shape, parameter.shape) for shape in shapes):
             wrong.append(
                 f"{names.get(id(parameter), 'a parameter')} {tuple(parameter.shape)}, state {tuple(shapes[0])}"
             )
     return _about(wrong, "the optimizer's state is that of a model of another size; begin with fresh state")
+
+
+def _fits(state: torch.Size, shape: torch.Size) -> bool:
+    """State is of that shape, flat, factored (Adafactor, Shampoo), or projected along one dimension (GaLore)."""
+    parts = set(state) <= {1, *shape}
+    projected = len(state) == len(shape) > 1 and sum(map(operator.ne, state, shape)) == 1
+    return state.numel() == shape.numel() or parts or projected

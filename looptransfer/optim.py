@@ -16,9 +16,16 @@ from looptransfer.rewrite.width import Growth, growth, width_divisor
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
 # A class belongs to the first family that its name, or else the name of one of its bases, holds: a fused, 8-bit or
-# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size. A new family has a name in
-# `rules.Family`, factors in `rules.depth_factors` and `width.width_divisor`, a pattern here, words in `explanation`.
-FAMILIES: dict[Family, str] = {"muon": "muon", "adamw": "adamw|adamatan2", "adam": "adam", "sgd": "sgd(?!w)"}
+# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size. SGD's are in proportion to the
+# gradient, and those of SignSGD or NormalizedSGD are not: another word in the name is another kind. A new family has a
+# name in `rules.Family`, factors in `rules.depth_factors` and `width.width_divisor`, a pattern here, words in
+# `explanation`.
+FAMILIES: dict[Family, str] = {
+    "muon": "muon",
+    "adamw": "adamw|adamatan2",
+    "adam": "adam",
+    "sgd": r"^(fused|foreach|paged|cpu|dp|distributed)*sgd(\d+bit)?$",
+}
 OnStream = Literal["scale", "leave"]
 DecayPolicy = Literal["coefficient", "product"]
 Group = dict[str, Any]
@@ -246,6 +253,8 @@ def family_of(optimizer: object) -> Family:
             family = next((family for family, pattern in FAMILIES.items() if re.search(pattern, plain)), None)
             if family is not None:
                 return family
+            if "sgd" in plain:  # of another kind, whatever it derives from
+                break
     raise InputError(
         f"optimizer is {optimizer!r}; factors are known for the families {', '.join(families)}: give one of these "
         "names if its steps are of that kind, or a class whose name or base tells"

@@ -202,6 +202,38 @@ def test_state_that_was_saved_and_loaded_passes() -> None:
     lt.verify(torch.compile(model, backend="eager"), tokens(), optimizer=again)
 
 
+def rows_and_columns(gradient: Tensor) -> dict[str, Tensor]:
+    if gradient.ndim < 2:
+        return {"square": gradient**2}
+    return {"rows": gradient.square().mean(1, keepdim=True), "columns": gradient.square().mean(0)}
+
+
+def flat_and_one_number(gradient: Tensor) -> dict[str, Tensor]:
+    return {"mean": gradient.flatten(), "square": gradient.square().mean()}
+
+
+def projected(gradient: Tensor) -> dict[str, Tensor]:
+    return {"mean": gradient[:2].clone() if gradient.ndim > 1 else gradient.clone()}
+
+
+def two_sides(gradient: Tensor) -> dict[str, Tensor]:
+    return {str(dim): torch.eye(size) for dim, size in enumerate(gradient.shape)}
+
+
+@pytest.mark.parametrize("kept", [rows_and_columns, flat_and_one_number, projected, two_sides])
+def test_state_of_other_kinds_passes(kept: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    class Thrifty(AdamW):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter].update(kept(parameter.grad))
+
+    model = rewritten()
+    optimizer = Thrifty(lt.param_groups(model, Thrifty, lr=0.01))
+    step(model, optimizer, tokens())
+    lt.verify(model, tokens(), optimizer=optimizer)
+
+
 def test_edits_by_hand_are_named_by_group_and_setting() -> None:
     model = rewritten()
     optimizer = optimizer_of(model)
