@@ -1,6 +1,8 @@
 """A model and its live optimizer, checked together and changed together."""
 
 import math
+import operator
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from looptransfer.errors import InputError, VerificationError, explained_in
-from looptransfer.optim import MAKE, Group, follow_plan, planned_settings, strange_groups, tensors_in
+from looptransfer.errors import InputError, ScalingWarning, VerificationError, explained_in
+from looptransfer.optim import MAKE, Group, follow_groups, follow_plan, planned_settings, strange_groups, tensors_in
 from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.parametrize import rescale_model
@@ -63,6 +65,7 @@ def rescale(
     *,
     loops: float | None = None,
     optimizer: Optimizers | None = None,
+    scheduler: Any = None,
 ) -> ScalingPlan:
     """Recompute the multipliers in place for the loop count that `model` has now, and return the new plan.
 
@@ -79,20 +82,37 @@ def rescale(
         optimizer: made of `param_groups`, one or several: the LRs of what acts on the stream (`plan.on_stream`) follow;
             base LR and state stay. A group whose parameters are to differ now is split, so where the growth begins at
             one loop set LRs by `set_lr`; torch's schedulers do not know the new group.
+        scheduler: torch's or timm's over the optimizer, one or several: the LRs that it keeps for each group follow.
 
     Raises:
         InputError: the model was not rewritten, no example inputs are given, it has other branches at this N, another
-            rank has another plan, or the optimizer was not made of `param_groups` or holds what was frozen since. Then
-            nothing was changed.
+            rank has another plan, the optimizer was not made of `param_groups` or holds what was frozen since, or the
+            scheduler is none of that optimizer. Then nothing was changed.
+
+    Warns:
+        ScalingWarning: LRs were changed that a scheduler had begun with, and it was not given.
     """
     optimizers = [] if optimizer is None else _listed(optimizer)
+    schedulers = _of_optimizers(scheduler, optimizers)
     problems = [problem for live in optimizers for problem in _strange_groups(live)]
     problems += [*_membership_problems(model, optimizers), *_frozen_problems(model, optimizers)] if optimizers else []
     if problems:
         raise InputError(problems[0])
     plan = rescale_model(model, example_inputs, loops)
     for live in optimizers:
-        follow_plan(model, live)
+        ratios, own = follow_plan(model, live), [one for one in schedulers if one.optimizer is live]
+        for one in own:
+            follow_groups(one, ratios)
+        changed = [
+            group["name"] for group, ratio in zip(live.param_groups, ratios, strict=False) if not _near(ratio, 1)
+        ]
+        if changed and not own and any("initial_lr" in group for group in live.param_groups):
+            warnings.warn(
+                f"the LR of {', '.join(map(repr, changed[:SHOWN]))} follows the plan, and a scheduler that keeps the "
+                "LR it began with (LambdaLR) puts it back at its next step; give it too: rescale(…, scheduler=…)",
+                ScalingWarning,
+                stacklevel=3,
+            )
     return plan
 
 
@@ -113,6 +133,14 @@ def _listed(optimizer: Any) -> list[torch.optim.Optimizer]:
     if not optimizers or not all(hasattr(live, "param_groups") and hasattr(live, "state") for live in optimizers):
         raise InputError(f"optimizer is {optimizer!r}; give an optimizer, or a list of them")
     return optimizers
+
+
+def _of_optimizers(scheduler: Any, optimizers: Sequence[torch.optim.Optimizer]) -> list[Any]:
+    schedulers = list(scheduler) if isinstance(scheduler, Sequence) else [] if scheduler is None else [scheduler]
+    for one in schedulers:
+        if not any(getattr(one, "optimizer", None) is live for live in optimizers):
+            raise InputError(f"scheduler is {one!r}; give one that was made over the optimizer that is given")
+    return schedulers
 
 
 # -- membership
@@ -238,13 +266,20 @@ def _near(value: float, expected: float) -> bool:
 
 
 def _state_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """State has tensors of its parameter's shape, in any optimizer of our families."""
+    """Of the tensors in a parameter's state one is of its size at least, or holds its rows, columns or a projection."""
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     wrong = []
     for parameter, state in optimizer.state.items():
         shapes = [value.shape for value in state.values() if isinstance(value, torch.Tensor) and value.ndim]
-        if shapes and parameter.shape not in shapes:
+        if shapes and not any(_fits(shape, parameter.shape) for shape in shapes):
             wrong.append(
                 f"{names.get(id(parameter), 'a parameter')} {tuple(parameter.shape)}, state {tuple(shapes[0])}"
             )
     return _about(wrong, "the optimizer's state is that of a model of another size; begin with fresh state")
+
+
+def _fits(state: torch.Size, shape: torch.Size) -> bool:
+    """State is of that shape, flat, factored (Adafactor, Shampoo), or projected along one dimension (GaLore)."""
+    parts = set(state) <= {1, *shape}
+    projected = len(state) == len(shape) > 1 and sum(map(operator.ne, state, shape)) == 1
+    return state.numel() == shape.numel() or parts or projected

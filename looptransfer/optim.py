@@ -1,7 +1,7 @@
 """Ordinary parameter groups for an ordinary optimizer, scaled as the model's plan says."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,15 +10,22 @@ from torch import nn
 
 from looptransfer.checks import is_number
 from looptransfer.errors import InputError, explained_in
-from looptransfer.rewrite.names import module_of, named_parameters, parameter_names
-from looptransfer.rewrite.plan import ROLES, SHOWN, Branch, Role, ScalingPlan, planned
+from looptransfer.rewrite.names import around, module_of, named_parameters, parameter_names, plain_names
+from looptransfer.rewrite.plan import ROLES, SHOWN, Branch, Role, ScalingPlan, check_dimensions, planned
 from looptransfer.rewrite.width import Growth, growth, width_divisor
 from looptransfer.rules import DepthFactors, Family, depth_factors
 
 # A class belongs to the first family that its name, or else the name of one of its bases, holds: a fused, 8-bit or
-# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size. A new family has a name in
-# `rules.Family`, factors in `rules.depth_factors` and `width.width_divisor`, a pattern here, words in `explanation`.
-FAMILIES: dict[Family, str] = {"muon": "muon", "adamw": "adamw|adamatan2", "adam": "adam", "sgd": "sgd(?!w)"}
+# paged AdamW is an AdamW, and NAdam, RAdam and Adamax take steps of Adam's size. SGD's are in proportion to the
+# gradient, and those of SignSGD or NormalizedSGD are not: another word in the name is another kind. A new family has a
+# name in `rules.Family`, factors in `rules.depth_factors` and `width.width_divisor`, a pattern here, words in
+# `explanation`.
+FAMILIES: dict[Family, str] = {
+    "muon": "muon",
+    "adamw": "adamw|adamatan2",
+    "adam": "adam",
+    "sgd": r"^(fused|foreach|paged|cpu|dp|distributed)*sgd(\d+bit)?$",
+}
 OnStream = Literal["scale", "leave"]
 DecayPolicy = Literal["coefficient", "product"]
 Group = dict[str, Any]
@@ -100,6 +107,8 @@ def param_groups(
     family = family_of(optimizer)
     ratios = dict(lr_ratio or {})
     _check_settings(family, lr, adamw_lr, eps, weight_decay, ratios, on_stream, decay_policy)
+    by_dimensions = family == "muon" or (not isinstance(weight_decay, Mapping) and weight_decay > 0)
+    check_dimensions(*planned(model), "param_groups", alone=by_dimensions)
     groups: dict[str, Group] = {}
     for tensor in tensors_of(model, family, on_stream):
         ratio = ratios.get(tensor.role, 1.0)
@@ -154,12 +163,16 @@ def strange_groups(groups: Iterable[Mapping[str, Any]], owner: str = "the optimi
     ]
 
 
-def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
     """Give the groups of a live optimizer the factors that the model's plan has now; the base LR and its state stay.
 
     Parameters of one group that are to differ now are split: the new groups come last, and a scheduler that was made
     before them does not know them.
+
+    Returns:
+        What the LR of each group that it had was multiplied by.
     """
+    before = [group["lr_factor"] for group in optimizer.param_groups]
     for group in list(optimizer.param_groups):
         by_id = {id(t.parameter): t for t in tensors_of(model, group["family"], group["on_stream"])}
         parts: dict[str, tuple[TensorFactors, list[nn.Parameter]]] = {}
@@ -173,6 +186,16 @@ def follow_plan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 optimizer.param_groups.append(part)
             part |= {"name": name, "params": parameters}
             _put_factors(part, tensor)
+    return [group["lr_factor"] / factor for group, factor in zip(optimizer.param_groups, before, strict=False)]
+
+
+def follow_groups(scheduler: Any, ratios: Sequence[float]) -> None:
+    """Multiply the LRs that a scheduler keeps, a list with one for each group, as those of the groups were."""
+    for inner in getattr(scheduler, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        follow_groups(inner, ratios)
+    for name in {"base_lrs", "max_lrs", "min_lrs", "base_values"} & set(vars(scheduler)):  # torch's, the last is timm's
+        kept = getattr(scheduler, name)
+        setattr(scheduler, name, [lr * ratio for lr, ratio in zip(kept, ratios, strict=False)])
 
 
 def tensors_of(model: nn.Module, family: Family, on_stream: OnStream) -> Iterator[TensorFactors]:
@@ -230,6 +253,8 @@ def family_of(optimizer: object) -> Family:
             family = next((family for family, pattern in FAMILIES.items() if re.search(pattern, plain)), None)
             if family is not None:
                 return family
+            if "sgd" in plain:  # of another kind, whatever it derives from
+                break
     raise InputError(
         f"optimizer is {optimizer!r}; factors are known for the families {', '.join(families)}: give one of these "
         "names if its steps are of that kind, or a class whose name or base tells"
@@ -263,13 +288,21 @@ def _put_factors(group: Group, tensor: TensorFactors) -> None:
     before = group["lr_factor"]
     group |= planned_settings(group, tensor)
     _put_lr(group, float(group["lr"]) / before * group["lr_factor"])
-    if "initial_lr" in group:  # of torch's schedulers
-        group["initial_lr"] = group["initial_lr"] / before * group["lr_factor"]
+    for name in {"initial_lr", "max_lr", "min_lr"} & set(group):  # of torch's schedulers
+        group[name] = group[name] / before * group["lr_factor"]
 
 
 def _members(inner: nn.Module, plan: ScalingPlan) -> set[int]:
-    live = named_parameters(inner)
-    return {id(parameter) for branch in plan.branches for parameter in _of_branch(inner, live, branch)}
+    """The parameters of the branches, and new ones, as LoRA's, in a module that holds else those of one alone."""
+    live, modules = named_parameters(inner), plain_names(inner)
+    branches = [{id(parameter) for parameter in _of_branch(inner, live, branch)} for branch in plan.branches]
+    members = set[int]().union(*branches)
+    known = members | {id(live[name]) for name in plan.roles if name in live}
+    for name, parameter in live.items():
+        if id(parameter) not in known:
+            beside = next(filter(None, ({id(p) for p in held} & known for held in around(modules, name))), {0})
+            members |= {id(parameter)} if any(beside <= branch for branch in branches) else set()
+    return members
 
 
 def _of_branch(inner: nn.Module, live: dict[str, nn.Parameter], branch: Branch) -> Iterator[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -201,6 +202,38 @@ def test_state_that_was_saved_and_loaded_passes() -> None:
     lt.verify(torch.compile(model, backend="eager"), tokens(), optimizer=again)
 
 
+def rows_and_columns(gradient: Tensor) -> dict[str, Tensor]:
+    if gradient.ndim < 2:
+        return {"square": gradient**2}
+    return {"rows": gradient.square().mean(1, keepdim=True), "columns": gradient.square().mean(0)}
+
+
+def flat_and_one_number(gradient: Tensor) -> dict[str, Tensor]:
+    return {"mean": gradient.flatten(), "square": gradient.square().mean()}
+
+
+def projected(gradient: Tensor) -> dict[str, Tensor]:
+    return {"mean": gradient[:2].clone() if gradient.ndim > 1 else gradient.clone()}
+
+
+def two_sides(gradient: Tensor) -> dict[str, Tensor]:
+    return {str(dim): torch.eye(size) for dim, size in enumerate(gradient.shape)}
+
+
+@pytest.mark.parametrize("kept", [rows_and_columns, flat_and_one_number, projected, two_sides])
+def test_state_of_other_kinds_passes(kept: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    class Thrifty(AdamW):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter].update(kept(parameter.grad))
+
+    model = rewritten()
+    optimizer = Thrifty(lt.param_groups(model, Thrifty, lr=0.01))
+    step(model, optimizer, tokens())
+    lt.verify(model, tokens(), optimizer=optimizer)
+
+
 def test_edits_by_hand_are_named_by_group_and_setting() -> None:
     model = rewritten()
     optimizer = optimizer_of(model)
@@ -283,6 +316,87 @@ def test_a_parameter_frozen_since_the_optimizer_was_made_is_refused_before_anyth
     lt.rescale(model, X, optimizer=optimizer)
     model.last_norm.requires_grad_(False)
     lt.verify(model, X, optimizer=optimizer)
+
+
+class Steady(Growing):
+    """One norm before the branch for all visits: a new loop count splits no group."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        for _ in range(self.loops):
+            h = self.loop_norm(h + self.f(self.norms[0](h)))
+        return self.last_norm(h)
+
+
+KEEPING: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "lambda": lambda o: schedulers.LambdaLR(o, lambda n: 1 / (1 + n)),
+    "cosine": lambda o: schedulers.CosineAnnealingLR(o, 3),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, [group["lr"] for group in o.param_groups], total_steps=9),
+    "cyclic": lambda o: schedulers.CyclicLR(
+        o,
+        [group["lr"] / 9 for group in o.param_groups],
+        [group["lr"] for group in o.param_groups],
+        2,
+        mode="triangular2",
+    ),
+    "sequence": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=2), schedulers.LambdaLR(o, lambda n: 0.5**n)], [2]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_a_scheduler_goes_on_from_the_lrs_of_the_new_loop_count(kind: str) -> None:
+    def begun(loops: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = Steady(loops)
+        lt.parametrize(model, X)
+        optimizer = torch.optim.SGD(lt.param_groups(model, "sgd", lr=0.01), momentum=0.9)
+        return model, optimizer, KEEPING[kind](optimizer)
+
+    live, fresh = begun(2), begun(4)
+    for number in range(6):
+        for model, optimizer, scheduler in (live, fresh):
+            step(model, optimizer, X)
+            scheduler.step()
+        if number == 1:
+            live[0].loops = 4
+            lt.rescale(live[0], X, optimizer=live[1], scheduler=live[2])
+        if number >= 1:
+            lrs, expected = ({group["name"]: group["lr"] for group in o.param_groups} for _, o, _ in (live, fresh))
+            assert lrs == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_scheduler_that_is_not_given_is_warned_of_where_lrs_change() -> None:
+    model = Steady(2)
+    lt.parametrize(model, X)
+    optimizer = optimizer_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lt.rescale(model, X, optimizer=optimizer)
+    scheduler = schedulers.LambdaLR(optimizer, lambda n: 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lt.rescale(model, X, optimizer=optimizer)  # at the same loop count nothing changes
+    model.loops = 4
+    with pytest.warns(lt.ScalingWarning, match=r"the LR of .*on the stream.* rescale\(…, scheduler=…\)") as caught:
+        lt.rescale(model, X, optimizer=optimizer)
+    assert caught[0].filename == __file__
+    model.loops = 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lt.rescale(model, X, optimizer=optimizer, scheduler=[scheduler])
+
+
+def test_a_scheduler_of_another_optimizer_is_refused_before_anything_is_changed() -> None:
+    model = Growing(2)
+    plan = lt.parametrize(model, X)
+    optimizer, other = optimizer_of(model), optimizer_of(model)
+    model.loops, before = 4, factors(model, optimizer)
+    for scheduler in (schedulers.LambdaLR(other, lambda n: 1.0), "cosine", [3]):
+        with pytest.raises(lt.InputError, match="give one that was made over the optimizer"):
+            lt.rescale(model, X, optimizer=optimizer, scheduler=scheduler)
+    assert factors(model, optimizer) == before
+    model.loops = 2
+    assert lt.verify(model, X) == plan
 
 
 def grow_on_two_ranks(rank: int, port: int) -> None:

@@ -239,6 +239,8 @@ def named(name: str, *bases: type) -> type:
         (torch.optim.RAdam, "adam"),
         (torch.optim.Adamax, "adam"),
         (named("SGD8bit"), "sgd"),
+        (named("FusedSGD"), "sgd"),
+        (named("Mine", torch.optim.SGD), "sgd"),
         (torch.optim.Muon, "muon"),
         (named("Mine", named("CPUAdam")), "adam"),
     ],
@@ -328,7 +330,17 @@ def test_a_model_that_was_not_rewritten_is_refused(model: nn.Module) -> None:
         lt.param_groups(model, torch.optim.AdamW, lr=0.01)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.Optimizer, "AdamW"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.RMSprop,
+        torch.optim.Optimizer,
+        "AdamW",
+        named("SignSGD"),
+        named("NormalizedSGD", torch.optim.SGD),
+        named("Lion", named("SignSGD", torch.optim.SGD)),
+    ],
+)
 def test_another_optimizer_is_answered_with_the_known_ones(optimizer: Any) -> None:
     with pytest.raises(lt.InputError, match="factors are known for the families adamw, adam, sgd, muon: give one of"):
         lt.param_groups(rewritten(), optimizer, lr=0.01)

@@ -72,7 +72,7 @@ class Call:
 
     def again(self, change: Callable[[int | None, Tensor], Tensor]) -> list[Tensor] | None:
         """The results with every input changed so; None where that cannot be told any more."""
-        if self.op.draws or self.op.writes or versions(self.inputs) != self.versions:
+        if self.op.draws or self.op.writes or versions(self.inputs) != self.versions or any(map(is_gone, self.inputs)):
             return None
         changed = {id(tensor): change(n, tensor) for n, tensor in zip(self.before, self.inputs, strict=True)}
 
@@ -256,6 +256,13 @@ def tensors_in(tree: Any) -> list[Tensor]:
     if isinstance(tree, (tuple, list)):
         return [tensor for leaf in tree for tensor in tensors_in(leaf)]
     return [tensor for leaf in tree.values() for tensor in tensors_in(leaf)] if isinstance(tree, dict) else []
+
+
+def is_gone(tensor: Tensor) -> bool:
+    """The memory was given back, as FSDP does with a gathered parameter after its module's forward."""
+    if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+        return False
+    return tensor.untyped_storage().nbytes() == 0
 
 
 def versions(inputs: list[Tensor]) -> list[int]:

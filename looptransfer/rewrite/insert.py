@@ -4,11 +4,13 @@ The module that hands over a branch gets a subclass of its own class whose call 
 hooks would be shorter and wrong: TorchDynamo does not guard on them, so where an unhooked model of the same class was
 compiled before, a hooked one runs unscaled without a word. It does guard on the class. What is multiplied is the result
 of nn.Module's own call: with what hooks make of it, with a forward that was put on the instance, and before what a
-__call__ of the class's own adds.
+__call__ of the class's own adds. Marks are multiplied where they run, so the class's methods open their scope too: a
+user or a tool may go past the call, as `model.encode(x)` and torch.fx do.
 """
 
+import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -71,7 +73,7 @@ def _scaled(model: nn.Module, name: str) -> nn.Module:
         except TypeError as error:
             raise InputError(
                 f"module {name} is a {type(module).__name__}, whose class cannot be extended ({error}); "
-                "rewrite the model before it is scripted or wrapped"
+                "rewrite the model that it was made of, before it is wrapped"
             ) from error
         module.__dict__.update({OUTPUTS: {}, INPUTS: {}, MARKS: {}})
     return module
@@ -152,14 +154,50 @@ def _scaled_class(cls: type[nn.Module], parametrized: bool = False) -> type[nn.M
             return _rebuild, (cls,), *state
 
         body = {
+            **{name: _in_scope(method) for name, method in _own_methods(cls).items()},
             "_call_impl": call,
             "__reduce_ex__": reduce,
+            "__prepare_scriptable__": _refuse_script,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
         }
         scaled = types.new_class(cls.__name__, (cls,), {}, lambda space: space.update(body))
         _scaled_classes[cls], _plain_classes[scaled] = scaled, cls
     return _scaled_classes[cls]
+
+
+def _own_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The methods of a class that may set marks; torch's own do not, and Python calls those with underscores."""
+    methods: dict[str, Callable[..., Any]] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__.partition(".")[0] != "torch":
+            methods |= {name: value for name, value in vars(base).items() if not name.startswith("__")}
+    return {name: value for name, value in methods.items() if isinstance(value, types.FunctionType)}
+
+
+def _in_scope(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` with the marks of its module, also where it is not the module's call that leads to it."""
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        marks = self.__dict__.get(MARKS)
+        if not marks or marker.is_called():
+            return method(self, *args, **kwargs)
+        before = marker.enter_scope(marks, called=False)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            marker.leave_scope(before)
+
+    return run
+
+
+def _refuse_script(module: nn.Module) -> nn.Module:
+    """torch.jit.script compiles a module's forward, and what stands around its call is lost."""
+    raise InputError(
+        f"torch.jit.script would leave the multiplier of a {type(module).__name__} out; call looptransfer.fold(model) "
+        "first, which puts it into the weights, and script then"
+    )
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

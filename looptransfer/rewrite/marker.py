@@ -11,7 +11,9 @@ from torch import Tensor
 
 from looptransfer.errors import InputError
 
-Scope = tuple[dict[str, Tensor], int]  # the multiplier per mark of one module, and the checkpoints around its forward
+# The multiplier per mark of one module, the checkpoints around its forward, and whether the module itself was called: a
+# mark belongs to the module whose call runs, and where none does to that whose method runs.
+Scope = tuple[dict[str, Tensor], int, bool]
 
 # Per thread. `scopes`: of the modules that hold marks and whose forward runs now, the innermost last. `observer`:
 # during a trace, who is told of every mark.
@@ -37,7 +39,7 @@ def residual(branch: Tensor, name: str = "branch") -> Tensor:
         branch = branch.clone()  # what is marked is what is added, though the branch may go elsewhere too
         observer(branch, name)
     scopes: list[Scope] = list(getattr(_state, "scopes", ()))
-    multipliers, outside = scopes[-1] if scopes else ({}, 0)
+    multipliers, outside, _ = scopes[-1] if scopes else ({}, 0, False)
     if name not in multipliers:
         return branch
     if not torch.compiler.is_compiling() and checkpoints() > outside:
@@ -68,11 +70,17 @@ def observed(observer: Callable[[Tensor, str], None]) -> Iterator[None]:
         _state.observer = None
 
 
-def enter_scope(multipliers: dict[str, Tensor]) -> tuple[Scope, ...]:
+def enter_scope(multipliers: dict[str, Tensor], called: bool = True) -> tuple[Scope, ...]:
     """The marks that run from now on are those of one module; returns the scopes to go back to."""
     before: tuple[Scope, ...] = getattr(_state, "scopes", ())
-    _state.scopes = (*before, (multipliers, 0 if torch.compiler.is_compiling() else checkpoints()))
+    _state.scopes = (*before, (multipliers, 0 if torch.compiler.is_compiling() else checkpoints(), called))
     return before
+
+
+def is_called() -> bool:
+    """The marks that run now are those of a module that was called."""
+    scopes: tuple[Scope, ...] = getattr(_state, "scopes", ())
+    return bool(scopes) and scopes[-1][2]
 
 
 def leave_scope(before: tuple[Scope, ...]) -> None:

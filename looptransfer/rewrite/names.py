@@ -1,6 +1,7 @@
 """Modules and parameters by names that wrappers around them do not change."""
 
 import sys
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -8,7 +9,7 @@ from looptransfer.errors import InputError
 
 
 def plain_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its name; wrappers of activation checkpointing and torch.compile add nothing to it."""
+    """Every module by its name; wrappers of activation checkpointing, torch.compile and FSDP add nothing to it."""
     named: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         named[_plain(name)] = module  # of a wrapper and what it wraps, the latter comes last
@@ -35,6 +36,13 @@ def compiled_modules(model: nn.Module) -> list[str]:
     ]
 
 
+def sharded_modules(model: nn.Module) -> list[str]:
+    """The modules that FSDP was put on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = (fsdp.FullyShardedDataParallel, fsdp.FSDPModule) if fsdp else ()
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
 def module_of(model: nn.Module, name: str) -> nn.Module:
     """The module of a name that a plan gives.
 
@@ -47,8 +55,19 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # what torch's wrappers call their inside
+
+
 def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in {"_orig_mod", "_checkpoint_wrapped_module"})
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def around(modules: dict[str, nn.Module], name: str) -> Iterator[list[nn.Parameter]]:
+    """The parameters in each module around the place of a parameter, from the smallest module that is there."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            yield list(modules[name].parameters())
 
 
 def homes(model: nn.Module) -> dict[tuple[int, str], str]:

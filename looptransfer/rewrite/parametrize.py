@@ -15,8 +15,8 @@ from looptransfer.rewrite.caveats import VARIES, other_in_training, renewed
 from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_input_multiplier, set_multiplier
-from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names
-from looptransfer.rewrite.plan import PLAN, ScalingPlan, holds_saved_plan, planned
+from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names, sharded_modules
+from looptransfer.rewrite.plan import PLAN, ScalingPlan, check_dimensions, holds_saved_plan, planned
 from looptransfer.rewrite.planner import counts, make_plan
 from looptransfer.rewrite.pretrained import carry, drop, forget_saved_plan, saved_plan
 from looptransfer.rewrite.proof import SEED, prove
@@ -237,6 +237,7 @@ def rescale_model(model: nn.Module, example_inputs: ExampleInputs | None, loops:
             "a loop count alone does not tell how often each branch is visited; set it on the model and give example "
             "inputs: rescale(model, example_inputs)"
         )
+    check_dimensions(inner, plan, "rescale")
     declared = plan.declared_modules
     draws = [analyse(inner, example_inputs, declared)]
     draws += [analyse(inner, example_inputs, declared, seed=seed) for seed in _seeds(draws[0])]
@@ -331,7 +332,10 @@ def _check_model(model: object) -> None:
         raise InputError(f"{where} is compiled already; call parametrize first and torch.compile after")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(f"{name or 'the model'} is a TorchScript module; rewrite the model before it is scripted")
+            raise InputError(
+                f"{name or 'the model'} is a TorchScript module; rewrite the model it was made of, then "
+                "looptransfer.fold and script that"
+            )
     if any(PLAN in module.__dict__ or OUTPUTS in module.__dict__ for module in model.modules()):
         raise InputError(
             "the model is rewritten already, and a second ε would multiply the first; build a fresh model, or call "
@@ -348,6 +352,8 @@ def _check_weights(model: nn.Module, meta: bool, preserve: bool) -> None:
             "the config of the model holds the plan that its weights were trained with; call "
             "looptransfer.apply_plan(model), and rescale where the loop count is another"
         )
+    for name in sharded_modules(model):
+        raise InputError(f"{name or 'the model'} is sharded already (FSDP); call parametrize first and shard after")
     if meta and preserve:
         raise InputError(
             "weights on the meta device can take no factor; give the model its weights first, then preserve=True"

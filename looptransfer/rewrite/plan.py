@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from looptransfer.checks import is_count, is_number
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Handle
+from looptransfer.rewrite.names import around, named_parameters, plain_names
 from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier, residual_multiplier
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 Role = Literal["branch matrix", "branch vector", "per-visit part", "on stream", "embedding", "head", "outside"]
 ROLES: tuple[Role, ...] = get_args(Role)
+MATRICES: frozenset[Role] = frozenset({"branch matrix", "embedding", "head"})  # these have two dimensions or more
 PLAN = "_looptransfer_plan"  # the attribute of a rewritten model
 IN_CONFIG = "looptransfer_plan"  # the attribute of the config that `from_pretrained` read with the weights
 SHOWN = 6  # names in a printed list; all of them are in the plan
@@ -222,6 +224,31 @@ def planned(model: "nn.Module") -> "tuple[nn.Module, ScalingPlan]":
             "the model was not rewritten, and its config holds a plan: call looptransfer.apply_plan(model)"
         )
     raise InputError("the model was not rewritten; call looptransfer.parametrize(model, example_inputs) first")
+
+
+def check_dimensions(model: "nn.Module", plan: ScalingPlan, call: str, alone: bool = True) -> None:
+    """Refuse a model whose parameters lie flat, each alone or all of a module in one, as FSDP1 and DeepSpeed keep them.
+
+    Args:
+        model: the one that was rewritten.
+        plan: of it.
+        call: the call that is to be made before that.
+        alone: a parameter that lies flat and has its name still is refused too.
+
+    Raises:
+        InputError: names a matrix of the plan that has one dimension, or in whose place there are but strange
+            parameters of one.
+    """
+    live, modules = named_parameters(model), plain_names(model)
+    known = {id(live[name]) for name in plan.roles if name in live}
+    for name in [name for name, role in plan.roles.items() if role in MATRICES]:
+        place = [live[name]] if name in live else next(filter(None, around(modules, name)), [])
+        refused = alone if name in live else not any(id(parameter) in known for parameter in place)
+        if refused and place and all(parameter.ndim < 2 for parameter in place):
+            raise InputError(
+                f"{name} is a matrix by the plan and lies flat here, as FSDP1 and DeepSpeed keep parameters; call "
+                f"{call} before FSDP(model, use_orig_params=True), or shard the model by fully_shard"
+            )
 
 
 def holds_saved_plan(model: "nn.Module") -> bool:

@@ -1,7 +1,10 @@
 """Copies to try things on, and states to give back."""
 
 import copy
+import copyreg
 import random
+import traceback
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,15 +27,63 @@ def twin_of(model: nn.Module, randomised: bool = False) -> nn.Module:
     Raises:
         InputError: the model cannot be copied.
     """
-    try:
-        twin = copy.deepcopy(model, _activations(model))
-    except Exception as error:
-        raise InputError(f"the model cannot be copied for the trace: {type(error).__name__}: {error}") from error
+    twin = _copied(model)
     for original, copied in zip(model.parameters(), twin.parameters(), strict=True):
         vars(copied).update(vars(original))  # mup keeps its width shapes there, and deepcopy drops them
     if randomised:
         randomise(twin)
     return twin
+
+
+USED_UP = (
+    Tensor,
+    nn.Module,
+    torch.Generator,
+    types.GeneratorType,
+)  # a forward of the twin would change the model's own
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deepcopy that shares what cannot be copied and is not used up, such as a lock or an open file."""
+    shared: set[type] = set()
+    while True:
+        try:
+            with _told_to_share(shared):
+                return copy.deepcopy(model, _activations(model))
+        except Exception as error:
+            stuck = _stuck_at(error)
+            if isinstance(stuck, USED_UP) or type(stuck) in shared:
+                raise InputError(
+                    f"the model cannot be copied for the trace: {type(error).__name__}: {error}{_holder(model, stuck)}"
+                ) from error
+            shared.add(type(stuck))
+
+
+@contextmanager
+def _told_to_share(kinds: set[type]) -> Iterator[None]:
+    """Let deepcopy take objects of these types as they are: to it a name instead of a recipe says that."""
+    before = copyreg.dispatch_table.copy()
+    copyreg.dispatch_table.update(dict.fromkeys(kinds, lambda shared: ""))
+    try:
+        yield
+    finally:
+        copyreg.dispatch_table.clear()
+        copyreg.dispatch_table.update(before)
+
+
+def _stuck_at(error: BaseException) -> Any:
+    """The innermost object that deepcopy was at."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is copy.deepcopy.__code__]
+    return frames[-1].f_locals["x"]
+
+
+def _holder(model: nn.Module, held: Any) -> str:
+    """The attribute that holds an object, for an error; empty where it lies deeper."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if any(leaf is held for leaf in tree_leaves(value)):
+                return f"; take {name}{name and '.'}{attribute} off the model for the call"
+    return ""
 
 
 def _activations(model: nn.Module) -> dict[int, Any]:

@@ -15,7 +15,7 @@ from looptransfer.rewrite.ends import factors
 from looptransfer.rewrite.forward import ExampleInputs, call_arguments, tensors_held
 from looptransfer.rewrite.insert import clear_multipliers, has_input_multiplier
 from looptransfer.rewrite.names import compiled_modules, plain_names
-from looptransfer.rewrite.plan import PLAN, Branch, ScalingPlan, planned
+from looptransfer.rewrite.plan import PLAN, Branch, ScalingPlan, check_dimensions, planned
 from looptransfer.rewrite.proof import SEED, all_agree, prove
 from looptransfer.rewrite.record import RejectedInputsError
 from looptransfer.rewrite.trace import Trace
@@ -29,6 +29,7 @@ COMPILED = 1e-5  # share of the norm; inductor's float64 functions are not float
 def verify_model(model: nn.Module, example_inputs: ExampleInputs) -> ScalingPlan:
     """Measure the branches of a rewritten model; see `audit.verify`."""
     inner, plan = planned(model)
+    check_dimensions(inner, plan, "verify")
     try:
         analysis = analyse(inner, example_inputs, plan.declared_modules)
     except RejectedInputsError:

@@ -317,6 +317,88 @@ def test_marked_models_in_two_threads_keep_their_own_multipliers() -> None:
         torch.testing.assert_close(outputs[index], expected[index].detach(), rtol=1e-12, atol=1e-12)
 
 
+# -- past the module's call
+
+
+class Encoder(Inline):
+    """Its marks run in a helper's helper of the method that forward calls."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.encode(h)
+
+    def encode(self, h: Tensor) -> Tensor:
+        for _ in range(self.loops):
+            h = self.once(h)
+        return h
+
+    def once(self, h: Tensor) -> Tensor:
+        return added(h, F.relu(h) @ self.weight)
+
+
+def added(h: Tensor, branch: Tensor) -> Tensor:
+    return h + lt.residual(branch)
+
+
+WAYS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "forward": lambda model: model.forward,
+    "a method": lambda model: model.encode,
+    "a checkpointed method": lambda model: lambda x: checkpoint(model.encode, x, use_reentrant=False),
+    "a reentrant checkpoint": lambda model: lambda x: checkpoint(model.forward, x, use_reentrant=True),
+    "a compiled method": lambda model: torch.compile(model.encode, backend="eager", fullgraph=True),
+    "torch.fx": torch.fx.symbolic_trace,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_marks_keep_their_multiplier_past_the_modules_call(way: str) -> None:
+    torch.manual_seed(0)
+    model = rewritten(Encoder().double())
+    x = X.clone().requires_grad_()
+    out, expected = WAYS[way](model)(x), inline_oracle(model, x, 1 / 3)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    out.sum().backward()
+    (gradient,) = torch.autograd.grad(expected.sum(), model.weight)
+    torch.testing.assert_close(model.weight.grad, gradient, rtol=1e-12, atol=1e-12)
+    assert lt.residual(X) is X
+
+
+def test_blocks_that_are_called_by_their_forward_keep_the_multipliers_of_their_marks() -> None:
+    model = rewritten(blocks())
+    x = X
+    for _ in range(model.loops):
+        for block in model.blocks:
+            x = block.forward(x)
+    torch.testing.assert_close(x, model(X), rtol=1e-12, atol=1e-12)
+
+
+def test_a_mark_in_a_method_of_another_module_is_that_of_the_module_that_was_called() -> None:
+    """The inner module is called in one place, and in another one only its method is."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.helped = Encoder(loops=1), Encoder(loops=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = self.called(x)
+            return self.called(self.helped.encode(x))
+
+    torch.manual_seed(0)
+    model = Both().double()
+    plan = lt.parametrize(model, X)
+    epsilons = {str(branch.handle): branch.multiplier for branch in plan.branches}
+    assert set(epsilons) == {"called:branch", ":branch"}
+    x = X
+    for part, name in [(model.called, "called:branch")] * 3 + [
+        (model.helped, ":branch"),
+        (model.called, "called:branch"),
+    ]:
+        x = inline_oracle(part, x, epsilons[name])
+    torch.testing.assert_close(model(X), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.forward(X), x, rtol=1e-12, atol=1e-12)
+
+
 # -- torch.compile
 
 

@@ -190,6 +190,52 @@ def test_an_exported_program_is_scaled(strict: bool) -> None:
     assert not torch.allclose(exported(tokens(seed=1)), plain_decoder()(tokens(seed=1)))
 
 
+class Pair(nn.Module):
+    """Hands its branch over as the first of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f(x), x.mean()
+
+
+class FirstOfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pair = nn.LayerNorm(WIDTH), Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.pair(self.norm(x))[0]
+        return x
+
+
+class Whole(FirstOfTwo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Linear(WIDTH, WIDTH)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.pair(self.norm(x))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+@pytest.mark.parametrize("cls", [FirstOfTwo, Whole])
+def test_torch_script_is_refused_until_epsilon_is_in_the_weights(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = noisy(cls(), std=0.1), inputs(2, 4, WIDTH)
+    lt.parametrize(model, x)
+    scaled = model(x)
+    with pytest.raises(lt.InputError, match=r"leave the multiplier of a (Pair|Linear) out; call looptransfer\.fold"):
+        torch.jit.script(model)
+    lt.fold(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), scaled, rtol=1e-12, atol=1e-12)
+
+
 def blocks_in_checkpoint_wrappers(model: nn.Module) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing  # noqa: PLC0415
 
@@ -481,6 +527,70 @@ def group_what_is_wrapped(rank: int, port: int) -> None:
     assert group_by_parameter(sharded(model)) == plain
 
 
+def fsdp1(model: nn.Module, **settings: Any) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **settings)
+
+
+def blocks_alone() -> Any:
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy  # noqa: PLC0415
+
+    return ModuleWrapPolicy({Block})
+
+
+def group_what_fsdp1_flattens(rank: int, port: int) -> None:
+    """Under `use_orig_params` a rank's share of a parameter has its name and one dimension."""
+    start(rank, port)
+    for policy in (None, blocks_alone()):
+        model, alone = decoder(), decoder()
+        groups = [lt.param_groups(one, "adamw", lr=0.01, weight_decay=0.1) for one in (model, alone)]
+        wrapped = fsdp1(model, use_orig_params=True, auto_wrap_policy=policy)
+        with pytest.raises(
+            lt.InputError, match=r"embedding\.weight is a matrix .* before FSDP\(model, use_orig_params"
+        ):
+            lt.param_groups(wrapped, "adamw", lr=0.01, weight_decay=0.1)
+        undecayed = [group["lr"] for group in lt.param_groups(wrapped, "adamw", lr=0.01)]
+        assert sorted(undecayed) == pytest.approx([0.01 / 2**0.5, 0.01])
+        for call in (lt.verify, lt.rescale):
+            with pytest.raises(lt.InputError, match=rf"lies flat here, .*call {call.__name__} before FSDP"):
+                call(wrapped, tokens())
+        optimizers = [torch.optim.AdamW(group) for group in groups]
+        for _ in range(2):
+            for one, optimizer in zip((wrapped, alone), optimizers, strict=True):
+                loss_of(one, tokens()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        torch.testing.assert_close(wrapped(tokens()), alone(tokens()), rtol=1e-9, atol=1e-9)
+
+
+class BiasedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), models.mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.as_tensor(self.mlp(self.norm(x)))
+
+
+def verify_sharded_biases(rank: int, port: int) -> None:
+    """FSDP2 gives the memory of a block's parameters back after its forward."""
+    start(rank, port)
+    torch.manual_seed(0)
+    model = noisy(Looped([BiasedBlock(), BiasedBlock()]), std=0.1)
+    model.layers = model.blocks
+    x = inputs(2, 4, WIDTH)
+    plan = lt.parametrize(model, x)
+    sharded(model)
+    assert lt.verify(model, x) == plan
+    model.loops = 7
+    assert lt.rescale(model, x).loops == 7
+    lt.verify(model, x)
+    model.blocks[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(lt.VerificationError, match=r"^[^\n]*\n- blocks\.1\.mlp: [^\n]*$"):
+        lt.verify(model, x)
+
+
 def one_of_two(rank: int, work: Callable[[int, int], None], port: int) -> None:
     work(rank, port)
     torch.distributed.barrier()
@@ -509,6 +619,50 @@ def test_what_reaches_branches_from_the_side_is_in_their_groups_compiled_or_not(
 @pytest.mark.slow
 def test_groups_are_the_same_under_ddp_and_fsdp2() -> None:
     in_two_processes(group_what_is_wrapped)
+
+
+@pytest.mark.slow
+def test_what_fsdp1_flattens_is_told_and_groups_of_the_model_before_it_train_as_one_process_does() -> None:
+    in_two_processes(group_what_fsdp1_flattens)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_one_flat_parameter_of_many_is_refused_by_name() -> None:
+    wrapped = fsdp1(decoder())
+    for call in (lambda: lt.param_groups(wrapped, "adamw", lr=0.01), lambda: lt.verify(wrapped, tokens())):
+        with pytest.raises(lt.InputError, match=r"lies flat here, as FSDP1 .* FSDP\(model, use_orig_params=True\)"):
+            call()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_blocks_that_fsdp1_wrapped_one_by_one_have_their_names() -> None:
+    model = decoder()
+    plain = group_by_parameter(model)
+    wrapped = fsdp1(model, use_orig_params=True, auto_wrap_policy=blocks_alone())
+    found = {name.replace("_fsdp_wrapped_module.", ""): group for name, group in group_by_parameter(wrapped).items()}
+    assert found == plain
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("settings", [{}, {"use_orig_params": True}])
+def test_a_model_inside_fsdp1_is_rewritten_before(settings: dict[str, Any]) -> None:
+    with pytest.raises(lt.InputError, match=r"^the model is sharded already \(FSDP\); call parametrize first"):
+        lt.parametrize(fsdp1(plain_decoder(), **settings), tokens())
+
+
+@pytest.mark.slow
+def test_layers_with_biases_are_verified_and_rescaled_under_fsdp2() -> None:
+    in_two_processes(verify_sharded_biases)
 
 
 @pytest.mark.slow
@@ -735,6 +889,37 @@ def test_lora_matrices_are_in_the_groups_of_their_branch_and_frozen_weights_in_n
     assert len(trained) == 8
     assert {group["name"] for group in groups} == {"branches"}
     assert all(group["lr"] == pytest.approx(0.1 / 2**0.5) for group in groups)
+
+
+class OwnLora(nn.Linear):
+    """A low-rank part beside a weight that keeps its name, as loralib has it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.a = nn.Parameter(torch.randn(2, layer.in_features, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(layer.out_features, 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(super().forward(x) + x @ self.a.T @ self.b.T)
+
+
+def test_new_parameters_in_a_module_of_one_branch_are_in_its_groups() -> None:
+    x, model = inputs(2, 4, WIDTH), looped_mlp()
+    lt.parametrize(model, x)
+    block = model.blocks[0]
+    block.up_proj = OwnLora(block.up_proj)
+    block.gain = nn.Parameter(torch.ones(WIDTH, dtype=torch.float64))
+    block.register_forward_hook(lambda module, args, output: output * module.gain)
+    model.prompt = nn.Parameter(torch.zeros(WIDTH, dtype=torch.float64))
+    model.register_forward_pre_hook(lambda module, args: (args[0] + module.prompt,))
+    found = group_by_parameter(model)
+    new = {name: found[name] for name in ("blocks.0.up_proj.a", "blocks.0.up_proj.b", "blocks.0.gain", "prompt")}
+    assert [group for group, _ in new.values()] == ["branches"] * 2 + ["branches, no decay", "outside, no decay"]
+    assert [lr for _, lr in new.values()] == pytest.approx([0.01 / 2**0.5] * 3 + [0.01])
+    lt.verify(model, x, optimizer=torch.optim.AdamW(lt.param_groups(model, "adamw", lr=0.01)))
+    lt.rescale(model, x)  # traces the new parameters
+    assert group_by_parameter(model) == found
 
 
 @pytest.mark.parametrize("order", ["LoRA last", "LoRA first"])

@@ -1,6 +1,11 @@
 import copy
+import copyreg
+import math
+import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,9 +183,45 @@ def test_the_twin_is_full_of_non_zero_numbers_and_always_the_same() -> None:
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = models.ResidualMLP()
-    model.handle = (line for line in [""])
-    with pytest.raises(lt.InputError, match=r"cannot be copied for the trace: TypeError: .*generator"):
+    model.f[0].handle = {"lines": (line for line in [""])}
+    with pytest.raises(
+        lt.InputError,
+        match=r"cannot be copied for the trace: TypeError: .*generator.*; take f\.0\.handle off the model",
+    ):
         twin_of(model, randomised=True)
+
+
+def test_what_cannot_be_copied_and_is_no_weight_is_shared_with_the_twin(tmp_path: Path) -> None:
+    class Locked(models.ResidualMLP):
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            with self.lock:
+                return super().forward(h)
+
+    def known() -> dict[type, Any]:
+        return dict(copyreg.dispatch_table)
+
+    before, model = known(), Locked()
+    model.lock, model.queue, model.files = threading.Lock(), queue.Queue(), [(tmp_path / "log").open("w"), math]
+    twin = twin_of(model)
+    assert twin.lock is model.lock
+    assert twin.files == model.files
+    assert twin.queue is not model.queue
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    assert known() == before
+    model.files[0].close()
+    assert lt.parametrize(model, inputs(4, WIDTH).float()).loops == 3
+    assert not model.lock.locked()
+
+
+def test_an_object_that_refuses_to_be_copied_is_named() -> None:
+    class Alone:
+        def __deepcopy__(self, memo: object) -> None:
+            raise RuntimeError("there is but one")
+
+    model = models.ResidualMLP()
+    model.own = Alone()
+    with pytest.raises(lt.InputError, match=r"RuntimeError: there is but one; take own off the model for the call"):
+        twin_of(model)
 
 
 def test_a_skip_scaled_by_a_constant_tensor_is_no_residual_add() -> None:
