@@ -12,6 +12,7 @@ from looptransfer.rewrite.branches import (
     declared_groups,
     find_groups,
     marked_alone,
+    refuse_nested,
     refuse_time,
 )
 from looptransfer.rewrite.complete import Remainder, note_members, refuse_unrecognised, without_branches
@@ -67,6 +68,7 @@ def analyse(
         refuse_time(forward)
         refuse_unrecognised(forward, rest, again)
         groups = find_groups(forward) + groups
+    refuse_nested(forward, groups)
     ties = count_visits(model, forward, groups, again)
     note_members(model, forward, groups, rest, frozenset())
     blocks = find_blocks(model, groups)

@@ -1,7 +1,7 @@
 """The places where each residual branch can be taken hold of."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -10,7 +10,7 @@ from torch import nn
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Graph, Handle, Site, bits
 from looptransfer.rewrite.names import module_of, parameter_names
-from looptransfer.rewrite.trace import ResidualAdd, Trace
+from looptransfer.rewrite.trace import ResidualAdd, Trace, feeds_only
 
 DECLARED = "declared"  # the source of a branch that only the user knows
 DECLARE = "Or name the modules whose outputs are the branches: parametrize(…, branches=[…]), by name or glob"
@@ -172,22 +172,17 @@ class _Finder:
 
 
 def marked_alone(forward: Trace) -> list[Group]:
-    """Marks on what no addition that is recognised takes up.
+    """Marks on what no addition that is recognised takes up, and that no branch around them is scaled with.
 
     Raises:
-        InputError: a mark inside a branch is left alone there, but has the name of a mark around it.
+        InputError: a mark inside a branch is left alone there, but has the name of a mark around it, or stands alone at
+            other runs.
     """
-    marks = {handle for handle in forward.graph.calls if handle.mark is not None}
+    marks = {h for n in forward.graph.marked if forward.graph.is_live(n) for h in _marks_at(forward, n)}
     if not marks:
         return []
     scaled, idle = (
-        {
-            h
-            for add in adds
-            for n in forward.proportional(add)
-            for h in forward.graph.nodes[n].handles
-            if h.mark is not None
-        }
+        {h for add in adds for n in forward.proportional(add) for h in _marks_at(forward, n)}
         for adds in (branches_of(forward, []), [add for add in forward.adds if add.kind in {"inner", "composite"}])
     )
     for handle in idle - scaled:
@@ -197,22 +192,79 @@ def marked_alone(forward: Trace) -> list[Group]:
                 f"the mark {handle} lies inside a branch and is left alone, but has the name of {around[0]} around "
                 "it and would be taken for it; give it another name: looptransfer.residual(…, 'inner')"
             )
-    return [_marked_alone(forward, handle) for handle in sorted(marks - scaled - idle, key=str)]
+    groups = [_marked_alone(forward, handle) for handle in sorted(marks - scaled - idle, key=str)]
+    return [group for group in groups if group is not None]
 
 
-def _marked_alone(forward: Trace, handle: Handle) -> Group:
-    """A mark on what is added in a way that is not recognised: what acts between its runs is its branch's."""
+def _marks_at(forward: Trace, number: int) -> list[Handle]:
+    return [handle for handle in forward.graph.nodes[number].handles if handle.mark is not None]
+
+
+def _marked_alone(forward: Trace, handle: Handle) -> Group | None:
+    """A mark on what is added in a way that is not recognised: what acts between its runs is its branch's.
+
+    Inside a branch that is scaled it is part of that (None), or makes a stream of its own, which begins anew there.
+    """
     graph = forward.graph
     ways = {path[-1]: frozenset(path) for n in _places(forward, handle) for path in [_up_to_use(graph, n)]}
-    places, acting = list(ways), []
-    for count, n in enumerate(places):
-        earlier = next((m for m in places[count - 1 :: -1] if count and graph.precedes(m, n)), None)
-        acting.append(graph.matrices_on(graph.between(earlier, n)) if earlier is not None else frozenset())
+    places, around, earlier = list(ways), [_branch_around(forward, n) for n in ways], list[int | None]()
+    for i, n in enumerate(places):
+        before = (m for m in range(i - 1, -1, -1) if around[m] is around[i] and graph.precedes(places[m], n))
+        earlier.append(next((places[m] for m in before), None))
+    follows = [leaf for n, m, leaf in zip(places, earlier, around, strict=True) if m is not None and is_added(graph, n)]
+    if any(around) and not any(follows):
+        _refuse_inside_and_alone(handle, around)
+        return None
+    acting = [
+        graph.matrices_on(graph.between(m, n)) if m is not None else frozenset[str]()
+        for n, m in zip(places, earlier, strict=True)
+    ]
     common = next((names for names in acting if names), frozenset([str(handle)]))
     adds = [
         _standing_alone(n, ways[n], names or common, names or common) for n, names in zip(places, acting, strict=True)
     ]
+    for add, leaf in zip(adds, around, strict=True):
+        add.within = leaf.total if leaf is not None else None
     return _at(handle, places, adds)
+
+
+def _branch_around(forward: Trace, number: int) -> ResidualAdd | None:
+    """The innermost leaf in whose branch a node lies; a stream that only passes through does not."""
+    for leaf in sorted(branches_of(forward, []), key=lambda leaf: leaf.total):
+        if number in leaf.path and (feeds_only(forward, number, leaf) or not is_added(forward.graph, number)):
+            return leaf
+    return None
+
+
+def _refuse_inside_and_alone(handle: Handle, around: list[ResidualAdd | None]) -> None:
+    lines = [leaf.site.source for leaf in around if leaf is not None]
+    if None in around:
+        raise InputError(
+            f"the mark {handle} lies inside the branch added at {lines[0]} at some of its runs, where ε would count "
+            "twice, and not at others; give them names of their own: looptransfer.residual(…, 'inner')"
+        )
+
+
+def is_added(graph: Graph, number: int, end: Collection[int] = ()) -> bool:
+    """Something proportional to a node is one term of several, before the end, and the others were not made of it.
+
+    It is not where an activation, a norm or a bias comes first, nor where it is a factor.
+    """
+    nodes, held, waiting = graph.nodes, {number}, graph.users(number)
+    while waiting:
+        n = min(waiting)
+        waiting.remove(n)
+        if n in end:
+            continue
+        terms = graph.terms.get(n, frozenset())
+        others = {s for s in nodes[n].sources if (nodes[s].data and not nodes[s].choice) or s in terms} - held
+        apart = {s for s in others if not graph.precedes(number, s)}
+        if apart == others and any(held.issuperset(sources) for sources in graph.scaling(n)):
+            held.add(n)
+            waiting |= graph.users(n)
+        elif apart and nodes[n].op.relation != "product":
+            return True
+    return False
 
 
 def _up_to_use(graph: Graph, number: int) -> list[int]:
@@ -299,6 +351,13 @@ def _declared(
     """A group of what a module returns at some nodes, which reaches these adds; `owned` are the module's matrices."""
     adds = [add for add, _ in near]
     others = [n for n in places if not any(n in path for _, path in near)]
+    for n in others:
+        total = next((same for same in forward.same(n) if same in forward.streams), None)
+        if total is not None and not is_added(forward.graph, n):
+            raise InputError(
+                f"branches holds {handle}, which returns the stream itself, the sum at {forward.graph.line(total)}, so "
+                "ε would multiply the stream and not what is added to it; name the modules whose outputs are added"
+            )
     matrices, last = (adds[-1].matrices, adds[-1].last) if adds else (owned, owned)
     paths = {n: _up_to_use(forward.graph, n) for n in places}
     alone = [_standing_alone(paths[n][-1], frozenset(paths[n]), matrices, last) for n in others]
@@ -316,6 +375,43 @@ def _meets_its_origin(graph: Graph, number: int) -> bool:
 def _owned(model: nn.Module, name: str) -> list[tuple[nn.Parameter, str]]:
     canonical = parameter_names(model)
     return [(p, canonical[id(p)]) for p in module_of(model, name).parameters()]
+
+
+def refuse_nested(forward: Trace, groups: list[Group]) -> None:
+    """Refuse what the user names inside the branch of another group, and what is not added to anything there.
+
+    Raises:
+        InputError: names both.
+    """
+    for inner, outer in nested(forward.graph, groups):
+        if not any(is_added(forward.graph, add.total, outer.nodes) for add in inner.adds):
+            raise InputError(
+                f"what {inner.handle} hands over is a part of the branch that {outer.handle} hands over, so ε would "
+                "count twice; mark or name one of them"
+            )
+
+
+def nested(graph: Graph, groups: list[Group]) -> Iterator[tuple[Group, Group]]:
+    """What the user names, where it was made after another branch was handed over, and goes on only inside that.
+
+    A stream inside a branch that was found begins anew there, and is left out.
+    """
+    alone = [g for g in groups if all(add.site.source == DECLARED and add.within is None for add in g.adds)]
+    for outer in groups if alone else []:
+        through = _goes_through(graph, outer.nodes)
+        for inner in alone:
+            after = any(graph.precedes(m, n) for m in outer.nodes for n in inner.nodes)
+            if inner is not outer and after and all(through[n] is not None for n in inner.nodes):
+                yield inner, outer
+
+
+def _goes_through(graph: Graph, places: set[int]) -> list[int | None]:
+    """For every node the one place that all that is made of it goes through."""
+    through: list[int | None] = [None] * len(graph.nodes)
+    for n in reversed(range(len(graph.nodes))):
+        ways = {u if u in places else through[u] for u in graph.users(n)}
+        through[n] = next(iter(ways)) if len(ways) == 1 and n not in graph.outputs else None
+    return through
 
 
 def scaled(forward: Trace, groups: list[Group]) -> list[ResidualAdd]:

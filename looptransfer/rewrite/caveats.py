@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from looptransfer.rewrite.analysis import Analysis, fullest
-from looptransfer.rewrite.branches import Group, scaled
+from looptransfer.rewrite.branches import DECLARED, Group, is_added, nested, scaled
 from looptransfer.rewrite.ends import depth_constants, gates
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import Branch, ScalingPlan
@@ -41,6 +41,9 @@ def find_caveats(model: nn.Module, draws: Sequence[Analysis], plan: ScalingPlan,
     forward, groups = analysis.trace, analysis.groups
     checks = [
         _unused(model, forward, groups),
+        _not_added(forward, groups),
+        _nested(forward, groups),
+        None if plan.declared else _marks_left_alone(forward, groups),
         _injection(analysis),
         _gated(analysis),
         _shared(analysis.shared),
@@ -70,6 +73,42 @@ def _unused(model: nn.Module, forward: Trace, groups: list[Group]) -> str | None
     return (
         f"never used in the traced forward: {few(idle)}. Branches that it passed by "
         "get no multiplier and do not count in L; if layers are dropped at random in training, call model.eval() first"
+    )
+
+
+def _not_added(forward: Trace, groups: list[Group]) -> str | None:
+    """What the user names, and no residual add that was found takes up, is followed to where it is added."""
+    nodes = forward.graph.nodes
+    named = {add.total: group for group in groups for add in group.adds if add.site.source == DECLARED}
+    inert = {str(group.handle) for n, group in named.items() if nodes[n].data and not is_added(forward.graph, n)}
+    if not inert:
+        return None
+    return (
+        f"not what is added: {few(sorted(inert))} goes through an activation, a norm or a bias before it is added to "
+        "anything, or is only a factor, so ε there does not multiply a branch; mark or name what is added itself"
+    )
+
+
+def _nested(forward: Trace, groups: list[Group]) -> str | None:
+    pairs = [f"{inner.handle} in {outer.handle}" for inner, outer in nested(forward.graph, groups)]
+    if not pairs:
+        return None
+    return (
+        f"branches inside branches: {few(pairs)} goes on only as a part of that. Unless it is a stream of its own, ε "
+        "counts twice there; then mark or name one of them"
+    )
+
+
+def _marks_left_alone(forward: Trace, groups: list[Group]) -> str | None:
+    scaled = {group.handle for group in groups}
+    live = [n for n in sorted(forward.graph.marked) if forward.graph.is_live(n)]
+    met = dict.fromkeys(h for n in live for h in forward.graph.nodes[n].handles)
+    idle = [str(handle) for handle in met if handle.mark is not None and handle not in scaled]
+    if not idle:
+        return None
+    return (
+        f"marks left alone: {few(idle)} lie inside branches that are scaled as a whole, where ε would count twice, or "
+        "on a stream that is handed on"
     )
 
 

@@ -176,6 +176,19 @@ class Graph:
         """Parameters that met data."""
         return frozenset[str]().union(*(node.parameters for node in self.nodes if node.data))
 
+    @functools.cached_property
+    def terms(self) -> dict[int, frozenset[int]]:
+        """The operands of every addition that have its shape; else they are spread over it, as a bias is."""
+        return {
+            total.node: frozenset(n for n, whole in zip(total.operands, total.whole, strict=True) if whole)
+            for total in self.sums
+        }
+
+    @functools.cached_property
+    def marked(self) -> frozenset[int]:
+        """The nodes that the user marked."""
+        return frozenset(n for n, node in enumerate(self.nodes) if any(h.mark is not None for h in node.handles))
+
     def is_live(self, number: int) -> bool:
         """The model's output depends on the node."""
         return bool(self.live >> number & 1)

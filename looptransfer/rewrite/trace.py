@@ -53,6 +53,7 @@ class ResidualAdd:
     recorded: bool = True  # autograd was on
     followed: bool = True  # a gradient gets there
     begun: int = -1  # the sum of the first add of those it stands in one sum with, as x + a(h) + b(h), itself included
+    named: bool = False  # the user marked all that is added
     within: int | None = None  # the sum of the leaf in whose branch it makes a stream of its own
     matrices: frozenset[str] = frozenset()  # those that act in the branch, outside the branches inside it
     last: frozenset[str] = frozenset()  # those of them that no other comes after
@@ -80,12 +81,14 @@ class Trace:
         return [self.by_total[n] for n in sorted(add.path & self.by_total.keys()) if n != add.total]
 
     def proportional(self, add: ResidualAdd) -> list[int]:
-        """The nodes that a branch is proportional to, inside it, from the add backwards."""
+        """The nodes that a branch is proportional to, inside it, from the add backwards, no further than its marks."""
         queue, seen = [add.branch], dict[int, None]()
         while queue:
             number = queue.pop(0)
             if number in add.path and number not in seen:
                 seen[number] = None
+                if add.named and number in self.graph.marked:
+                    continue
                 queue += [n for alternative in self.graph.scaling(number) for n in alternative]
         return list(seen)
 
@@ -138,15 +141,19 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, **options: Any) -> Tr
 
 def _find_adds(graph: Graph) -> Trace:
     """Candidates first; each is then judged with the branches of all others cut, anew until nothing changes."""
-    refused, composite = set[int](), set[int]()
+    refused, composite, again = set[int](), set[int](), set[Site]()
     while True:
-        forward = _candidates(graph, refused, composite)
+        forward = _candidates(graph, refused, composite, again)
+        injecting = {add.site for add in forward.adds if add.named and _runs_through_itself(forward, add)}
+        if injecting:
+            again |= injecting  # h = e + A(h) injects e, whoever marks A
+            continue
         cut = {add.total: add.stream for add in forward.of("leaf")}
         paths = Paths(graph, cut, frozenset(add.total for add in forward.adds), zeros_carry=True)
         carried = {
             add.total
             for add in forward.of("leaf")
-            if paths.skips(add.root, add.branch) and not paths.acts(add.root, add.branch)
+            if not add.named and paths.skips(add.root, add.branch) and not paths.acts(add.root, add.branch)
         }
         roundabout = set() if carried else _roundabout(forward, paths)
         if not carried and not roundabout:
@@ -155,11 +162,14 @@ def _find_adds(graph: Graph) -> Trace:
         refused |= roundabout
 
 
-def _candidates(graph: Graph, refused: set[int], composite: set[int]) -> Trace:
+def _candidates(graph: Graph, refused: set[int], composite: set[int], again: set[Site]) -> Trace:
     forward = Trace(graph)
     added: defaultdict[Site, set[int]] = defaultdict(set)  # operands so far
     for total in graph.sums:
-        add = _candidate(forward, total, added[total.site]) if total.node not in refused else None
+        if total.node in refused:
+            add = None
+        else:
+            add = _candidate(forward, total, added[total.site], may_be_named=total.site not in again)
         if add is not None:
             add.kind = "composite" if add.total in composite else add.kind
             forward.adds.append(add)
@@ -169,7 +179,7 @@ def _candidates(graph: Graph, refused: set[int], composite: set[int]) -> Trace:
     return forward
 
 
-def _candidate(forward: Trace, total: Sum, added: set[int]) -> ResidualAdd | None:
+def _candidate(forward: Trace, total: Sum, added: set[int], may_be_named: bool) -> ResidualAdd | None:
     graph = forward.graph
     if not graph.is_live(total.node) or len(graph.nodes[total.node].slices) > len(set(total.operands)):
         return None  # it is read by nothing, or adds parts of one tensor
@@ -178,7 +188,8 @@ def _candidate(forward: Trace, total: Sum, added: set[int]) -> ResidualAdd | Non
         root = next((n for n in forward.same(stream) if graph.precedes(n, branch)), None)
         if root is None or total.signs[s] != 1:
             continue
-        held = _holds_stream(forward, branch, root)
+        named = may_be_named and _is_named(graph, root, branch)
+        held = not named and _holds_stream(forward, branch, root)
         path = frozenset() if held else frozenset(graph.between(root, branch))
         if not held and (not graph.matrices_on(path) or _share(graph, branch, root) == -total.signs[b]):
             continue  # in x + (q - x) nothing is left of x
@@ -202,8 +213,24 @@ def _candidate(forward: Trace, total: Sum, added: set[int]) -> ResidualAdd | Non
             path,
             total.recorded,
             total.followed,
+            named,
         )
     return None
+
+
+def _is_named(graph: Graph, root: int, branch: int) -> bool:
+    """A branch scales with what the user marked on its way, and with nothing beside it."""
+    if not graph.marked:
+        return False
+    named = set[int]()
+    for n in graph.between(root, branch):
+        if n in graph.marked or (named and any(named.issuperset(sources) for sources in graph.scaling(n))):
+            named.add(n)
+    return branch in named
+
+
+def _runs_through_itself(forward: Trace, add: ResidualAdd) -> bool:
+    return any(add.site == other.site for other in forward.inside(add))
 
 
 def _holds_stream(forward: Trace, branch: int, root: int) -> bool:
@@ -234,7 +261,7 @@ def _roundabout(forward: Trace, paths: Paths) -> set[int]:
     """
     leaves = forward.of("leaf")
     direct = [add for add in leaves if paths.acts(add.root, add.branch)]
-    indirect = [add for add in leaves if not paths.acts(add.root, add.branch)]
+    indirect = [add for add in leaves if not add.named and not paths.acts(add.root, add.branch)]
 
     def on_a_stream(add: ResidualAdd) -> bool:
         return any(paths.skips(d.total, add.stream) or paths.skips(add.total, d.stream) for d in direct)
@@ -307,7 +334,7 @@ def _mark_nested(forward: Trace) -> None:
         before = next((n for n in forward.same(add.stream) if n in forward.by_total), None)
         followers[before].append(add)
     for outer in forward.of("leaf"):
-        inside = [add for add in forward.inside(outer) if _feeds_only(forward, add.total, outer)]
+        inside = [add for add in forward.inside(outer) if feeds_only(forward, add.total, outer)]
         closed = set[int]()  # those on whose stream nothing is added but in this branch
         for add in reversed(inside):
             if all(later.total in closed for later in followers[add.total]):
@@ -329,7 +356,7 @@ def _mark_stream_within(
     """Note that a branch holds a stream of its own, and whether it only hands that on."""
     within = frozenset[int]().union(*(add.path for add in inside))
     after = [n for n in outer.path - within if any(forward.graph.precedes(add.total, n) for add in stream)]
-    if not forward.graph.matrices_on(after):
+    if not outer.named and not forward.graph.matrices_on(after):
         outer.kind = "composite"
         forward.streams[outer.total] = outer.branch
     else:
@@ -337,7 +364,7 @@ def _mark_stream_within(
             add.within = outer.total
 
 
-def _feeds_only(forward: Trace, number: int, outer: ResidualAdd) -> bool:
+def feeds_only(forward: Trace, number: int, outer: ResidualAdd) -> bool:
     """All that is made of a node goes into one branch."""
     queue, seen = [number], set[int]()
     while queue:
@@ -373,10 +400,14 @@ def _follows(forward: Trace, first: ResidualAdd, then: ResidualAdd) -> bool:
 
 
 def _note_matrices(forward: Trace) -> None:
-    """Note the matrices of every branch, without those that act in the branches inside it."""
+    """Note the matrices of every branch, without those that act in the branches inside it.
+
+    A branch that has none besides is told from others by those inside, under names that are not theirs.
+    """
     for add in forward.adds:
         within = frozenset[int]().union(*(inner.path for inner in forward.inside(add) if inner.kind == "leaf"))
-        add.matrices = forward.graph.matrices_on(add.path - within)
+        inside = (f"{name} within" for name in forward.graph.matrices_on(add.path))
+        add.matrices = forward.graph.matrices_on(add.path - within) or frozenset(inside)
 
 
 def _note_begun(forward: Trace) -> None:

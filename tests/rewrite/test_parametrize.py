@@ -17,7 +17,7 @@ import looptransfer as lt
 from looptransfer.rules import Rule
 from tests import models
 from tests.models import WIDTH, Looped, inputs, line_of, noisy, small_decoder, tokens
-from tests.rewrite.answers import Residual, Stepped, X, planned, visits
+from tests.rewrite.answers import Residual, Stepped, X, planned, refusal, visits
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -706,6 +706,59 @@ class Attending(nn.Module):
 def test_a_declared_branch_is_the_part_that_is_added(form: Any, at: Any, skip: float, loops: int) -> None:
     plan = planned(Parts(form, at, skip, loops), branches=["attn"])
     assert [(b.output, b.visits) for b in plan.branches] == [(at, loops)]
+
+
+class Block(nn.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.attn, self.mlp = nn.LayerNorm(WIDTH), Attending(lambda out, weights: out), models.mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(self.norm(x))
+
+
+def test_a_declared_module_that_returns_the_stream_is_refused() -> None:
+    message = refusal(Looped([Block()]), "return x + self.mlp(self.norm(x))", branches=["blocks.0"])
+    assert "branches holds blocks.0, which returns the stream itself" in message
+
+
+@pytest.mark.parametrize("name", ["norm", "mlp.0", "attn.q"])
+def test_a_declared_module_whose_output_is_not_what_is_added_is_told(name: str) -> None:
+    with pytest.warns(lt.ScalingWarning, match=rf"not what is added: blocks\.0\.{name} goes through"):
+        lt.parametrize(Looped([Block()]).double(), X, branches=[f"blocks.0.{name}"])
+
+
+@pytest.mark.parametrize("names", [["attn", "mlp"], ["attn.v", "mlp.3"]])  # the values need no map after them
+def test_declared_modules_whose_outputs_are_added_bring_no_warning(names: list[str]) -> None:
+    plan = planned(Looped([Block()]), branches=[f"blocks.0.{name}" for name in names])
+    assert not plan.caveats
+
+
+@pytest.mark.parametrize("skip", [1.0, 0.9])
+def test_a_declared_part_of_a_declared_branch_is_refused(skip: float) -> None:
+    model = Stepped(lambda m, x: skip * x + m.f(torch.tanh(m.g(x)))).double()
+    with pytest.raises(lt.InputError, match="what g hands over is a part of the branch that f hands over"):
+        lt.parametrize(model, X, branches=["f", "g"])
+
+
+def test_a_declared_add_inside_a_declared_branch_is_told() -> None:
+    model = Stepped(lambda m, x: 0.9 * x + m.f(0.9 * x.tanh() + m.g(x.tanh()))).double()
+    with pytest.warns(lt.ScalingWarning, match="branches inside branches: g in f"):
+        lt.parametrize(model, X, branches=["f", "g"])
+
+
+def test_a_declared_encoder_is_no_part_of_the_branch_that_reads_it() -> None:
+    def step(m: Any, x: Tensor, read: Tensor) -> Tensor:
+        for _ in range(2):
+            read = 0.9 * read + m.g(read)
+        return 0.9 * x + m.f(x + read)  # type: ignore[no-any-return]
+
+    plan = planned(Stepped(step), (X, inputs(2, 4, WIDTH, seed=1)), branches=["f", "g"])
+    assert not [caveat for caveat in plan.caveats if not caveat.startswith("visits differ")]
 
 
 def test_weight_norm_may_be_taken_off_and_a_kept_activation_does_no_harm() -> None:
