@@ -231,11 +231,10 @@ class Function(Reporting):
             raise InputError(
                 f"{self.function!r} cannot be trained; give an Experiment or a function train(run) -> loss"
             )
-        name = f"{module_of(self.function)}.{qualified(self.function)}"
-        self.declared.update({"name": name, **({"version": self.version} if self.version else code_of(self.function))})
-        values = {} if self.version else values_of(self.function) | _changed.get(fingerprint(self.declared), {})
+        values = {} if self.version else values_of(self.function) | _changed.get(self._code(), {})
         values = {name: value for name, value in values.items() if value is not None}
-        self.declared.update({**({BOUND: values} if values else {}), "looptransfer": version("looptransfer")})
+        self.declared.update({**self._named(), **({BOUND: values} if values else {})})
+        self.declared["looptransfer"] = version("looptransfer")
 
     def __str__(self) -> str:
         return f"{qualified(self.function)}(run){place(self.function)}"
@@ -244,6 +243,10 @@ class Function(Reporting):
         """The function's name, its version or else hashes of its source and its values, and the version of our own."""
         return dict(self.declared)
 
+    def _named(self) -> dict[str, str]:
+        name = {"name": f"{module_of(self.function)}.{qualified(self.function)}"}
+        return name | ({"version": self.version} if self.version else code_of(self.function))
+
     def _note_changes(self) -> None:
         """Remember the first value of what a training changes, as a counter or a cache: it tells no functions apart."""
         if self.version:
@@ -251,8 +254,10 @@ class Function(Reporting):
         first, now = self.declared.get(BOUND, {}), values_of(self.function)
         changed = {name: first.get(name) for name in first.keys() | now.keys() if first.get(name) != now.get(name)}
         if changed:
-            code = {name: value for name, value in self.declared.items() if name not in (BOUND, "looptransfer")}
-            _changed.setdefault(fingerprint(code), {}).update(changed)
+            _changed.setdefault(self._code(), {}).update(changed)
+
+    def _code(self) -> str:
+        return fingerprint(self._named())
 
     def reports(self, trial: Trial) -> Iterator[Report]:
         """The losses that the function yields, or returns."""

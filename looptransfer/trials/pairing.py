@@ -292,7 +292,7 @@ def _check_optimizer(optimizer: object, starts: Mapping[int, Start], others: Ite
         problems.append(f"it has the same settings for the LR {LR:g} as for {2 * LR:g}, so the LR does not reach it")
     for problem in problems:
         told = f"optimizer(model, lr) does not do what the plan says{place(optimizer)}: {problem}"
-        warnings.warn(told, ScalingWarning, stacklevel=8)
+        warnings.warn(told, ScalingWarning, stacklevel=7)
 
 
 def _check_fresh(experiment: "Experiment", loops: int, seed: int) -> None:
