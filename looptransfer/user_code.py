@@ -13,7 +13,7 @@ import sysconfig
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from looptransfer.errors import InputError, UserCodeError
@@ -73,6 +73,20 @@ def calls_back(failure: str, *hooks: object) -> Iterator[None]:
         if not frames or _is_ours(frames[-1]):
             raise
         raise UserCodeError(f"{failure}: {described(error)}{line_of(error)}") from error
+
+
+@contextmanager
+def directory_kept() -> Iterator[None]:
+    """Give the working directory back as it was, where the user's code changes it."""
+    before = None
+    with suppress(OSError):  # it was removed
+        before = os.getcwd()
+    try:
+        yield
+    finally:
+        if before is not None:
+            with suppress(OSError):
+                os.chdir(before)
 
 
 def end_with_parent() -> None:

@@ -179,7 +179,8 @@ class Command(Reporting):
         if process.returncode and not diverged:
             raise UserCodeError(f"{self} {_ended(process.returncode)}{_end_of(log)}")
         if not reports:
-            raise UserCodeError(f"{self} ended without a loss at {self._filled(self.metric, trial)}{_end_of(log)}")
+            place = f"{self._filled(self.metric, trial)}{self._found(trial)}"
+            raise UserCodeError(f"{self} ended without a loss at {place}{_end_of(log)}")
         yield from fresh
 
     def _words(self, trial: Trial) -> tuple[list[str], dict[str, str]]:
@@ -216,6 +217,20 @@ class Command(Reporting):
         read = _from_csv if name.lower().endswith(".csv") else _from_json_lines
         return _Reader(Path(self._filled(name, trial)), 0, lambda text, file: read(text, key, file))
 
+    def _found(self, trial: Trial) -> str:
+        """What is where the loss should be, of a metric in JSON lines."""
+        name, _, key = self.metric.rpartition(":")
+        if self.metric.startswith(STDOUT) or name.lower().endswith(".csv"):
+            return ""
+        try:
+            text = Path(self._filled(name, trial)).read_bytes().decode("utf-8-sig", errors="replace")
+        except OSError as error:
+            return f" ({error.strerror})"
+        keys = dict.fromkeys(key for row in _json_lines(text).values() for key in row)
+        if not keys:
+            return " (no line of it is a JSON object; write one object a line)"
+        return f" (no line has a value for {key!r}; there are {', '.join(keys)[:200]})"
+
 
 class _Reader:
     """The losses in a file that grows. It is read again when it has changed."""
@@ -231,7 +246,7 @@ class _Reader:
             status = self.path.stat()
             if whole or (status.st_size, status.st_mtime_ns) != self.seen:
                 self.seen = status.st_size, status.st_mtime_ns
-                text = self.path.read_bytes()[self.start :].decode(errors="replace")
+                text = self.path.read_bytes()[self.start :].decode("utf-8-sig", errors="replace")
                 lines = text if whole else text[: text.rfind("\n") + 1]
                 self.reports = self.losses(lines, str(self.path))
         except OSError:  # it is not there yet
@@ -244,13 +259,19 @@ Losses = Callable[[str, str], list[Report]]  # of a text, and the file that an e
 
 def _from_json_lines(text: str, key: str, file: str) -> list[Report]:
     """Lines without the key are not of the metric; lines that are no JSON are somebody else's."""
-    reports = []
+    rows = {number: row for number, row in _json_lines(text).items() if row.get(key) is not None}
+    return [_report(row.get("step"), row[key], key, f"{file}, line {number}") for number, row in rows.items()]
+
+
+def _json_lines(text: str) -> dict[int, dict[str, Any]]:
+    """The objects of JSON lines, by the number of their line."""
+    rows = {}
     for number, line in enumerate(text.splitlines(), start=1):
         with contextlib.suppress(ValueError):
             row = json.loads(line)
-            if isinstance(row, dict) and row.get(key) is not None:
-                reports.append((row.get("step"), row[key], number))
-    return [_report(step, loss, key, f"{file}, line {number}") for step, loss, number in reports]
+            if isinstance(row, dict):
+                rows[number] = row
+    return rows
 
 
 def _from_csv(text: str, key: str, file: str) -> list[Report]:

@@ -11,8 +11,8 @@ import tempfile
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -22,13 +22,18 @@ from looptransfer.errors import InputError, PairingWarning, UserCodeError
 from looptransfer.files import write_file
 from looptransfer.rules import Rule
 from looptransfer.transfer.provenance import fingerprint
+from looptransfer.trials.bound import code_of, module_of, values_of
+from looptransfer.trials.identity import BOUND
 from looptransfer.trials.run import Outcome, Trainable, Trial
-from looptransfer.user_code import place, qualified, refuse_unguarded, user_code
+from looptransfer.user_code import directory_kept, place, qualified, refuse_unguarded, user_code
 
 FEW = 3  # losses by which the starts of two trainings are compared
 PAIRED = 10  # times by which two seeds differ more than two equal runs, where the seed says what a run is
+NO_LOSS = "{} reported no loss"
 CHECKED = "pairing.json"  # which trainings were looked at, in the folder of the runs
 Report = tuple[int | None, float]  # a step, where it is known, and a loss in nats
+
+_changed: dict[str, dict[str, Any]] = {}  # hash of a function -> first values, by name, of what its trainings change
 
 
 class Reporting(ABC):
@@ -61,7 +66,7 @@ class Reporting(ABC):
                     break
                 last = report[1]
         if report is None:
-            raise UserCodeError(f"{self} reported no loss")
+            raise UserCodeError(NO_LOSS.format(self))
         with contextlib.suppress(OSError):
             trial.directory.rmdir()  # where nothing was left in it
         (step, loss), seconds = report, time.perf_counter() - started
@@ -109,16 +114,14 @@ def _compared(
         return True, f"a run diverges at once ({moment}): whether seeds pair the runs was not seen"
     several = min((n for n in loops if n > 1), default=1)
     others = {
-        "seed": [replace(first, seed=seed) for seed in seeds if seed != first.seed][:1],
-        "loop count": [replace(first, loops=n) for n in sorted(loops) if n != first.loops][:1],
+        "seed": [replace(first, seed=seed) for seed in seeds if seed != first.seed],
+        "loop count": [replace(first, loops=n) for n in sorted(loops) if n != first.loops],
     }
-    for name, changed in others.items():
-        for other in changed:
-            starts.must_differ(name, first, other)
+    compared = {name: starts.differing(name, first, trials) for name, trials in others.items()}
     for rule in [rule for rule in rules if rule != first.rule and several > 1]:
-        starts.must_differ("rule", replace(first, loops=several), replace(first, loops=several, rule=rule))
+        starts.differing("rule", replace(first, loops=several), [replace(first, loops=several, rule=rule)])
     same = starts.distance(first, replace(first, directory=first.directory / "again"))
-    apart = max((starts.distance(first, other) for other in others["seed"]), default=0.0)
+    apart = 0.0 if compared["seed"] is None else starts.distance(first, compared["seed"])
     if same == 0:
         return True, f"two equal runs ({moment}) report equal losses: seeds pair the runs"
     told = f"two equal runs ({moment}) report losses that differ by up to {same:.2g} nats"
@@ -140,11 +143,25 @@ class _Starts:
     def of(self, trial: Trial, most: int | None = FEW) -> list[float]:
         key = (trial, most)
         if key not in self.losses:
-            folder = trial.directory / str(len(self.losses))
-            folder.mkdir(parents=True)
+            trial.directory.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=trial.directory))
             with contextlib.closing(self.training.reports(replace(trial, directory=folder))) as reports:  # type: ignore[type-var]
                 self.losses[key] = [loss for _, loss in islice(reports, most)]
+            if not self.losses[key]:
+                raise UserCodeError(NO_LOSS.format(self.training))
         return self.losses[key]
+
+    def differing(self, name: str, first: Trial, others: Iterable[Trial]) -> Trial | None:
+        """The first of the others that can be compared, None where all fail: a run that does leaves the others alone.
+
+        Raises:
+            InputError: it reports the same to the end.
+        """
+        for other in others:
+            with contextlib.suppress(UserCodeError):
+                self.must_differ(name, first, other)
+                return other
+        return None
 
     def must_differ(self, name: str, first: Trial, other: Trial) -> None:
         """Refuse two trainings that report the same to the end."""
@@ -169,8 +186,13 @@ def _listed(losses: Sequence[float]) -> list[str]:
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """A new folder in `folder`. It stays where an error may name a log that lies in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="start-", dir=folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="start-", dir=folder))
+    except OSError as error:
+        raise InputError(
+            f"cannot write {folder}, beside the ledger: {error.strerror}; choose a ledger in a folder you may write to"
+        ) from None
     yield scratch
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -193,7 +215,8 @@ class Function(Reporting):
     Attributes:
         function: at the top level of a module, since worker processes import it.
         version: changes where results of the old function should not be mixed with those of the new one. Without one,
-            the function's own source decides; what it calls is not looked at.
+            the function's own source decides, and the plain values that it was made with or reads from its module,
+            as they were before its first training; what it calls is not looked at.
 
     Raises:
         InputError: it is no function.
@@ -201,24 +224,50 @@ class Function(Reporting):
 
     function: Callable[[Trial], Any]
     version: str = ""
+    declared: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)  # the identity
 
     def __post_init__(self) -> None:
         if not callable(self.function) or inspect.isclass(self.function):
             raise InputError(
                 f"{self.function!r} cannot be trained; give an Experiment or a function train(run) -> loss"
             )
+        values = {} if self.version else values_of(self.function) | _changed.get(self._code(), {})
+        values = {name: value for name, value in values.items() if value is not None}
+        self.declared.update({**self._named(), **({BOUND: values} if values else {})})
+        self.declared["looptransfer"] = version("looptransfer")
 
     def __str__(self) -> str:
         return f"{qualified(self.function)}(run){place(self.function)}"
 
     def identity(self) -> dict[str, Any]:
-        """The function's name, its version or else a hash of its source, and the version of what runs it."""
-        name = f"{_module(self.function)}.{qualified(self.function)}"
-        code = {"version": self.version} if self.version else _source(self.function)
-        return {"name": name, **code, "looptransfer": version("looptransfer")}
+        """The function's name, its version or else hashes of its source and its values, and the version of our own."""
+        return dict(self.declared)
+
+    def _named(self) -> dict[str, str]:
+        name = {"name": f"{module_of(self.function)}.{qualified(self.function)}"}
+        return name | ({"version": self.version} if self.version else code_of(self.function))
+
+    def _note_changes(self) -> None:
+        """Remember the first value of what a training changes, as a counter or a cache: it tells no functions apart."""
+        if self.version:
+            return
+        first, now = self.declared.get(BOUND, {}), values_of(self.function)
+        changed = {name: first.get(name) for name in first.keys() | now.keys() if first.get(name) != now.get(name)}
+        if changed:
+            _changed.setdefault(self._code(), {}).update(changed)
+
+    def _code(self) -> str:
+        return fingerprint(self._named())
 
     def reports(self, trial: Trial) -> Iterator[Report]:
         """The losses that the function yields, or returns."""
+        try:
+            with directory_kept():
+                yield from self._reports(trial)
+        finally:
+            self._note_changes()
+
+    def _reports(self, trial: Trial) -> Iterator[Report]:
         call = f"{qualified(self.function)}(run)"
         with user_code(f"{call} fails", self.function):
             result = self.function(trial)
@@ -252,23 +301,10 @@ class Function(Reporting):
                 value = value.item()
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise UserCodeError(f"{what} {_shown(value)}{place(self.function)}; it must be a number, the loss in nats")
-        return float(value)
-
-
-def _module(function: object) -> str:
-    """Its module, by its file's stem where that is run as a script, as a worker process imports it."""
-    name = getattr(function, "__module__", type(function).__module__)
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return Path(file).stem if name == "__main__" and file else str(name)
-
-
-def _source(function: Any) -> dict[str, str]:
-    """A hash of the source of a function or of a callable object's class, where it can be had."""
-    function = getattr(function, "func", function)  # of a partial
-    with contextlib.suppress(OSError, TypeError):
-        text = inspect.getsource(function if inspect.isroutine(function) else type(function))
-        return {"source": fingerprint({"text": text})}
-    return {}
+        try:
+            return float(value)
+        except OverflowError:  # a whole number beyond all floats
+            return math.copysign(math.inf, value)
 
 
 def _shown(value: object) -> str:

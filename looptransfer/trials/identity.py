@@ -7,6 +7,7 @@ from typing import Any
 from looptransfer.errors import InputError
 
 ENVIRONMENT = ("torch", "looptransfer", "machine")  # may differ where a training starts the same
+BOUND = "value"  # in the identity of a function: the values that it is bound to, by name
 NOISE = 1e-4  # relative, of numbers that other machines and devices round otherwise
 
 
@@ -16,11 +17,15 @@ def check_identity(shown: str, stored: Mapping[str, Any], given: Mapping[str, An
     Raises:
         InputError: they differ in more than versions and machine.
     """
+    stored, given = _flat(stored), _flat(given)
     differing = sorted(key for key in stored.keys() | given.keys() if stored.get(key) != given.get(key))
     remarks = [f"{key} {stored.get(key)} there, {given.get(key)} here" for key in differing if key in ENVIRONMENT]
+    refused = [key for key in differing if key not in ENVIRONMENT]
+    bound = any(key.startswith(f"{BOUND} ") for key in refused)
     _refuse(
         shown,
-        [f"{key}: {stored.get(key)!r} there, {given.get(key)!r} here" for key in differing if key not in ENVIRONMENT],
+        [f"{key}: {stored.get(key)!r} there, {given.get(key)!r} here" for key in refused],
+        ", or name the state of the function where that value does not matter: lt.Function(train, version=…)" * bound,
     )
     return remarks
 
@@ -51,9 +56,18 @@ def check_probe(shown: str, moment: str, stored: Mapping[str, Any], measured: Ma
     return noise
 
 
-def _refuse(shown: str, differing: list[str]) -> None:
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity with the entries of its mappings by their own names."""
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        entries = {f"{key} {name}": entry for name, entry in value.items()} if isinstance(value, Mapping) else None
+        flat |= {key: value} if entries is None else entries
+    return flat
+
+
+def _refuse(shown: str, differing: list[str], other_fix: str = "") -> None:
     if differing:
         raise InputError(
             f"the ledger {shown} holds another experiment ({', '.join(differing)}); choose another ledger or remove "
-            "this one"
+            f"this one{other_fix}"
         )

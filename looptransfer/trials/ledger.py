@@ -34,6 +34,7 @@ from looptransfer.text import without_password, without_secrets
 from looptransfer.transfer.provenance import fingerprint
 from looptransfer.transfer.studies import (
     IDENTITY,
+    JOURNAL,
     READS,
     REQUEST,
     SWEEP,
@@ -407,6 +408,17 @@ class Ledger:
         finally:
             over.set()
             thread.join()
+
+
+def absolute(place: str | Path) -> str:
+    """A ledger's file or URL, which names the same one from every working directory."""
+    url, mark, study = str(place).partition("#") if "://" in str(place) else (str(place), "", "")
+    if (journal := journal_file(url)) is not None:
+        url = JOURNAL + str(Path(journal).absolute())
+    elif (file := sqlite_file(url)) is not None and file.name:
+        path = str(file.absolute())
+        url = sqlalchemy.make_url(url).set(database=path).render_as_string(False) if "://" in url else path
+    return url + mark + study
 
 
 def runs_directory(place: str | Path) -> Path:

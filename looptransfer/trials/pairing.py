@@ -9,25 +9,30 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from looptransfer.errors import InputError, PairingWarning
+from looptransfer.audit import optimizer_problems
+from looptransfer.errors import InputError, PairingWarning, ScalingWarning
+from looptransfer.optim import OnStream, family_of, strange_groups, tensors_of
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import ScalingPlan, check_one_parameterization
+from looptransfer.rules import Family
 from looptransfer.trials.batches import digest, same_batch
 from looptransfer.trials.hooks import Batch, fresh_model, held_out_batches, held_out_loss, seeded
 from looptransfer.trials.run import Trial
 from looptransfer.trials.training import Training, threads_of
-from looptransfer.user_code import calls_back, place, refuse_unguarded
+from looptransfer.user_code import calls_back, place, refuse_unguarded, user_code
 
 if TYPE_CHECKING:
     from looptransfer.trials.experiment import Experiment
 
 LR = 2.0**-8  # of the two steps, at the top of a schedule that has hardly begun to rise
+HOW = ("params", "foreach", "fused", "capturable", "differentiable")  # of a group: no settings of what is computed
 SAME = 1e-5  # relative, of sums of weights and of losses
 
 
@@ -35,8 +40,9 @@ SAME = 1e-5  # relative, of sums of weights and of losses
 class Start:
     """A training's first batches, and the sum of absolute values of every trained tensor and the loss before it.
 
-    Where a whole experiment is started, also its plan, the shapes of its parameters, the loss after a step, and a hash
-    of the held-out batches.
+    Where a whole experiment is started, also its plan, the shapes of its parameters, the loss after a step, and hashes
+    of the optimizers' settings, of the schedule and of the held-out batches; and what is wrong with optimizers of the
+    experiment's own.
     """
 
     batches: Sequence[Batch]
@@ -45,7 +51,10 @@ class Start:
     plan: ScalingPlan | None = None
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of the parameters, by name
     next_loss: float = math.nan
+    settings: str = ""
+    schedule: str = ""
     held_out: str = ""
+    problems: Sequence[str] = ()
 
     def probe(self) -> dict[str, Any]:
         """JSON values that differ where another experiment is started: text to the bit, numbers but for rounding."""
@@ -56,6 +65,8 @@ class Start:
             "the initial weights": sum(self.weights),
             "the loss at initialisation": self.loss,
             "the loss after a step": self.next_loss,
+            "the optimizer's settings": self.settings,
+            "the schedule": self.schedule,
         }
 
     def has_weights_of(self, other: "Start") -> bool:
@@ -94,11 +105,14 @@ def check_start(experiment: "Experiment", first: Trial, loops: Iterable[int], se
     counts = sorted(set(loops))
     smallest, seed = counts[0], seeds[0]
     first = replace(first, loops=smallest, seed=seed, lr=LR)
+    schedule = _schedule(experiment)
     _check_fresh(experiment, smallest, seed)
     starts = {n: start(experiment, replace(first, loops=n)) for n in counts}
     held_out = digest(_steady_held_out(experiment))
     repeated = start(experiment, first, to_the_end=True)
-    others = {other: start(experiment, replace(first, seed=other)) for other in seeds[1:2]}
+    others = {other: start(experiment, replace(first, seed=other, lr=2 * LR)) for other in seeds[1:2]}
+    if experiment.optimizer is not None:
+        _check_optimizer(experiment.optimizer, starts, others.values())
     check_pairs(experiment.make_model, experiment.batches, {seed: starts[smallest], **others}, repeated)
     for n in counts[1:]:
         _check_same(experiment.batches, seed, starts[smallest], starts[n], f"at N = {n} than at N = {smallest}")
@@ -107,7 +121,7 @@ def check_start(experiment: "Experiment", first: Trial, loops: Iterable[int], se
         check_one_parameterization(plans, {n: frozenset(begun.shapes) for n, begun in starts.items()})
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # for the workers that share the device
-    return {n: replace(begun, held_out=held_out) for n, begun in starts.items()}
+    return {n: replace(begun, held_out=held_out, schedule=schedule) for n, begun in starts.items()}
 
 
 def check_pairs(make_model: object, batches: object, starts: Mapping[int, Start], repeated: Start) -> None:
@@ -172,6 +186,8 @@ def start(experiment: "Experiment", trial: Trial, to_the_end: bool = False) -> S
     moment = f"N = {trial.loops}, seed {trial.seed}"
     with threads_of(trial), seeded(trial.seed):
         training = Training(experiment, trial)
+        settings = settings_of(training.optimizers)
+        problems = _problems(experiment, training)
         batches, weights, loss = [training.batch], weights_of(training.model), training.loss()
         check_finite(loss, moment, experiment.loss, experiment.make_model)
         shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(training.model).items()}
@@ -184,7 +200,7 @@ def start(experiment: "Experiment", trial: Trial, to_the_end: bool = False) -> S
                 pass
             loss_at_end = held_out_loss(experiment, training.model, trial.device)
             check_finite(loss_at_end, f"{moment}, held out", experiment.held_out)
-    return Start(batches, weights, loss, training.plan, shapes, next_loss)
+    return Start(batches, weights, loss, training.plan, shapes, next_loss, settings, problems=problems)
 
 
 def probe(experiment: "Experiment", trial: Trial) -> dict[str, Any]:
@@ -194,7 +210,89 @@ def probe(experiment: "Experiment", trial: Trial) -> dict[str, Any]:
         InputError: as `start`.
     """
     begun = start(experiment, replace(trial, lr=LR))
-    return replace(begun, held_out=digest(held_out_batches(experiment.held_out))).probe()
+    held_out = digest(held_out_batches(experiment.held_out))
+    return replace(begun, held_out=held_out, schedule=_schedule(experiment)).probe()
+
+
+def settings_of(optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    """A hash of the kinds of optimizers and of the settings of their groups, but for those of how they are computed."""
+    groups = [
+        (type(optimizer).__name__, sorted((name, _rounded(value)) for name, value in group.items() if name not in HOW))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    return digest([repr(groups)])
+
+
+def _rounded(value: Any) -> str:
+    """A setting as text: plain values, floats but for rounding, else the type."""
+    if isinstance(value, (list, tuple)):
+        return repr([_rounded(item) for item in value])
+    if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+        return f"{float(value):.6g}"
+    return repr(value) if isinstance(value, (bool, int, str, type(None))) else type(value).__name__
+
+
+def _schedule(experiment: "Experiment") -> str:
+    """A hash of a schedule's shares of the LR, if the experiment has one of its own.
+
+    Raises:
+        InputError: it fails, or gives negative shares, what is no number, or nothing but 0.
+    """
+    if experiment.schedule is None:
+        return ""
+    shares = []
+    for step in range(experiment.steps):
+        with user_code(f"schedule({step}, {experiment.steps}) fails", experiment.schedule):
+            shares.append(experiment.lr_share(step))
+        if not (math.isfinite(shares[-1]) and shares[-1] >= 0):
+            raise InputError(
+                f"schedule({step}, {experiment.steps}) gives {shares[-1]:g}{place(experiment.schedule)}; it must give "
+                "the share of the LR at that step, from 0 up"
+            )
+    if not any(shares):
+        raise InputError(
+            f"schedule(step, {experiment.steps}) gives 0 at every step{place(experiment.schedule)}, so that nothing is "
+            "trained; it must give the share of the LR at each step, such as 1.0"
+        )
+    return digest([f"{share:.6g}" for share in shares])
+
+
+def _problems(experiment: "Experiment", training: Training) -> list[str]:
+    """What is wrong with optimizers of the experiment's own, as `verify` tells; groups made by hand may be right."""
+    if experiment.optimizer is None:
+        return []
+    made = [(live, strange_groups(live.param_groups, f"the {type(live).__name__}")) for live in training.optimizers]
+    by_hand = [live for live, strange in made if strange]
+    right = by_hand and _have_planned_lrs(training.model, by_hand, experiment.on_stream)
+    told = {sentence for _, strange in made for sentence in strange} if right else set()
+    return [problem for problem in optimizer_problems(training.model, training.optimizers) if problem not in told]
+
+
+def _have_planned_lrs(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], on_stream: OnStream) -> bool:
+    """The LRs of optimizers without factors are in the ratio of the planned ones, or the plan has none."""
+    bases: dict[Family, list[float]] = {}
+    plain = True
+    for optimizer in optimizers:
+        family: Family = "adamw"  # of an unknown kind, such as Lion: without a factor of AdamW there is nothing to tell
+        with suppress(InputError):
+            family = family_of(type(optimizer))
+        factors = {id(tensor.parameter): tensor.lr for tensor in tensors_of(model, family, on_stream)}
+        for group in optimizer.param_groups:
+            own = [factors[id(parameter)] for parameter in group["params"] if id(parameter) in factors]
+            bases.setdefault(family, []).extend(float(group["lr"]) / factor for factor in own)
+            plain = plain and all(math.isclose(factor, 1, rel_tol=SAME) for factor in own)
+    return plain or all(math.isclose(lr, lrs[0], rel_tol=SAME) for lrs in bases.values() for lr in lrs)
+
+
+def _check_optimizer(optimizer: object, starts: Mapping[int, Start], others: Iterable[Start]) -> None:
+    """Warn of what is wrong with optimizers of the experiment's own; `others` were started at twice the LR."""
+    problems = [f"{problem} (at N = {n})" for n, begun in starts.items() for problem in begun.problems][:1]
+    if any(other.settings == starts[min(starts)].settings for other in others):
+        problems.append(f"it has the same settings for the LR {LR:g} as for {2 * LR:g}, so the LR does not reach it")
+    for problem in problems:
+        told = f"optimizer(model, lr) does not do what the plan says{place(optimizer)}: {problem}"
+        warnings.warn(told, ScalingWarning, stacklevel=7)
 
 
 def _check_fresh(experiment: "Experiment", loops: int, seed: int) -> None:

@@ -17,10 +17,11 @@ from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.studies import asked, expanded
 from looptransfer.trials.devices import Slot, here, slots
 from looptransfer.trials.function import as_trainable
-from looptransfer.trials.ledger import TARGET, Ledger, runs_directory
+from looptransfer.trials.ledger import TARGET, Ledger, absolute, runs_directory
 from looptransfer.trials.run import Run, Trainable
 from looptransfer.trials.search import REGRET, START, Grid, ProxyOptimum, ProxySearch, Search, Several
 from looptransfer.trials.workers import check_limit, run_search
+from looptransfer.user_code import directory_kept
 
 LEDGER = "looptransfer.db"
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
@@ -284,8 +285,10 @@ def open_ledger(
     """
     loops, seeds, rules = ([*dict.fromkeys(getattr(run, name) for run in runs)] for name in ("loops", "seed", "rule"))
     lrs = sorted({run.lr for run in runs})
+    place = absolute(place)  # before the user's code, which may change the working directory
     first = here(slot).trial(Run(rules[0], min(loops), lrs[(len(lrs) - 1) // 2], seeds[0]), runs_directory(place))
-    starts = trainable.check(first, loops, seeds, rules)
+    with directory_kept():
+        starts = trainable.check(first, loops, seeds, rules)
     ledger = Ledger(place)
     probes = {Run(first.rule, count, first.lr, first.seed): start.probe() for count, start in starts.items()}
     ledger.admit(trainable.identity(), probes, _prober(trainable, slot, place), target)
@@ -293,7 +296,11 @@ def open_ledger(
 
 
 def _prober(trainable: Trainable, slot: Slot, place: str | Path) -> Callable[[Run], Mapping[str, Any]]:
-    return lambda run: trainable.probe(here(slot).trial(run, runs_directory(place)))
+    def probe(run: Run) -> Mapping[str, Any]:
+        with directory_kept():
+            return trainable.probe(here(slot).trial(run, runs_directory(place)))
+
+    return probe
 
 
 @explained_in("cluster.md#many-machines")
@@ -320,6 +327,7 @@ def join(
     """
     check_limit(limit)
     trainable = as_trainable(train)
+    storage = absolute(storage)
     ledger = Ledger(storage, study, create=False)
     if ledger.identity is None:
         raise InputError(f"the study {study} of {ledger.shown} was not begun by tune or sweep; begin it by one of them")

@@ -7,6 +7,7 @@ the others are made, and at the end it is told.
 
 import contextlib
 import itertools
+import math
 import multiprocessing
 import multiprocessing.connection
 import pickle
@@ -16,7 +17,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -30,13 +31,15 @@ from looptransfer.trials.ledger import Claim, Ledger
 from looptransfer.trials.progress import Progress, progress_of
 from looptransfer.trials.run import Run, Trainable, Trial, pickled
 from looptransfer.trials.search import Search
-from looptransfer.user_code import UNGUARDED, WORKER, end_with_parent, user_code
+from looptransfer.user_code import UNGUARDED, WORKER, directory_kept, end_with_parent, user_code
 
 HOPELESS = 2  # failed runs after which a loop count of which none is finished is given up
 KILLS = 3  # times that the worker of one run may be killed from outside before the run counts as failed
 FALSE_STARTS = 3  # workers that may be killed before they claimed a run
 KILLED = (-9, -15)  # exit codes of a process that was killed from outside
 SLOW, NEVER_SLOW = 10, 60.0  # times the median that a run takes before it is told, and seconds below which it is not
+APART = 2.0  # times the least of the LRs that are told to give one loss
+CHANCE = 12  # digits in which further losses agree; two of float32 are enough, and five such as 2.01
 POLL = 0.5  # seconds between looks at what others make
 LEAVE = 5.0  # seconds that workers have to end in when all is made
 
@@ -135,6 +138,7 @@ class _Todo:
         self.wanted: dict[Run, None] = {}
         self.left: dict[Run, None] = {}  # neither finished nor failed
         self.settled = 0  # of the ledger's settled runs, those that are taken into account
+        self.by_lr: dict[tuple[str, int, int], dict[float, float]] = {}  # rule, N, seed -> losses
         self.update()
 
     def update(self) -> None:
@@ -148,6 +152,10 @@ class _Todo:
                 self.left = {run: None for run in self.wanted if run not in finished and run not in failed}
         for run in self.ledger.settled[self.settled :]:
             self.left.pop(run, None)
+            if run in finished:
+                losses = self.by_lr.setdefault((run.rule, run.loops, run.seed), {})
+                losses[run.lr] = self.ledger.losses[run]
+                _refuse_without_lr(run, losses)
         self.settled = len(self.ledger.settled)
 
     def coming(self) -> Collection[Run]:
@@ -191,6 +199,22 @@ class _Todo:
         raise FailedRunError(message)
 
 
+def _refuse_without_lr(run: Run, losses: Mapping[float, float]) -> None:
+    """Refuse a training that comes to one loss whatever the LR, once that is no chance of a loss of few digits.
+
+    Raises:
+        InputError: the LR does not reach it.
+    """
+    loss = losses[run.lr]
+    digits = len(repr(abs(loss)).partition("e")[0].replace(".", "").strip("0"))
+    alike = math.isfinite(loss) and set(losses.values()) == {loss} and max(losses) >= APART * min(losses)
+    if alike and digits * (len(losses) - 1) >= CHANCE:
+        raise InputError(
+            f"the runs at the LRs {', '.join(f'{lr:.4g}' for lr in sorted(losses))} ({run.rule}, N = {run.loops}, seed "
+            f"{run.seed}) all come to the loss {loss!r}, so the LR does not reach the training; see that it is used"
+        )
+
+
 def _name(run: Run) -> str:
     return f"{run.rule}, N = {run.loops}, LR {run.lr:.6g}, seed {run.seed}"
 
@@ -228,7 +252,8 @@ def _folder(run: Run) -> str:
 def _make(ledger: Ledger, claim: Claim, trainable: Trainable, trial: Trial) -> None:
     with ledger.counting(claim):
         try:
-            outcome = trainable.train(trial)
+            with directory_kept():
+                outcome = trainable.train(trial)
         except InputError as error:
             ledger.fail(claim, str(error))
             return

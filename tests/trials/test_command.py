@@ -223,9 +223,29 @@ def test_a_run_that_diverges_is_ended_at_once(tmp_path: Path) -> None:
 
 
 def test_success_without_a_loss_is_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"ended without a loss at .*run/log.jsonl:val_loss; the end of .*output.log:"):
+    with pytest.raises(
+        InputError, match=r"loss at .*run/log.jsonl:val_loss \(No such file or directory\); the end of .*output.log:"
+    ):
         trained(tmp_path, "print('all is well')")
     assert log_of(tmp_path) == "all is well\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (['{"loss": 2, "step": 1}'], "no line has a value for 'val_loss'; there are loss, step"),
+        (["{", '"val_loss": 2', "}"], "no line of it is a JSON object; write one object a line"),
+        (['[{"val_loss": 2}]'], "no line of it is a JSON object"),
+    ],
+)
+def test_what_stands_in_a_file_without_the_loss_is_told(tmp_path: Path, lines: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=rf"ended without a loss at .*log\.jsonl:val_loss \({said}"):
+        trained(tmp_path, writing(*lines))
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_column(tmp_path: Path) -> None:
+    text = "import sys\nopen(sys.argv[4] + '/log.csv', 'w', encoding='utf-8-sig').write('loss,step\\n3.5,1\\n')"
+    assert trained(tmp_path, text, "{dir}/log.csv:loss").loss == 3.5
 
 
 # -- how it fails

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -262,3 +263,91 @@ def test_a_new_ledger_takes_nothing_from_the_directories_of_an_old_one(tmp_path:
         ledger.unlink()
     assert seen[0] != seen[1]
     assert seen[0].parts[:-2] == seen[1].parts[:-2] == (tmp_path / "l.runs").parts
+
+
+def failing(*seeds: int) -> Any:
+    def train(run: Trial) -> float:
+        if run.seed in seeds:
+            raise ArithmeticError("boom")
+        return trainings.loss_of(run)
+
+    return train
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+def test_a_second_seed_that_fails_at_the_start_leaves_the_others_alone(tmp_path: Path, seeds: tuple[int, ...]) -> None:
+    with pytest.raises(FailedRunError, match="boom") as caught:
+        lt.sweep(failing(*seeds), [1, 2], lrs=[LR], seeds=3, ledger=tmp_path / "l.db", workers=1)
+    assert caught.value.finished is not None
+    assert set(caught.value.finished["seed"]) == {0, 1, 2} - set(seeds)
+
+
+def test_a_first_seed_that_fails_at_the_start_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="boom"):
+        checked(failing(0), tmp_path)
+
+
+def test_a_generator_without_a_loss_is_not_told_that_the_seed_does_not_reach_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="reported no loss"):
+        checked(lambda run: iter([]), tmp_path)
+
+
+def test_a_whole_number_beyond_all_floats_has_diverged(tmp_path: Path) -> None:
+    assert trained(lambda run: 10**400, tmp_path).diverged
+
+
+def test_a_folder_of_runs_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*run, beside the ledger: Not a directory; choose a ledger"):
+        Function(trainings.returning).check(trial(tmp_path / "file"), [1], [0], ["factored"])
+
+
+@pytest.mark.parametrize("there", ["out", "directory"])
+@pytest.mark.parametrize("yields", [False, True])
+def test_a_training_that_changes_the_working_directory_leaves_it_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, yields: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = set()
+
+    def move(run: Trial) -> float:
+        seen.add(Path.cwd())
+        Path("out").mkdir(exist_ok=True)
+        os.chdir(run.directory if there == "directory" else "out")
+        return trainings.loss_of(run)
+
+    def moving(run: Trial) -> Any:
+        yield 0, move(run)
+        yield 1, trainings.loss_of(run) + Path.cwd().samefile(tmp_path)
+
+    results = lt.sweep(moving if yields else move, [1, 2], lrs=[LR], seeds=2, ledger="l.db", workers=1)
+    assert (seen, Path.cwd(), len(lt.read_results("l.db"))) == ({tmp_path}, tmp_path, len(results))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l.db", "l.runs", "out"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_training_that_ignores_the_lr_is_told_by_its_first_runs(tmp_path: Path) -> None:
+    calls = []
+
+    def train(run: Trial) -> float:
+        calls.append(run.lr)
+        return math.sqrt(2 + run.seed + run.loops)
+
+    with pytest.raises(
+        InputError, match=r"the runs at the LRs 0.001953, 0.007812 .*the LR does not reach the training"
+    ):
+        lt.tune(train, 1, seeds=2, ledger=tmp_path / "l.db", workers=1)
+    assert len(calls) == 5  # of which three are starts
+
+
+def test_a_loss_of_few_digits_may_be_the_same_at_two_lrs(tmp_path: Path) -> None:
+    def rounded(run: Trial) -> float:
+        return 2.31 + 0.01 * run.seed + 0.1 * run.loops + (run.lr > 2.0**-6)
+
+    def solved(run: Trial) -> float:
+        return 0.0 if run.lr > 2.0**-12 else trainings.loss_of(run)
+
+    lrs = [2.0**-9, 2.0**-8, 2.0**-7]
+    assert len(lt.sweep(rounded, [1, 2], lrs=lrs, seeds=2, ledger=tmp_path / "r.db", workers=1)) == 12
+    first = [2.0**-16, *lrs, 2.0**-6, 2.0**-5, 2.0**-4]
+    assert len(lt.sweep(solved, [1, 2], lrs=first, seeds=2, ledger=tmp_path / "s.db", workers=1)) == 28

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import random
 import warnings
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import looptransfer as lt
-from looptransfer.trials.pairing import check_start
+from looptransfer.trials.pairing import LR, check_start
 from looptransfer.trials.run import Trial
-from tests.experiments import BATCH, FEATURES, LoopedMLP, TinyTask, samples, squared_error, tiny_experiment
+from tests.experiments import BATCH, FEATURES, WIDTH, LoopedMLP, TinyTask, samples, squared_error, tiny_experiment
 
 HERE = r"\(.*test_pairing\.py, line \d+\)"
 Batch = tuple[Any, Any]
@@ -222,3 +223,106 @@ def test_data_from_the_random_state_that_is_seeded_pair_where_the_model_draws_al
     alike = make_model is LoopedMLP
     loops = (1, 2) if alike else (2,)
     start(loops, batches=from_the_global_state, make_model=make_model)
+
+
+# -- the optimizer and the schedule
+
+
+class TwoLayers(LoopedMLP):
+    """Two tied blocks, so that LRs have factors."""
+
+    def __init__(self, loops: int) -> None:
+        super().__init__(loops)
+        self.second = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.embed(inputs)
+        for _ in range(self.loops):
+            stream = stream + self.block(self.norm(stream))
+            stream = stream + self.second(self.norm(stream))
+        return self.head(stream)
+
+
+def planned(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(lt.param_groups(model, torch.optim.AdamW, lr=lr))
+
+
+def plain(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr)
+
+
+def without_branches(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([group for group in lt.param_groups(model, "adamw", lr=lr) if group["lr"] == lr])
+
+
+def of_one_lr(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return planned(model, 1e-3)
+
+
+def by_hand(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    groups = [{"params": group["params"], "lr": group["lr"]} for group in lt.param_groups(model, "adamw", lr=lr)]
+    return torch.optim.AdamW(groups)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (plain, "holds no lr_factor"),
+        (without_branches, "in no group: never trained"),
+        (of_one_lr, "the same settings for the LR 0.00390625 as for 0.0078125"),
+    ],
+)
+def test_an_optimizer_of_ones_own_that_leaves_the_plan_is_warned_of(optimizer: Any, said: str) -> None:
+    with pytest.warns(
+        lt.ScalingWarning, match=rf"optimizer\(model, lr\) does not do what the plan says {HERE}: .*{said}"
+    ):
+        start(make_model=TwoLayers, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "optimizer"),
+    [(TwoLayers, planned), (TwoLayers, by_hand), (LoopedMLP, plain), (LoopedMLP, lambda model, lr: [plain(model, lr)])],
+)
+def test_an_optimizer_of_ones_own_that_follows_the_plan_is_not(make_model: Any, optimizer: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(make_model=make_model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (lambda step, steps: 0.0, r"schedule\(step, 4\) gives 0 at every step"),
+        (lambda step, steps: 1.0 - step, r"schedule\(2, 4\) gives -1"),
+        (lambda step, steps: float("nan"), r"schedule\(0, 4\) gives nan"),
+        (lambda step, steps: 1 / (step - 3), r"schedule\(3, 4\) fails: ZeroDivisionError|gives -0.333333"),
+    ],
+)
+def test_a_schedule_of_shares_that_are_none_is_refused(schedule: Any, said: str) -> None:
+    with pytest.raises(lt.InputError, match=rf"{said}.*test_pairing\.py, line"):
+        start(schedule=schedule)
+
+
+def with_betas(model: nn.Module, lr: float, second: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(lt.param_groups(model, "adamw", lr=lr), betas=(0.9, second))
+
+
+def falling(step: int, steps: int, power: float) -> float:
+    return float((1 - step / steps) ** power)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([{"optimizer": functools.partial(with_betas, second=beta)} for beta in (0.999, 0.9)], "optimizer's settings"),
+        ([{"schedule": functools.partial(falling, power=power)} for power in (1.0, 3.0)], "the schedule"),
+    ],
+)
+def test_a_ledger_refuses_another_optimizer_or_schedule_of_the_same_name(
+    tmp_path: Path, changes: list[Any], said: str
+) -> None:
+    same = functools.partial(lt.sweep, loops=[1], lrs=[LR], seeds=2, ledger=tmp_path / "l.db", workers=1)
+    same(tiny_experiment(steps=4, **changes[0]))
+    assert len(same(tiny_experiment(steps=4, **changes[0]))) == 2
+    with pytest.raises(lt.InputError, match=rf"another experiment \(.*{said} at N = 1"):
+        same(tiny_experiment(steps=4, **changes[1]))
