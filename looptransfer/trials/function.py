@@ -304,7 +304,7 @@ class Function(Reporting):
         try:
             return float(value)
         except OverflowError:  # a whole number beyond all floats
-            return math.inf if value > 0 else -math.inf
+            return math.inf
 
 
 def _shown(value: object) -> str:
