@@ -304,7 +304,7 @@ class Function(Reporting):
         try:
             return float(value)
         except OverflowError:  # a whole number beyond all floats
-            return math.copysign(math.inf, value)
+            return math.inf
 
 
 def _shown(value: object) -> str:

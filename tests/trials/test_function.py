@@ -342,12 +342,7 @@ def test_a_training_that_ignores_the_lr_is_told_by_its_first_runs(tmp_path: Path
 
 def test_a_loss_of_few_digits_may_be_the_same_at_two_lrs(tmp_path: Path) -> None:
     def rounded(run: Trial) -> float:
-        return 2.31 + 0.01 * run.seed + 0.1 * run.loops + (run.lr > 2.0**-6)
-
-    def solved(run: Trial) -> float:
-        return 0.0 if run.lr > 2.0**-12 else trainings.loss_of(run)
+        return round(2.31 + 0.01 * run.seed + 0.1 * run.loops, 2)
 
     lrs = [2.0**-9, 2.0**-8, 2.0**-7]
     assert len(lt.sweep(rounded, [1, 2], lrs=lrs, seeds=2, ledger=tmp_path / "r.db", workers=1)) == 12
-    first = [2.0**-16, *lrs, 2.0**-6, 2.0**-5, 2.0**-4]
-    assert len(lt.sweep(solved, [1, 2], lrs=first, seeds=2, ledger=tmp_path / "s.db", workers=1)) == 28
