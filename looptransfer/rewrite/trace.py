@@ -52,8 +52,8 @@ class ResidualAdd:
     path: frozenset[int]  # the nodes from there to the branch
     recorded: bool = True  # autograd was on
     followed: bool = True  # a gradient gets there
-    begun: int = -1  # the sum of the first add of those it stands in one sum with, as x + a(h) + b(h), itself included
     named: bool = False  # the user marked all that is added
+    begun: int = -1  # the sum of the first add of those it stands in one sum with, as x + a(h) + b(h), itself included
     within: int | None = None  # the sum of the leaf in whose branch it makes a stream of its own
     matrices: frozenset[str] = frozenset()  # those that act in the branch, outside the branches inside it
     last: frozenset[str] = frozenset()  # those of them that no other comes after

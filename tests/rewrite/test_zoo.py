@@ -70,10 +70,11 @@ def test_what_the_rule_was_not_derived_for_is_warned_of_and_nothing_else(entry: 
     assert sorted(heads) == sorted(entry.warns)
 
 
-# What a model's own forward adds is a layer each; the same forward of a module inside a model is a block.
+# What a model's own forward adds is a layer each; the same forward of a module inside a model adds blocks.
 OWN_FORWARD = {
     "inline in the model itself and marked",
     "the model is the block",
+    "numbered attributes",
     "reading and writing",
     "learned queries, declared",
 }
