@@ -223,13 +223,21 @@ for count in (2, 3):
     rows = tuple((f"layers.{i}", f"layers.{i}", 4) for i in range(count))
     add(f"{count} matrices", "theory", lambda count=count: TheoryModel(count, 4), *rows)
 add("residual MLP", "plain", lambda: ResidualMLP(5), ("f", "f", 5))
-add("conv and batch norm", "plain", lambda: Looped([ConvBlock()]), *per_block("blocks", ["body"], 3), example=picture)
+add(
+    "conv and batch norm",
+    "plain",
+    lambda: Looped([ConvBlock()]),
+    *per_block("blocks", ["body"], 3),
+    example=picture,
+    warns=("norm on the branch",),
+)
 add(
     "two conv blocks",
     "plain",
     lambda: Looped([ConvBlock(), ConvBlock()]),
     *per_block("blocks", ["body"], 3, 2),
     example=picture,
+    warns=("norm on the branch",),
 )
 add(
     "a ReLU over the sum",
@@ -237,6 +245,7 @@ add(
     lambda: Looped([PostActivationBlock()]),
     *per_block("blocks", ["body"], 3),
     example=picture,
+    warns=("norm on the branch",),
 )
 for name, spelling in SPELLINGS.items():
     add(f"spelled: {name}", "plain", lambda spelling=spelling: Spelled(spelling), ("f", "f", 3))
@@ -424,7 +433,7 @@ add(
     Recurrent,
     *stages(SANDWICHED, 5),
     example=steps,
-    warns=("visits differ", "not scaled"),
+    warns=("visits differ", "not scaled", "norm on the branch"),
 )
 add(
     "prelude, loop, coda, norms over the sums",
@@ -1460,6 +1469,7 @@ add(
     lambda: language_model("Gemma2", "AAA"),
     *per_block("model.layers", ["post_attention_layernorm", "post_feedforward_layernorm"], 3),
     example=ids,
+    warns=("norm on the branch",),
     needs=HF,
 )
 add(

@@ -49,6 +49,7 @@ def find_caveats(model: nn.Module, draws: Sequence[Analysis], plan: ScalingPlan,
         _shared(analysis.shared),
         _fixed(forward, groups),
         _post_norm(forward),
+        _end_norm(forward, groups),
         _depth_scaling(forward, groups),
         _cut_loops(model, forward, groups),
     ]
@@ -190,6 +191,31 @@ def _normed(forward: Trace, add: ResidualAdd, later: list[ResidualAdd], carried:
         return False
     path = forward.graph.between(add.total, following.stream)
     return any(forward.graph.nodes[n].op.relation == "norm" for n in path) and not forward.graph.matrices_on(path)
+
+
+def _end_norm(forward: Trace, groups: list[Group]) -> str | None:
+    """A norm after the last matrices of a branch, as `benchmarks/families.py` has it."""
+    ended = [group.handle for group in groups if any(_ends_in_norm(forward, add) for add in group.adds)]
+    if not ended:
+        return None
+    return (
+        f"norm on the branch: {few(ended)} {'ends' if len(ended) == 1 else 'end'} in a norm, so that what is added has "
+        "a size of its own, whatever the matrices make. In a small model of that kind the best LR rose by 0.8 octave "
+        "per doubling of N; check yours over N before you carry an LR far"
+    )
+
+
+def _ends_in_norm(forward: Trace, add: ResidualAdd) -> bool:
+    nodes, queue, seen = forward.graph.nodes, [add.branch], set[int]()
+    while queue:
+        number = queue.pop()
+        if number in add.path and number not in seen and not nodes[number].matrices:
+            seen.add(number)
+            before = [n for n in add.path if nodes[number].ancestors >> n & 1]
+            if nodes[number].op.relation == "norm" and forward.graph.matrices_on(before):
+                return True
+            queue += [n for alternative in forward.graph.scaling(number) for n in alternative]
+    return False
 
 
 def _depth_scaling(forward: Trace, groups: list[Group]) -> str | None:

@@ -161,9 +161,14 @@ class NormAtTheLoopsEnd(nn.Module):
         return x
 
 
-def test_a_norm_at_the_end_of_the_branch_makes_no_post_norm_model() -> None:
-    sandwich = nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH))
-    assert caveats_of(Branches(sandwich)) == ()
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+def test_a_norm_at_the_end_of_the_branch_is_told_and_makes_no_post_norm_model(norm: type[nn.Module]) -> None:
+    sandwich = nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), norm(WIDTH))
+    (caveat,) = caveats_of(Branches(sandwich))
+    assert caveat.startswith("norm on the branch: f ends in a norm")
+    for ends in (nn.Linear(WIDTH, WIDTH), nn.Dropout(0.0), nn.Tanh()):
+        pre_norm = nn.Sequential(norm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), ends)
+        assert caveats_of(Branches(pre_norm)) == ()
 
 
 # -- existing depth scaling
