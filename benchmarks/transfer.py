@@ -118,15 +118,15 @@ class Arm:
 PAPER, NO_LR_FACTOR, COMPLETEP = Arm(), Arm(lr=0.0), Arm(multiplier=1.0, lr=0.0)
 ARMS = (
     PAPER,
-    Arm(held=True),
-    Arm(decay_policy="product"),
-    NO_LR_FACTOR,
-    Arm(lr=1.0),
     COMPLETEP,
-    Arm(multiplier=1.0),
-    Arm(multiplier=1.0, lr=1.0),
+    NO_LR_FACTOR,
     Arm(lam=0.5),
     Arm(lam=2.0),
+    Arm(held=True),
+    Arm(decay_policy="product"),
+    Arm(lr=1.0),
+    Arm(multiplier=1.0),
+    Arm(multiplier=1.0, lr=1.0),
 )
 
 
