@@ -100,13 +100,14 @@ def rescale(
         raise InputError(problems[0])
     plan = rescale_model(model, example_inputs, loops)
     for live in optimizers:
-        ratios, own = follow_plan(model, live), [one for one in schedulers if one.optimizer is live]
-        for one in own:
-            follow_groups(one, ratios)
+        ratios = follow_plan(model, live)
+        over_it = [schedule for schedule in schedulers if schedule.optimizer is live]
+        for schedule in over_it:
+            follow_groups(schedule, ratios)
         changed = [
             group["name"] for group, ratio in zip(live.param_groups, ratios, strict=False) if not _near(ratio, 1)
         ]
-        if changed and not own and any("initial_lr" in group for group in live.param_groups):
+        if changed and not over_it and any("initial_lr" in group for group in live.param_groups):
             warnings.warn(
                 f"the LR of {', '.join(map(repr, changed[:SHOWN]))} follows the plan, and a scheduler that keeps the "
                 "LR it began with (LambdaLR) puts it back at its next step; give it too: rescale(…, scheduler=…)",
@@ -137,9 +138,9 @@ def _listed(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 def _of_optimizers(scheduler: Any, optimizers: Sequence[torch.optim.Optimizer]) -> list[Any]:
     schedulers = list(scheduler) if isinstance(scheduler, Sequence) else [] if scheduler is None else [scheduler]
-    for one in schedulers:
-        if not any(getattr(one, "optimizer", None) is live for live in optimizers):
-            raise InputError(f"scheduler is {one!r}; give one that was made over the optimizer that is given")
+    for schedule in schedulers:
+        if not any(getattr(schedule, "optimizer", None) is live for live in optimizers):
+            raise InputError(f"scheduler is {schedule!r}; give one that was made over the optimizer that is given")
     return schedulers
 
 

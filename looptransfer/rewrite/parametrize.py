@@ -188,8 +188,8 @@ def _in_training(
     with suppress(InputError), ending(trained.operations):
         visits = analyse(twin_of(model, randomised=True).train(), example_inputs, declared, seed=SEED).visits
         # a branch that is not visited at all is a layer that was dropped
-        there = [(branch, visits.get(branch.handle, branch.visits)) for branch in plan.branches]
-        other = [f"{branch.handle} {n:g}, not {branch.visits:g}" for branch, n in there if n != branch.visits]
+        trained_visits = [(branch, visits.get(branch.handle, branch.visits)) for branch in plan.branches]
+        other = [f"{branch.handle} {n:g}, not {branch.visits:g}" for branch, n in trained_visits if n != branch.visits]
         if other:
             return replace(plan, caveats=(*plan.caveats, other_in_training(other)))
     return plan

@@ -161,7 +161,7 @@ def _read(code: CodeType) -> set[str]:
 
 
 def _compiled(code: CodeType) -> list[Any]:
-    consts = [_compiled(one) if isinstance(one, CodeType) else _Reader().described(one) for one in code.co_consts]
+    consts = [_compiled(c) if isinstance(c, CodeType) else _Reader().described(c) for c in code.co_consts]
     return [code.co_code.hex(), code.co_names, consts]
 
 
