@@ -196,7 +196,6 @@ def headers() -> Iterator[Bad]:
         ("loss twice", TEXT.replace("rule", "loss", 1), "two columns 'loss'"),
         ("loss twice but for blanks", TEXT.replace("rule", " loss ", 1), "two columns 'loss'"),
         ("a foreign column twice", TEXT.replace("rule,loops", "a,a", 1), "two columns 'a'"),
-        ("other case", TEXT.replace("loss", "Loss", 1), "column loss is missing"),
         ("misspelt", TEXT.replace("lr", "1r", 1), "column lr is missing"),
         ("once more in the middle", TEXT + TEXT, "row 65: loops is 'loops'"),
         ("another byte order mark in the middle", TEXT + "\ufeff" + TEXT, "row 65: loops is 'loops'"),
