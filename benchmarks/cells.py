@@ -132,6 +132,7 @@ def rows_of(verdict: lt.Verdict) -> pd.DataFrame:
         rows.append(
             {
                 "rule": name,
+                "seeds": str(min(optimum.seeds for optimum in judged.optima)),
                 "verdict": judged.answer,
                 "drift": judged.drift.text(2) if judged.drift else f"none: {judged.cause}",
                 "minus the first": "" if not differences.get(name) else differences[name].text(2),

@@ -135,6 +135,7 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     transfer = load("transfer")
     made = transfer.experiment
     monkeypatch.setattr(transfer, "OCTAVES", (-1.0, 0.0))
+    monkeypatch.setattr(transfer, "FEWEST_DEPTHS", 2)
     monkeypatch.setattr(transfer, "MOVED_DEPTHS", (2, 4))
     monkeypatch.setattr(transfer, "MOVED_STEPS", (1, 2))
     monkeypatch.setattr(transfer, "experiment", lambda start, layers, _, *arm: made(start, layers, 4, *arm))
@@ -148,10 +149,10 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     for start in transfer.STARTS:
         transfer.movements(start).to_csv(tmp_path / f"movements-{transfer.name_of_start(start)}.csv", index=False)
     text = transfer.report(tmp_path, cells)
-    assert "| ε: 1/2, LR: 1/2 (the paper) | INCONCLUSIVE |" in text
-    assert "| ε: 1, LR: 0 | INCONCLUSIVE |" in text
-    assert "| ε: 1/2, LR: 1/2, of the branches alone | INCONCLUSIVE |" in text
-    assert "| ε: 1/2, LR: 1/2, λ = 1/2 | INCONCLUSIVE |" in text
+    assert "| ε: 1/2, LR: 1/2 (the paper) | 2 | INCONCLUSIVE |" in text
+    assert "| ε: 1, LR: 0 | 2 | INCONCLUSIVE |" in text
+    assert "| ε: 1/2, LR: 1/2, of the branches alone | 2 | INCONCLUSIVE |" in text
+    assert "| ε: 1/2, LR: 1/2, λ = 1/2 | 2 | INCONCLUSIVE |" in text
     assert "| branches | 2 | " in text
     assert (tmp_path / "drifts.png").exists()
 
