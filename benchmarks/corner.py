@@ -15,7 +15,6 @@ same at width 256 to 1024, with longer text and training, on the GPUs that torch
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -32,12 +31,13 @@ from benchmarks.verdict_simulations import table
 from looptransfer.reference.experiment import ReferenceSize
 from looptransfer.rules import Rule
 from looptransfer.transfer.optimum import Interval, t_interval
+from looptransfer.transfer.verdict import RuleVerdict
 
 REPORT = Path(__file__).parent.parent / "reports" / "transfer" / "corner"
 HEAD = 16  # width of a head: the number of heads grows with the width
 GOAL = 0.01  # of the loss, at the far corner
 TUNING_SEEDS = (100, 101, 102)
-SHARE = "regret, % of the loss"
+FAR = "the far corner"
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def points(scale: Scale) -> Iterator[Point]:
     yield Point("deeper", *scale.grown((1, layers, 1)), scale.steps)
     yield Point("more loops", *scale.grown((loops, 1, 1)), scale.steps, rules=("factored", "unscaled"))
     yield Point("halfway", *scale.grown(scale.halfway), scale.steps)
-    yield Point("the far corner", *scale.far, scale.steps, OCTAVES_FAR, extensions=1)  # a run there takes minutes
+    yield Point(FAR, *scale.far, scale.steps, OCTAVES_FAR, extensions=1)  # a run there takes minutes
 
 
 def tuned(scale: Scale, out: Path, workers: int) -> float:
@@ -154,15 +154,31 @@ def judge(out: Path, cell: Cell, lr: float) -> lt.Verdict:
     return lt.check(pd.read_csv(cell.table(out), float_precision="round_trip"), "factored", transferred_lr=lr)
 
 
+def losses_at(judged: RuleVerdict, lr: float) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
+    """The losses of a point, those at the carried LR, and those at the LR of the lowest mean."""
+    (losses,) = judged.tables.values()
+    carried = losses.loc[losses.index[abs(losses.index - math.log2(lr)).argmin()]]
+    return losses, carried, losses.loc[losses.mean(axis=1).idxmin()]
+
+
+def regret_of(judged: RuleVerdict, lr: float) -> Interval:
+    """What the carried LR loses, in nats: by the fitted optimum, or else by the grid."""
+    _, carried, lowest = losses_at(judged, lr)
+    return judged.regret or t_interval(carried - lowest, 0.9)
+
+
+def share_of(judged: RuleVerdict, lr: float) -> Interval:
+    """The same in percent of the loss at the carried LR."""
+    _, carried, _ = losses_at(judged, lr)
+    return Interval(*(end * 100 / carried.mean() for end in astuple(regret_of(judged, lr))))
+
+
 def row_of(point: Point, verdict: lt.Verdict, rule: str, lr: float) -> dict[str, str]:
     """The numbers of a point under a rule."""
     judged = verdict.rules[rule]
     (optimum,), center = judged.optima, math.log2(lr)
-    losses = judged.tables[optimum.n]
-    carried = losses.loc[losses.index[abs(losses.index - center).argmin()]]
-    lowest = losses.loc[losses.mean(axis=1).idxmin()]
-    best, by_grid = optimum.log2_lr, t_interval(carried - lowest, 0.9)
-    regret = judged.regret or by_grid
+    losses, carried, lowest = losses_at(judged, lr)
+    best, regret = optimum.log2_lr, regret_of(judged, lr)
     at_the_edge = lowest.name in {losses.index[0], losses.index[-1]}
     how = "" if judged.regret else " by the grid, or more: the best LR is its last" if at_the_edge else " by the grid"
     return {
@@ -177,7 +193,7 @@ def row_of(point: Point, verdict: lt.Verdict, rule: str, lr: float) -> dict[str,
         "loss at the carried LR": f"{carried.mean():.3f}",
         "lowest mean loss": f"{lowest.mean():.3f}",
         "regret": f"{regret.text(3)}{how}",
-        SHARE: Interval(*(end * 100 / carried.mean() for end in astuple(regret))).text(2),
+        "regret, % of the loss": share_of(judged, lr).text(2),
     }
 
 
@@ -197,20 +213,18 @@ def draw(verdicts: dict[str, lt.Verdict], lr: float) -> Figure:
     return figure
 
 
-def first_line(rows: pd.DataFrame, scale: Scale) -> str:
-    """What the study comes to."""
-    far = rows[rows["point"] == "the far corner"]
+def first_line(share: Interval | None, scale: Scale) -> str:
+    """The answer of the study; `share`: of the loss that the carried LR loses at the far corner, in percent."""
     loops, layers, width = scale.far
-    if far.empty:
+    if share is None:
         return f"The far corner (N = {loops}, L = {layers}, width {width}) is not trained yet."
-    (row,) = far.to_dict("records")
-    share, low, high = (float(end) for end in re.findall(r"-?[\d.]+", row[SHARE]))
     goal = 100 * GOAL
-    estimate = f"by the estimate the goal of {goal:.0f} % is {'met' if share <= goal else 'missed'}"
-    settled = "and the interval agrees" if high <= goal or low > goal else "which so few seeds do not settle"
+    estimate = f"by the estimate the goal of {goal:.0f} % is {'met' if share.estimate <= goal else 'missed'}"
+    agrees = share.high <= goal or share.low > goal
+    settled = "and the interval agrees" if agrees else "which so few seeds do not settle"
     return (
         f"At N = {loops}, L = {layers}, width {width} the LR that was tuned at the smallest model loses "
-        f"{row[SHARE]} % of the loss: {estimate}, {settled}."
+        f"{share.text(2)} % of the loss: {estimate}, {settled}."
     )
 
 
@@ -224,7 +238,7 @@ def report(scale: Scale, out: Path, finished: dict[Point, Cell], lr: float) -> s
     lines = [
         "# How far one base LR carries, over loops, layers and width at once",
         "",
-        first_line(rows, scale),
+        first_line(next((share_of(v.judged, lr) for p, v in verdicts.items() if p.title == FAR), None), scale),
         "",
         *(__doc__ or "").splitlines()[4:],
         "",

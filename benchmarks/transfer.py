@@ -164,7 +164,7 @@ class OverLayers:
 
     @property
     def title(self) -> str:
-        """What the sweeps are, in words."""
+        """The sweeps in words."""
         return f"over layers, matrices start at {self.start}, {self.steps} steps"
 
     def cell(self, arm: Arm, layers: int) -> Cell:
@@ -193,7 +193,6 @@ class OverLayers:
         return lt.check(pd.concat(tables, ignore_index=True), PAPER.title, axis="layers")
 
 
-@dataclass(frozen=True)
 class OverLoops:
     """A sweep over N from the larger start, with the 1/√N arm beside the rule."""
 

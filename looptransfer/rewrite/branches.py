@@ -178,7 +178,7 @@ def marked_alone(forward: Trace) -> list[Group]:
         InputError: a mark inside a branch is left alone there, but has the name of a mark around it, or stands alone at
             other runs.
     """
-    marks = {h for n in forward.graph.marked if forward.graph.is_live(n) for h in _marks_at(forward, n)}
+    marks = set(live_marks(forward))
     if not marks:
         return []
     scaled, idle = (
@@ -194,6 +194,12 @@ def marked_alone(forward: Trace) -> list[Group]:
             )
     groups = [_marked_alone(forward, handle) for handle in sorted(marks - scaled - idle, key=str)]
     return [group for group in groups if group is not None]
+
+
+def live_marks(forward: Trace) -> list[Handle]:
+    """The marks on what the model's output depends on, in the order in which they first ran."""
+    live = [n for n in sorted(forward.graph.marked) if forward.graph.is_live(n)]
+    return list(dict.fromkeys(handle for n in live for handle in _marks_at(forward, n)))
 
 
 def _marks_at(forward: Trace, number: int) -> list[Handle]:
@@ -392,7 +398,7 @@ def refuse_nested(forward: Trace, groups: list[Group]) -> None:
 
 
 def nested(graph: Graph, groups: list[Group]) -> Iterator[tuple[Group, Group]]:
-    """What the user names, where it was made after another branch was handed over, and goes on only inside that.
+    """Pairs of what the user names after another branch was handed over and goes on only inside it, and that branch.
 
     A stream inside a branch that was found begins anew there, and is left out.
     """

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from looptransfer.rewrite.analysis import Analysis, fullest
-from looptransfer.rewrite.branches import DECLARED, Group, is_added, nested, scaled
+from looptransfer.rewrite.branches import DECLARED, Group, is_added, live_marks, nested, scaled
 from looptransfer.rewrite.ends import depth_constants, gates
 from looptransfer.rewrite.names import named_parameters
 from looptransfer.rewrite.plan import Branch, ScalingPlan
@@ -78,7 +78,7 @@ def _unused(model: nn.Module, forward: Trace, groups: list[Group]) -> str | None
 
 
 def _not_added(forward: Trace, groups: list[Group]) -> str | None:
-    """What the user names, and no residual add that was found takes up, is followed to where it is added."""
+    """The sentence on what the user names and nothing adds as it is."""
     nodes = forward.graph.nodes
     named = {add.total: group for group in groups for add in group.adds if add.site.source == DECLARED}
     inert = {str(group.handle) for n, group in named.items() if nodes[n].data and not is_added(forward.graph, n)}
@@ -102,9 +102,7 @@ def _nested(forward: Trace, groups: list[Group]) -> str | None:
 
 def _marks_left_alone(forward: Trace, groups: list[Group]) -> str | None:
     scaled = {group.handle for group in groups}
-    live = [n for n in sorted(forward.graph.marked) if forward.graph.is_live(n)]
-    met = dict.fromkeys(h for n in live for h in forward.graph.nodes[n].handles)
-    idle = [str(handle) for handle in met if handle.mark is not None and handle not in scaled]
+    idle = [str(handle) for handle in live_marks(forward) if handle not in scaled]
     if not idle:
         return None
     return (
@@ -211,9 +209,10 @@ def _ends_in_norm(forward: Trace, add: ResidualAdd) -> bool:
         number = queue.pop()
         if number in add.path and number not in seen and not nodes[number].matrices:
             seen.add(number)
-            before = [n for n in add.path if nodes[number].ancestors >> n & 1]
-            if nodes[number].op.relation == "norm" and forward.graph.matrices_on(before):
-                return True
+            if nodes[number].op.relation == "norm":
+                before = [n for n in add.path if nodes[number].ancestors >> n & 1]
+                if forward.graph.matrices_on(before):
+                    return True
             queue += [n for alternative in forward.graph.scaling(number) for n in alternative]
     return False
 

@@ -169,7 +169,10 @@ def _weights_used_elsewhere(forward: Trace, ends: list[End], names: frozenset[st
 
 
 def _result_used_elsewhere(forward: Trace, ends: list[End], group: Group) -> str:
-    """What the last maps make may only be carried to the stream: fed to another one, ε would count twice."""
+    """The reason against folding, if any: the result of a last map may only be carried to the stream.
+
+    Fed to another of them, ε would count twice.
+    """
     graph, ended = forward.graph, {end.node for end in ends}
     totals = {add.total for add in group.adds}
     route = totals.union(*(add.path for add in group.adds))

@@ -148,7 +148,7 @@ def _numbered(holder: str, alike: Kind) -> list[Kind]:
 
 
 def _structure(modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], group: Group) -> tuple[str, ...]:
-    """How a branch is built: by what modules it is handed over, and of what matrices it is made."""
+    """The build of a branch: the modules that hand it over, and the matrices that it is made of."""
     parts = modules[group.handle.module].modules() if group.handle.mark is None else ()
     names = [name.split("+")[0] for name in group.adds[0].matrices]
     shapes = sorted(str(parameters[name].shape) for name in names if name in parameters)

@@ -1,4 +1,4 @@
-"""Which residual adds come one after the other, where a stream is put together of parts.
+"""The order of residual adds, where a stream is put together of parts.
 
     for c in range(3):
         y = x[:, c] + f(x[:, c])
@@ -86,7 +86,7 @@ class Order:
 
 
 def _levels(totals: frozenset[int], operands: Operands, again: Rerun) -> dict[int, int]:
-    """How many sums there are in the longest chain up to each; empty where that cannot be told.
+    """The number of sums in the longest chain up to each; empty where that cannot be told.
 
     The sums that change where all are changed are second links, those that change where these are, third ones, …
     """
@@ -107,7 +107,7 @@ def _levels(totals: frozenset[int], operands: Operands, again: Rerun) -> dict[in
 
 
 def _added(total: Tensor, branch: Tensor | None) -> Tensor:
-    """Where something is added: not beside what was padded with zeros."""
+    """The places where something is added: not beside what was padded with zeros."""
     whole = branch is not None and branch.shape == total.shape
     return branch != 0 if branch is not None and whole else torch.ones_like(total, dtype=torch.bool)
 

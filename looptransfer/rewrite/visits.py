@@ -27,7 +27,7 @@ Branch = tuple[Weights, frozenset[int]]  # and the nodes where they act
 
 @dataclass(frozen=True)
 class Added:
-    """What one handle adds to the stream at one visit."""
+    """The weights of one handle's part in one visit."""
 
     weights: Weights
     together: Weights  # those of the whole sum in which it stands, such as attention and MLP in parallel
@@ -57,7 +57,7 @@ class Ties:
                 self.paths[add.begun] |= add.path
 
     def added(self, group: Group, add: ResidualAdd) -> Added:
-        """What a group's handle adds at one of its adds."""
+        """The weights of a group's part in one of its adds."""
         return Added(self.weights[group.handle, add.total], self.sums[add.begun])
 
     def tied(self, these: Weights, those: Weights) -> bool:

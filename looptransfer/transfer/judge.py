@@ -35,8 +35,8 @@ def measure(
     drifts, (proxy, *_, target) = drift.drift_by_seed(optima), (optima[0], *optima)
     log2_lr = proxy.log2_lr.estimate if proxy.log2_lr is not None else None
     log2_lr = log2_lr if terms.transferred_lr is None else math.log2(terms.transferred_lr)
-    regrets = None if log2_lr is None else drift.regret_by_seed(target, tables[target.n], log2_lr)
-    regret_at = {o.n: _regret(o, tables[o.n], log2_lr, terms) for o in optima}
+    regrets = {} if log2_lr is None else {o.n: drift.regret_by_seed(o, tables[o.n], log2_lr) for o in optima}
+    intervals = {o.n: _regret(o, regrets.get(o.n), log2_lr, terms) for o in optima}
     return Measured(
         rule,
         tables,
@@ -45,16 +45,15 @@ def measure(
         drift=None if drifts is None else t_interval(drifts, terms.confidence),
         drift_by_reach=drift.drift_by_reach(optima, tables),
         drift_by_seed=drifts,
-        regret=regret_at[target.n],
-        loses_at=tuple(n for n, regret in regret_at.items() if regret and regret.low > terms.regret_tolerance),
-        regret_by_seed=regrets,
+        regret=intervals[target.n],
+        loses_at=tuple(n for n, regret in intervals.items() if regret and regret.low > terms.regret_tolerance),
+        regret_by_seed=regrets.get(target.n),
         height=curve_height(tables[target.n]),
         horizons=horizons,
     )
 
 
-def _regret(optimum: Optimum, table: pd.DataFrame, log2_lr: float | None, terms: Terms) -> Interval | None:
-    by_seed = None if log2_lr is None else drift.regret_by_seed(optimum, table, log2_lr)
+def _regret(optimum: Optimum, by_seed: pd.Series | None, log2_lr: float | None, terms: Terms) -> Interval | None:
     if log2_lr is None or by_seed is None:
         return None
     return drift.regret_interval(optimum, by_seed, log2_lr, terms.confidence)

@@ -1,4 +1,4 @@
-"""What may stand behind a verdict besides N: notes on a table of runs, none of which changes the answer."""
+"""Notes on what in a table of runs may stand behind a verdict besides N; none of them changes the answer."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -19,7 +19,7 @@ FEWEST = 3  # losses that are equal by no chance; LRs that have a shape
 def notes(
     runs: pd.DataFrame, verdicts: Mapping[str, RuleVerdict], rule: str, terms: Terms, maximize: bool
 ) -> Iterator[str]:
-    """What may stand behind the verdicts on a tidy table of runs, and what is left out of their fits.
+    """Notes on a tidy table of runs and its verdicts: other causes, and what is left out of the fits.
 
     Args:
         rule: the one asked for.
@@ -37,19 +37,19 @@ def notes(
 def _confounds(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
     """A note for every setting, a column of few values, that differs between the N or the LRs of a rule."""
     label = terms.axis_label
-    known = {"loops", "layers", "width", "steps"}
+    sizes = {"loops", "layers", "width", "steps"}
     for name in runs.columns.difference([*OF_A_RUN, terms.axis, "fingerprint", "run"], sort=False):
         texts = runs[name].map(str)
         numbers = pd.to_numeric(texts, errors="coerce").notna().all()
         few = texts.nunique() <= max(MOST_NAMED, runs[terms.axis].nunique()) and texts.nunique() < len(runs) / 3
-        if texts.nunique() < 2 or not (few or name in known) or is_state(runs[name]):
+        if texts.nunique() < 2 or not (few or name in sizes) or is_state(runs[name]):
             continue
         cells = [runs["rule"], runs[terms.axis]]
         mixed = texts.groupby([*cells, runs["seed"]]).nunique() > 1
         if not (texts.groupby(cells).nunique() > 1).any():
-            if (texts.groupby(runs["rule"]).nunique() > 1).any() or name in known:
+            if (texts.groupby(runs["rule"]).nunique() > 1).any() or name in sizes:
                 yield f"{name} differs between the rows, so a drift in {label} may be a drift in {name}"
-        elif mixed.any() and (numbers or name in known):
+        elif mixed.any() and (numbers or name in sizes):
             n = mixed.index[mixed][0][1]
             yield f"{name} differs between the LRs of {label} = {n}, so that their losses may not be comparable"
 

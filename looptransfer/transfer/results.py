@@ -306,12 +306,12 @@ def _tells(raw: pd.DataFrame, same: pd.Index, name: str) -> bool:
 
 def _no_summaries(seeds: pd.Series) -> None:
     """Refuse seeds that are words beside numbers, such as mean: what sums up other rows is no run."""
-    words = [seed for seed in seeds.unique() if _number(seed) is None]
-    if words and len(words) < seeds.nunique():
-        word = short(words[0])
+    names = [seed for seed in seeds.unique() if _number(seed) is None]
+    if names and len(names) < seeds.nunique():
+        name = short(names[0])
         raise InputError(
-            f"row {seeds.index[list(seeds).index(words[0])]}: seed is {word} beside numbers; leave a row that sums up "
-            f"other rows out with --where {quoted(f'seed!={words[0]}')}, or name all seeds by numbers"
+            f"row {seeds.index[list(seeds).index(names[0])]}: seed is {name} beside numbers; leave a row that sums up "
+            f"other rows out with --where {quoted(f'seed!={names[0]}')}, or name all seeds by numbers"
         )
 
 

@@ -1,4 +1,4 @@
-"""What tells a function of the user's from another of its name: its code, and the plain values that it was made with.
+"""The identity of a function of the user's beside others of its name: its code, and the plain values it was made with.
 
 Plain are numbers, text, None, containers of these, and objects of the user's own classes by what they hold. Of all
 else, such as tensors, models and open files, the type counts alone: nothing here depends on a process, an address or an
@@ -15,6 +15,7 @@ import math
 import numbers
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -36,8 +37,7 @@ def module_of(thing: object) -> str:
 
 def code_of(function: Any) -> dict[str, str]:
     """A hash of the source of a function or of a callable object's class, or else of what it was compiled to."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = _inner(function)
     routine = inspect.isroutine(function)
     code = _plain_function(function)
     text = None
@@ -91,7 +91,7 @@ class _Reader:
         return _name(kind) if parts is None else _hashed([_name(kind), parts])
 
     def _parts(self, value: Any, kind: type) -> Any:
-        """What a value holds; None where its type alone counts."""
+        """The parts of a value; None where its type alone counts."""
         if issubclass(kind, (FunctionType, MethodType, functools.partial)):
             function = _plain_function(value)
             users = function is not None and not _is_installed(function)
@@ -111,7 +111,7 @@ class _Reader:
 
 
 def _bound(function: Any) -> Iterator[tuple[str, Any]]:
-    """What a callable was made with, and what it reads from its module, by name."""
+    """The values that a callable was made with, and those that it reads from its module, by name."""
     while isinstance(function, functools.partial):
         yield from function.keywords.items()
         yield from ((f"argument {number}", value) for number, value in enumerate(function.args))
@@ -134,10 +134,16 @@ def _bound(function: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _plain_function(function: Any) -> FunctionType | None:
-    """The function that runs where a callable is called, if it is written in Python."""
+def _inner(function: Any) -> Any:
+    """The function inside partials."""
     while isinstance(function, functools.partial):
         function = function.func
+    return function
+
+
+def _plain_function(function: Any) -> FunctionType | None:
+    """The function that runs where a callable is called, if it is written in Python."""
+    function = _inner(function)
     if not isinstance(function, (FunctionType, MethodType)):
         function = inspect.getattr_static(type(function), "__call__", None)
     function = getattr(function, "__func__", function)
@@ -166,7 +172,7 @@ def _compiled(code: CodeType) -> list[Any]:
 
 
 def _first(items: Iterable[Any]) -> Iterator[Any]:
-    return (item for item, _ in zip(items, range(MOST), strict=False))
+    return islice(items, MOST)
 
 
 def _hashed(description: Any) -> str:

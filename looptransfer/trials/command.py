@@ -218,7 +218,7 @@ class Command(Reporting):
         return _Reader(Path(self._filled(name, trial)), 0, lambda text, file: read(text, key, file))
 
     def _found(self, trial: Trial) -> str:
-        """What is where the loss should be, of a metric in JSON lines."""
+        """A remark on the place where the loss should be, of a metric in JSON lines."""
         name, _, key = self.metric.rpartition(":")
         if self.metric.startswith(STDOUT) or name.lower().endswith(".csv"):
             return ""

@@ -259,14 +259,14 @@ def _schedule(experiment: "Experiment") -> str:
 
 
 def _problems(experiment: "Experiment", training: Training) -> list[str]:
-    """What is wrong with optimizers of the experiment's own, as `verify` tells; groups made by hand may be right."""
+    """The faults of optimizers of the experiment's own, as `verify` tells; groups made by hand may be right."""
     if experiment.optimizer is None:
         return []
     made = [(live, strange_groups(live.param_groups, f"the {type(live).__name__}")) for live in training.optimizers]
     by_hand = [live for live, strange in made if strange]
     right = by_hand and _have_planned_lrs(training.model, by_hand, experiment.on_stream)
-    told = {sentence for _, strange in made for sentence in strange} if right else set()
-    return [problem for problem in optimizer_problems(training.model, training.optimizers) if problem not in told]
+    excused = {sentence for _, strange in made for sentence in strange} if right else set()
+    return [problem for problem in optimizer_problems(training.model, training.optimizers) if problem not in excused]
 
 
 def _have_planned_lrs(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], on_stream: OnStream) -> bool:
@@ -291,8 +291,8 @@ def _check_optimizer(optimizer: object, starts: Mapping[int, Start], others: Ite
     if any(other.settings == starts[min(starts)].settings for other in others):
         problems.append(f"it has the same settings for the LR {LR:g} as for {2 * LR:g}, so the LR does not reach it")
     for problem in problems:
-        told = f"optimizer(model, lr) does not do what the plan says{place(optimizer)}: {problem}"
-        warnings.warn(told, ScalingWarning, stacklevel=7)
+        sentence = f"optimizer(model, lr) does not do what the plan says{place(optimizer)}: {problem}"
+        warnings.warn(sentence, ScalingWarning, stacklevel=7)
 
 
 def _check_fresh(experiment: "Experiment", loops: int, seed: int) -> None:
