@@ -153,27 +153,28 @@ def name_of_start(start: str) -> str:
 
 @dataclass(frozen=True)
 class OverLayers:
-    """Sweeps at N = 1 over L, under every arm."""
+    """Sweeps over L, under every arm."""
 
     start: str
     steps: int
     arms: tuple[Arm, ...]
     depths: tuple[int, ...]
+    loops: int = 1
     seeds: int = SEEDS
     candidates: tuple[Arm, ...] = ()  # what was looked at with MORE_SEEDS, after fewer
 
     @property
     def title(self) -> str:
         """The sweeps in words."""
-        return f"over layers, matrices start at {self.start}, {self.steps} steps"
+        return f"over layers at N = {self.loops}, matrices start at {self.start}, {self.steps} steps"
 
     def cell(self, arm: Arm, layers: int) -> Cell:
         """The sweep of an arm at a depth."""
         trained = arm.at(layers)
-        name = f"{name_of_start(self.start)}-L{layers}-{trained.name}-{self.steps}-N1"
+        name = f"{name_of_start(self.start)}-L{layers}-{trained.name}-{self.steps}-N{self.loops}"
         seeds = MORE_SEEDS if trained in self.candidates else self.seeds
-        return Cell(name, partial(experiment, self.start, layers, self.steps, trained), (1,), ("factored",), OCTAVES,
-                    seeds=seeds)  # fmt: skip
+        make_experiment = partial(experiment, self.start, layers, self.steps, trained)
+        return Cell(name, make_experiment, (self.loops,), ("factored",), OCTAVES, seeds=seeds)
 
     def cells(self) -> Iterable[Cell]:
         """All sweeps, those that several arms share once."""
@@ -212,6 +213,7 @@ class OverLoops:
 STUDIES = (
     OverLoops(),
     OverLayers(LARGER, 250, ARMS, (2, 4, 8, 16), seeds=4, candidates=(PAPER, COMPLETEP)),
+    OverLayers(LARGER, 250, (PAPER, COMPLETEP), (2, 4, 8, 16), loops=2, seeds=4),
     OverLayers(LARGER, 1000, (PAPER, NO_LR_FACTOR, COMPLETEP), (2, 4, 8)),
     OverLayers(SMALL, 250, (PAPER, NO_LR_FACTOR, Arm(lr=1.0), COMPLETEP), (2, 4, 8)),
 )
@@ -289,8 +291,7 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
         *(__doc__ or "").splitlines()[4:],
         "",
         f"Reference experiment (width {ReferenceSize().width}, 16 × 32 bytes a step), paired seeds, {len(OCTAVES)} LRs "
-        f"0.75 octave apart around {CENTRE}, the grid two or four LRs longer where the best was its last. Over layers "
-        "N = 1.",
+        f"0.75 octave apart around {CENTRE}, the grid two or four LRs longer where the best was its last.",
         "",
         "![drifts](drifts.png)",
     ]

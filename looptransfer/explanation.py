@@ -10,14 +10,16 @@ from torch import nn
 from looptransfer.errors import InputError
 from looptransfer.optim import Group, TensorFactors, strange_groups, tensors_in
 from looptransfer.rewrite.plan import planned
-from looptransfer.rules import Rule
+from looptransfer.rules import Family, Rule, depth_exponents
 from looptransfer.text import text_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PAPER = "arXiv 2606.18524, Table 1"
+SOURCES: dict[Rule, str] = {"factored": PAPER, "completep": "arXiv 2505.01618, Table 1", "sqrt": PAPER}  # of AdamW's
 OURS = "our extension"
+POWERS = {-1.0: " / m_L", -0.5: " × m_L^(−1/2)", 0.0: " as it is", 1.0: " × m_L"}
 
 
 @dataclass(frozen=True)
@@ -117,20 +119,23 @@ def _rule(tensor: TensorFactors, rule: Rule) -> tuple[str, str]:
     """The rule in words, and where it comes from."""
     meaning, source = "LR × 1: outside the branches", PAPER
     if tensor.role.startswith("branch") or tensor.role == "per-visit part":
-        meaning = {
-            "adamw": "LR and eps × m_L^(−1/2), decay as it is: in a branch, where ε = λ/(N√m_L)",
-            "adam": "LR, eps and decay × m_L^(−1/2): in a branch",
-            "sgd": "LR as it is, decay × m_L^(−1/2): in a branch, whose gradient holds ε already",
-            "muon": "LR × m_L^(−1/2), decay as it is: in a branch",
-        }[tensor.family]
-        source = PAPER if tensor.family == "adamw" else OURS
-        if rule == "unscaled":
-            meaning, source = "LR × 1: no rule is applied", "the control"
+        meaning, source = _by_layers(tensor.family, rule)
     elif tensor.role == "on stream" and tensor.uses > 1:
         meaning, source = "LR / n: acts on the stream n times a forward, which no ε controls", OURS
     if tensor.width != 1:
         meaning, source = f"{meaning}; LR by width as μP has it", f"{source}; arXiv 2203.03466, Table 8"
     return meaning, source
+
+
+def _by_layers(family: Family, rule: Rule) -> tuple[str, str]:
+    """The rule for a parameter of a branch."""
+    if rule == "unscaled":
+        return "LR × 1: no rule is applied", "the control"
+    powers = depth_exponents(rule, family)
+    eps = f", eps{POWERS[powers.eps]}" if family in {"adamw", "adam"} else ""
+    meaning = f"LR{POWERS[powers.lr]}{eps}, decay{POWERS[powers.weight_decay]}: in a branch"
+    meaning += ", whose gradient holds ε already" if family == "sgd" else ""
+    return meaning, SOURCES[rule] if family == "adamw" else OURS
 
 
 def _cells(row: TensorExplanation, rule: int) -> dict[str, str]:

@@ -71,9 +71,10 @@ def param_groups(
 ) -> list[Group]:
     """Parameter groups of a rewritten model for `optimizer`, by the paper's table (arXiv 2606.18524, Table 1).
 
-    Parameters of the residual branches, pre-norm gains included, get LR and Adam eps × m_L^(−1/2); embedding, final
-    norm and head × 1. With μP (`parametrize(…, base=…)`, or `mup.set_base_shapes` was called on the model) LR and decay
-    are also divided and multiplied by the width multiplier, as `mup.MuAdamW`, `mup.MuAdam` and `mup.MuSGD` have it.
+    Parameters of the residual branches, pre-norm gains included, get LR and Adam eps × m_L^(−1/2), or under "completep"
+    LR × 1 and eps / m_L (arXiv 2505.01618, Table 1); embedding, final norm and head × 1. With μP
+    (`parametrize(…, base=…)`, or `mup.set_base_shapes` was called on the model) LR and decay are also divided and
+    multiplied by the width multiplier, as `mup.MuAdamW`, `mup.MuAdam` and `mup.MuSGD` have it.
 
     Muon takes the 2-D matrices of the branches, and AdamW all else: the groups tell by `group["family"]` which
     optimizer they are for, each with a base LR of its own. Muon's LR has no width factor: its step is right over

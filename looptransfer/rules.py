@@ -4,34 +4,37 @@ Symbols: N visits (applications of a layer in one forward), L unique layers, L_r
 base LR was tuned), λ the one free constant, m_L = L / L_ref the depth multiplier.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from looptransfer.checks import check_count, check_number, is_number
 from looptransfer.errors import InputError
 
-Rule = Literal["factored", "sqrt", "unscaled"]
+Rule = Literal["factored", "completep", "sqrt", "unscaled"]
 Family = Literal["adamw", "adam", "sgd", "muon"]
 
 
-def factored(visits: float, depth_multiplier: float, lam: float) -> float:
-    """λ/(N·√m_L): tied visits add coherently, layers add as a random walk (arXiv 2606.18524, Theorem 3 and Table 1)."""
-    return lam / (visits * math.sqrt(depth_multiplier))
+@dataclass(frozen=True)
+class Exponents:
+    """How ε falls: ε = λ·N^(−visits)·m_L^(−layers)."""
+
+    visits: float
+    layers: float
 
 
-def sqrt(visits: float, depth_multiplier: float, lam: float) -> float:
-    """λ/√(N·m_L): the usual 1/√depth rule for untied layers (the paper's second arm; Depth-μP's branch multiplier)."""
-    return lam / math.sqrt(visits * depth_multiplier)
+RULES: dict[Rule, Exponents] = {
+    # Tied visits add coherently, layers as a random walk (arXiv 2606.18524, Theorem 3 and Table 1).
+    "factored": Exponents(visits=1.0, layers=0.5),
+    # Tied visits as above, layers as CompleteP has them (arXiv 2505.01618, Table 1 with α = 1); together our extension.
+    "completep": Exponents(visits=1.0, layers=1.0),
+    # The usual 1/√depth for layers that are not tied (the paper's second arm; Depth-μP's branch multiplier).
+    "sqrt": Exponents(visits=0.5, layers=0.5),
+    # 1, whatever N, L and λ: the standard parameterization, as a control (the paper's first arm).
+    "unscaled": Exponents(visits=0.0, layers=0.0),
+}
 
-
-def unscaled(visits: float, depth_multiplier: float, lam: float) -> float:
-    """1, whatever N, L and λ: the standard parameterization, as a control (the paper's first arm)."""
-    return 1.0
-
-
-RULES: dict[Rule, Callable[[float, float, float], float]] = {"factored": factored, "sqrt": sqrt, "unscaled": unscaled}
+# What our sweeps over layers found (reports/transfer/); it is told where a base LR is taken over layers.
+OVER_LAYERS = "in our sweeps the best base LR rises with L under this rule, and stays under completep"
 
 
 def depth_multiplier(layers: int, base_layers: int) -> float:
@@ -61,7 +64,8 @@ def residual_multiplier(rule: Rule, *, visits: float, layers: int, lam: float = 
     check_number("lam", lam)
     if not is_number(visits) or visits < 1:
         raise InputError(f"visits is {visits!r}; it must be a number from 1 up")
-    return RULES[rule](visits, depth_multiplier(layers, base_layers), float(lam))
+    exponents, depth = RULES[rule], depth_multiplier(layers, base_layers)
+    return 1.0 if rule == "unscaled" else float(lam) / (visits**exponents.visits * depth**exponents.layers)
 
 
 def check_rule(rule: str) -> None:
@@ -80,21 +84,30 @@ class DepthFactors:
 
 
 def depth_factors(rule: Rule, family: Family, layers: int, base_layers: int) -> DepthFactors:
-    """Optimizer factors of the looped stack's parameters; everything outside the branches keeps 1.
+    """Optimizer factors of the looped stack's parameters; everything outside the branches keeps 1."""
+    depth, exponents = depth_multiplier(layers, base_layers), depth_exponents(rule, family)
+    return DepthFactors(depth**exponents.lr, depth**exponents.eps, depth**exponents.weight_decay)
 
-    AdamW: LR and Adam eps × m_L^(−1/2), decoupled weight decay unchanged (arXiv 2606.18524, Table 1 and appendix).
-    `sqrt` takes the same factors, because they depend on L alone; `unscaled` takes none.
+
+def depth_exponents(rule: Rule, family: Family) -> DepthFactors:
+    """The powers of m_L that `depth_factors` are.
+
+    AdamW under `factored`: LR and Adam eps × m_L^(−1/2), decoupled weight decay unchanged (arXiv 2606.18524, Table 1
+    and appendix); `sqrt` takes the same, because they depend on L alone. Under `completep` LR × 1, eps × m_L^(−1)
+    (arXiv 2505.01618, Table 1). Both are one rule: a step of every layer is to move the output by ε·LR, and the steps
+    of L layers add up to the same at every L. `unscaled` takes none.
 
     Adam, SGD and Muon are our extension. Muon's step has the size that its LR says, as Adam's has, and no eps that
-    stands beside a gradient. A branch's gradient shrinks with ε, as m_L^(−1/2), so an L2 penalty that is added to
-    the gradient shrinks with it; SGD's step carries that factor already, so its LR stays.
+    stands beside a gradient. A branch's gradient shrinks with ε, and so do the eps beside it and an L2 penalty that is
+    added to it; SGD's step carries that factor already, so its LR has that much less to shrink by.
     """
     if rule == "unscaled":
-        return DepthFactors(1.0, 1.0, 1.0)
-    shrink = depth_multiplier(layers, base_layers) ** -0.5
+        return DepthFactors(0.0, 0.0, 0.0)
+    gradient = -RULES[rule].layers
+    step = -1 - gradient
     return {
-        "adamw": DepthFactors(lr=shrink, eps=shrink, weight_decay=1.0),
-        "adam": DepthFactors(lr=shrink, eps=shrink, weight_decay=shrink),
-        "sgd": DepthFactors(lr=1.0, eps=1.0, weight_decay=shrink),
-        "muon": DepthFactors(lr=shrink, eps=1.0, weight_decay=1.0),
+        "adamw": DepthFactors(lr=step, eps=gradient, weight_decay=0.0),
+        "adam": DepthFactors(lr=step, eps=gradient, weight_decay=gradient),
+        "sgd": DepthFactors(lr=step - gradient, eps=0.0, weight_decay=gradient),
+        "muon": DepthFactors(lr=step, eps=0.0, weight_decay=0.0),
     }[family]

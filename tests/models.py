@@ -49,9 +49,14 @@ def small_decoder(layers: int = 2, loops: int = 3, prelude: int = 0, coda: int =
 
 
 def decoder_epsilon(rule: Rule, visits: int, layers: int, lam: float, base_layers: int) -> float:
-    """The paper's table by hand; `layers` counts prelude and coda too."""
+    """The rules by hand; `layers` counts prelude and coda too."""
     depth = layers / base_layers
-    return {"factored": lam / visits / depth**0.5, "sqrt": lam * (visits * depth) ** -0.5, "unscaled": 1.0}[rule]
+    return {
+        "factored": lam / visits / depth**0.5,
+        "completep": lam / visits / depth,
+        "sqrt": lam * (visits * depth) ** -0.5,
+        "unscaled": 1.0,
+    }[rule]
 
 
 def decoder_oracle(

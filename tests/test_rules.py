@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,21 @@ def test_factored_is_lambda_over_visits_and_root_depth(visits: int, layers: int,
 def test_sqrt_is_lambda_over_root_of_visits_and_depth(visits: int, layers: int, lam: float, base: int) -> None:
     epsilon = lt.residual_multiplier("sqrt", visits=visits, layers=layers, lam=lam, base_layers=base)
     assert epsilon**2 == pytest.approx(lam**2 * base / (visits * layers), rel=1e-12)
+
+
+@reproducible
+@given(counts, counts, lams, counts)
+def test_completep_is_lambda_over_visits_and_depth(visits: int, layers: int, lam: float, base: int) -> None:
+    epsilon = lt.residual_multiplier("completep", visits=visits, layers=layers, lam=lam, base_layers=base)
+    assert epsilon == pytest.approx(lam * base / (visits * layers), rel=1e-12)
+
+
+@reproducible
+@given(counts, lams, counts)
+def test_completep_and_factored_agree_exactly_at_the_base_depth(visits: int, lam: float, layers: int) -> None:
+    size: dict[str, Any] = {"visits": visits, "layers": layers, "lam": lam, "base_layers": layers}
+    assert lt.residual_multiplier("completep", **size) == lt.residual_multiplier("factored", **size)
+    assert depth_factors("completep", "sgd", layers, layers) == depth_factors("factored", "sgd", layers, layers)
 
 
 @reproducible
@@ -102,7 +118,7 @@ def test_layer_counts_must_be_whole_numbers_from_one_up(name: str, count: object
 
 @pytest.mark.parametrize("rule", ["Factored", "", "1/N", None])
 def test_an_unknown_rule_is_answered_with_the_known_ones(rule: object) -> None:
-    with pytest.raises(lt.InputError, match=r"rule is .*choose one of factored, sqrt, unscaled"):
+    with pytest.raises(lt.InputError, match=r"rule is .*choose one of factored, completep, sqrt, unscaled"):
         lt.residual_multiplier(rule, visits=1, layers=1)  # type: ignore[arg-type]
 
 
@@ -123,6 +139,36 @@ def test_an_input_error_is_a_value_error() -> None:
 def test_depth_factors_at_four_times_the_base_depth(rule: Rule, family: Family, expected: DepthFactors) -> None:
     assert depth_factors(rule, family, 4, 1) == expected
     assert depth_factors(rule, family, 12, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("adamw", DepthFactors(lr=1.0, eps=0.25, weight_decay=1.0)),
+        ("adam", DepthFactors(lr=1.0, eps=0.25, weight_decay=0.25)),
+        ("sgd", DepthFactors(lr=4.0, eps=1.0, weight_decay=0.25)),
+        ("muon", DepthFactors(lr=1.0, eps=1.0, weight_decay=1.0)),
+    ],
+)
+def test_depth_factors_of_completep_at_four_times_the_base_depth(family: Family, expected: DepthFactors) -> None:
+    assert depth_factors("completep", family, 4, 1) == expected
+    assert depth_factors("completep", family, 12, 3) == expected
+
+
+@reproducible
+@given(
+    st.sampled_from(["factored", "completep", "sqrt"]),
+    st.sampled_from(["adamw", "adam", "sgd", "muon"]),
+    counts,
+    counts,
+)
+def test_steps_of_all_layers_move_the_output_alike_at_every_depth(
+    rule: Rule, family: Family, layers: int, base: int
+) -> None:
+    epsilon = lt.residual_multiplier(rule, visits=1, layers=layers, base_layers=base)
+    gradient = epsilon if family == "sgd" else 1.0  # all others divide it out
+    moved = layers / base * epsilon * depth_factors(rule, family, layers, base).lr * gradient
+    assert moved == pytest.approx(1.0, rel=1e-12)
 
 
 @reproducible

@@ -188,7 +188,7 @@ def _shared() -> dict[str, argparse.ArgumentParser]:
     parents["experiment"].add_argument("experiment", metavar="EXPERIMENT", help=target)
     parents["training"].add_argument("experiment", nargs="?", metavar="EXPERIMENT", help=target)
     _training(parents["training"])
-    rules = "factored, sqrt or unscaled (default: factored)"
+    rules = "factored, sqrt or unscaled; completep where the LR is to serve other L too (default: factored)"
     parents["rule"].add_argument("--rule", default="factored", help=rules)
     parents["kept"].add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
     ledger = f"finished runs: SQLite, journal:///FILE or a database's URL with #STUDY (default: {LEDGER})"
@@ -269,7 +269,7 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--lrs", metavar="LR,LR,…", help="the LRs themselves")
     octaves = "LRs as log2 distances from the centre (default: -3,-2.25,-1.5,-0.75,0,0.75,1.5); write --octaves=-1,0,1"
     parser.add_argument("--octaves", metavar="X,X,…", help=octaves)
-    rules = "factored, sqrt, unscaled; all but the one judged are controls (default: factored)"
+    rules = "factored, completep, sqrt, unscaled; all but the one judged are controls (default: factored)"
     parser.add_argument("--rules", default="factored", metavar="RULE,…", help=rules)
     table = parser.add_mutually_exclusive_group(required=True)
     table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table as CSV into a new file")
@@ -283,7 +283,7 @@ def _work(parser: argparse.ArgumentParser) -> None:
 
 def _coordcheck(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loops", default="1,2,4,8,16,32,64", metavar="N,N,…", help="loop counts (default: 1 to 64)")
-    rules = "factored, sqrt, unscaled, 'as made'; the first is judged (default: factored, or as made if rewritten)"
+    rules = "factored, completep, sqrt, unscaled, 'as made'; the first is judged (default: factored, or as made)"
     parser.add_argument("--rules", metavar="RULE,…", help=rules)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: 10)")
     parser.add_argument("--seeds", default="3", help="how many, or which: 3, 0-2 or 0,2,5 (default: 3)")

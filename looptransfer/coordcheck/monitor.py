@@ -43,7 +43,7 @@ class Monitor:
     Warns:
         ScalingWarning: when called, once for each cause. A branch has lost its ε; the model no longer does what its
             plan says; what is added is not finite; or, under "sqrt", which makes up for √N, p is above 0.75. Under
-            "factored" p ≤ 1 is made up for whatever it is, and "unscaled" promises nothing.
+            the rules with 1/N p ≤ 1 is made up for whatever it is, and "unscaled" promises nothing.
     """
 
     def __init__(

@@ -1,21 +1,21 @@
 """Promises of a rule on every statistic, as exponents of N, L or width: plain data, no torch.
 
-With ε ∝ N^−α (α = 1 factored, ½ sqrt, 0 unscaled), a branch adds N^−α at each of its N visits. Visits of tied weights
-point the same way at best and walk at random at worst, so that their sum grows as N^(½−α) to N^(1−α) (arXiv 2606.18524,
-Theorem 1); an Adam-like step changes the output alike (Theorem 2). Over L with ε ∝ L^−½ and LR ∝ L^−½ both stay bounded
-(Theorem 3 and the section on many layers).
+With ε ∝ N^−α (α = 1 factored and completep, ½ sqrt, 0 unscaled), a branch adds N^−α at each of its N visits. Visits of
+tied weights point the same way at best and walk at random at worst, so that their sum grows as N^(½−α) to N^(1−α)
+(arXiv 2606.18524, Theorem 1); an Adam-like step changes the output alike (Theorem 2). Over L with ε ∝ L^−½ and
+LR ∝ L^−½ both stay bounded (Theorem 3 and the section on many layers), as with ε ∝ L^−1 and one LR (arXiv 2505.01618).
 """
 
 from dataclasses import dataclass
 from typing import Literal
+
+from looptransfer.rules import RULES, Rule, depth_exponents
 
 Axis = Literal["loops", "layers", "width"]
 Where = Literal["looped", "once", "final", "output", "attention", "branches", "outside", "on stream"]
 Together = Literal["all branches"]  # one value: root mean square over the branches
 Moment = Literal["init", "one", "end"]  # before training, after one step, after the last
 Which = Literal["first", "all", "last"]  # visit; all: root mean square over the visits
-
-EXPONENTS = {"factored": 1.0, "sqrt": 0.5, "unscaled": 0.0}  # α
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Promise:
 
 
 def promises(rule: str, adam: bool, width_scaled: bool = False) -> list[Promise]:
-    """All that `rule` promises; "as made" is held to "factored".
+    """All that `rule` promises.
 
     What has no theory under a rule is left out: gradients under the controls, whose stream grows, for one.
 
     Args:
-        rule: a scaling rule.
+        rule: a scaling rule, or "as made".
         adam: the optimizer is Adam or AdamW, whose step does not depend on the gradient's size.
         width_scaled: `mup.set_base_shapes` was called; without μP nothing is promised over width.
     """
-    alpha = EXPONENTS.get(rule, 1.0)
+    alpha = RULES[held_to(rule)].visits
     low, high = 0.5 - alpha, 1.0 - alpha
     promised = [
         Promise("loops", "branch_rms", "looped", "init", "first", -alpha, -alpha),
@@ -71,16 +71,22 @@ def promises(rule: str, adam: bool, width_scaled: bool = False) -> list[Promise]
             Promise("width", "stream_rms", "final", "init", "last", -0.5, 0),
             Promise("width", "change_since_step", "final", "one", "last", -0.5, 0),
         ]
-    return promised + _over_layers(alpha, rule, adam)
+    return promised + _over_layers(held_to(rule), adam)
 
 
-def _over_layers(alpha: float, rule: str, adam: bool) -> list[Promise]:
+def held_to(rule: str) -> Rule:
+    """The scaling rule whose promises count: "as made" is held to "factored"."""
+    return rule if rule in RULES else "factored"
+
+
+def _over_layers(rule: Rule, adam: bool) -> list[Promise]:
+    fall, lr = -RULES[rule].layers, depth_exponents(rule, "adamw").lr
+    promised = [Promise("layers", "multiplier", "looped", "init", "all", fall, fall)]
     if rule == "unscaled":
-        return [Promise("layers", "multiplier", "looped", "init", "all", 0, 0)]
-    promised = [
-        Promise("layers", "multiplier", "looped", "init", "all", -0.5, -0.5),
+        return promised
+    promised += [
         Promise("layers", "stream_rms", "final", "init", "last", -0.5, 0),
         Promise("layers", "change_since_step", "final", "one", "last", -0.5, 0),
         Promise("layers", "update_rms", "outside", "one", "all", 0, 0),
     ]
-    return [*promised, Promise("layers", "update_rms", "all branches", "one", "all", -0.5, -0.5)] if adam else promised
+    return [*promised, Promise("layers", "update_rms", "all branches", "one", "all", lr, lr)] if adam else promised

@@ -81,7 +81,9 @@ def _step_ratio(module: str, octaves: float, promised: float, kept: bool) -> str
     text = (
         f"the step of {module} is {2**octaves:.3g} times that outside the branches where {2**promised:.3g} is promised"
     )
-    return text if kept else f"{text} (LR × m_L^−½): were the groups of param_groups kept, and not overwritten?"
+    return (
+        text if kept else f"{text} (by its factor over L): were the groups of param_groups kept, and not overwritten?"
+    )
 
 
 def _lost_to_eps(module: str, share: float, _: float, kept: bool) -> str:

@@ -65,7 +65,8 @@ def coord_check(
             the fixed probe batch and is not trained on. With `widths` or `layers` its `make_model` is called with
             `width=` and `layers=` too.
         loops: loop counts N, two at least.
-        rules: "factored", "sqrt", "unscaled", "as made"; default "factored", or "as made" for a rewritten model.
+        rules: "factored", "completep", "sqrt", "unscaled", "as made"; default "factored", or "as made" for a rewritten
+            model.
         steps: optimizer steps, 1 at least.
         seeds: how many, or which; two at least.
         lr: base LR of the default optimizer, AdamW on `param_groups`, without decay.

@@ -15,10 +15,11 @@ import pandas as pd
 from scipy.special import stdtr
 
 from looptransfer.coordcheck.exponents import Array, exponent_table, fit_exponents, holm, on_axis
-from looptransfer.coordcheck.promises import EXPONENTS, Promise, promises
+from looptransfer.coordcheck.promises import Promise, held_to, promises
 from looptransfer.coordcheck.readings import reading
 from looptransfer.coordcheck.recommend import CONFIDENCE
 from looptransfer.coordcheck.result import OUTSIDE, Answer, Context, CoordCheck, Finding
+from looptransfer.rules import RULES, depth_factors
 from looptransfer.transfer.optimum import t_interval
 
 LEVEL_TOLERANCE = 0.1  # octaves, of a step's size against the other parameters'
@@ -123,8 +124,9 @@ def _levels(rows: pd.DataFrame, rule: str, context: Context) -> Iterator[_Measur
     sizes = _by_module(first, "update_rms", log=True)
     if OUTSIDE not in sizes or context.width_scaled:
         return
-    shrink = 0.0 if rule == "unscaled" else 0.5 * -math.log2(int(along["layers"].iloc[0]) / context.base_layers) + 0.0
-    promise = Promise("loops", "step_ratio", "branches", "one", "all", shrink, shrink)
+    factors = depth_factors(held_to(rule), "adamw", int(along["layers"].iloc[0]), context.base_layers)
+    octaves = math.log2(factors.lr)
+    promise = Promise("loops", "step_ratio", "branches", "one", "all", octaves, octaves)
     for branch in context.branches:
         if branch.module in sizes:
             yield _Measured(rule, promise, branch.module, sizes[branch.module] - sizes[OUTSIDE], LEVEL_TOLERANCE)
@@ -151,7 +153,7 @@ def _finding(measured: _Measured, p: float, level: float) -> Finding:
         answer = "passes"
     text = f"{module}: {promise.statistic} {measured.trouble}"
     if interval is not None:
-        text = reading(promise, module, interval.estimate, EXPONENTS.get(measured.rule, 1.0), answer)
+        text = reading(promise, module, interval.estimate, RULES[held_to(measured.rule)].visits, answer)
     axis = "level" if promise.statistic in LEVELS else promise.axis
     return Finding(
         measured.rule, axis, promise.statistic, module, promise.moment, promise.which, interval, promise.low,

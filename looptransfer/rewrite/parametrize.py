@@ -56,7 +56,9 @@ def parametrize(
     Args:
         model: any module with residual branches; it is not run and its random state, buffers and gradients stay.
         example_inputs: what its forward takes: a tensor, a tuple of positional or a dict of keyword arguments.
-        rule: "factored" λ/(N√(L/L_ref)), "sqrt" λ/√(N·L/L_ref) or "unscaled" 1 (arXiv 2606.18524, Table 1).
+        rule: "factored" λ/(N√(L/L_ref)), "sqrt" λ/√(N·L/L_ref) or "unscaled" 1 (arXiv 2606.18524, Table 1), or
+            "completep" λ/(N·L/L_ref), CompleteP's rule for L (arXiv 2505.01618) beside the paper's for N: the one to
+            take where an LR is to serve other L as well (our extension; reports/transfer/).
         lam: λ.
         base_layers: L_ref; 1 writes the rule absolutely.
         branches: names or globs of the modules whose outputs are the branches, where the trace cannot tell.

@@ -11,7 +11,15 @@ from looptransfer.checks import is_count, is_number
 from looptransfer.errors import InputError
 from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.names import around, named_parameters, plain_names
-from looptransfer.rules import Rule, check_rule, depth_factors, depth_multiplier, residual_multiplier
+from looptransfer.rules import (
+    OVER_LAYERS,
+    RULES,
+    Rule,
+    check_rule,
+    depth_factors,
+    depth_multiplier,
+    residual_multiplier,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -185,11 +193,14 @@ class ScalingPlan:
         loops = f"{{{loops}}}" if len(visits) > 1 else loops
         drawn = " (mean of a random count)" if self.random_loops else ""
         factors = depth_factors(self.rule, "adamw", self.layers, self.base_layers)
+        settings = f"LR and eps of the branches' parameters × {factors.lr:.4g}"
+        if factors.eps != factors.lr:
+            settings = f"LR of the branches' parameters × {factors.lr:.4g}, their eps × {factors.eps:.4g}"
         on_stream = "those on the stream × 1/visits, " if self.on_stream else ""
         return (
             f"rule {self.rule}: N = {loops}{drawn}, L = {self.layers}, base layers {self.base_layers}, "
             f"λ = {self.lam:g}\n"
-            f"AdamW: LR and eps of the branches' parameters × {factors.lr:.4g}, {on_stream}everything else × 1"
+            f"AdamW: {settings}, {on_stream}everything else × 1"
         )
 
     def _notes(self) -> list[str]:
@@ -201,6 +212,8 @@ class ScalingPlan:
         if self.base_shapes:
             factors = ", ".join(f"the input of {name} × {factor:.4g}" for name, factor in self.read_outs.items())
             notes.append(f"width       {len(self.base_shapes)} parameters grow{factors and '; '}{factors}")
+        if RULES[self.rule].layers == RULES["factored"].layers and self.base_layers not in {1, self.layers}:
+            notes.append(f"depth       a base LR of {self.base_layers} layers is taken to {self.layers}: {OVER_LAYERS}")
         if not self.proved:
             notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")
         return [*notes, *(f"note        {caveat}" for caveat in self.caveats)]

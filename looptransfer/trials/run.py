@@ -27,7 +27,7 @@ class Trial(Run):
     """A run as it is made: what a training function is called with.
 
     Attributes:
-        rule: the scaling rule, "factored", "sqrt" or "unscaled".
+        rule: the scaling rule, "factored", "completep", "sqrt" or "unscaled".
         loops: loop count N.
         lr: base LR, absolute.
         seed: of the initialisation and the data order.

@@ -12,7 +12,7 @@ import pandas as pd
 
 from looptransfer.checks import check_count, check_number, counts_of, is_number, seeds_of
 from looptransfer.errors import FailedRunError, InputError, explained_in
-from looptransfer.rules import RULES, Rule, check_rule
+from looptransfer.rules import RULES, Rule, check_rule, depth_factors
 from looptransfer.transfer.results import COLUMNS
 from looptransfer.transfer.studies import asked, expanded
 from looptransfer.trials.devices import Slot, here, slots
@@ -359,8 +359,8 @@ def _stored_rule(start: Any, rule: Rule) -> Rule:
 
 def _scales(plan: Any) -> object:
     """Everything by which a rule changes a run: multipliers, and the optimizer's factors."""
-    factor = 1.0 if plan.rule == "unscaled" else plan.depth_multiplier
-    return factor, tuple((branch.module, branch.multiplier) for branch in plan.branches)
+    factors = depth_factors(plan.rule, "adamw", plan.layers, plan.base_layers)  # apart wherever another family's are
+    return factors, tuple((branch.module, branch.multiplier) for branch in plan.branches)
 
 
 def _absolute(around: TunedLR | float | None, octaves: Sequence[float], lrs: Sequence[float] | None) -> Sequence[float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import looptransfer as lt
 from looptransfer.coordcheck.exponents import COLUMNS
+from looptransfer.rules import Rule
 from tests.experiments import FEATURES, LoopedMLP, TinyTask, tiny_experiment
 
 QUICK: dict[str, Any] = {"loops": [1, 2, 4, 8], "steps": 2}
@@ -147,18 +148,22 @@ def test_a_scheduler_and_another_optimizer_are_the_users() -> None:
     assert {finding.statistic for finding in result.findings}.isdisjoint({"step_ratio", "lost_to_eps"})
 
 
-def test_width_and_depth_are_axes_too() -> None:
+@pytest.mark.parametrize("rule", ["factored", "completep"])
+def test_width_and_depth_are_axes_too(rule: Rule) -> None:
     def make(loops: int, width: int, layers: int) -> nn.Module:
         return lt.LoopedDecoder(width=width, heads=2, layers=layers, loops=loops, tied_head=False, vocab=16)
 
     batch = (torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))
     experiment = tokens(make, lambda seed: [batch] * 2)
-    result = lt.coord_check(experiment, [1, 2], steps=1, seeds=2, widths=[8, 16], layers=[1, 4])
+    options: dict[str, Any] = {"steps": 1, "seeds": 2, "widths": [8, 16], "layers": [1, 4]}
+    result = lt.coord_check(experiment, [1, 2], [rule], **options)
     assert set(result.frame["width"]) == {8, 16}
     assert set(result.frame["layers"]) == {1, 4}
     depth = [finding for finding in result.judged if finding.axis == "layers" and finding.statistic == "multiplier"]
     assert [finding.answer for finding in depth] == ["passes"] * 2
-    assert set(result.cosines) == {("factored", 2, 0), ("factored", 2, 1)}
+    steps = [f for f in result.judged if f.axis == "layers" and f.statistic == "update_rms"]
+    assert {finding.answer for finding in steps} == {"passes"}
+    assert set(result.cosines) == {(rule, 2, 0), (rule, 2, 1)}
 
 
 def mup_scaled(loops: int, width: int, shaped: bool = True) -> nn.Module:
@@ -234,7 +239,7 @@ def test_a_model_that_is_not_finite_fails_and_says_where() -> None:
         ({"lr": float("nan")}, "lr is nan"),
         ({"tolerance": 0}, "tolerance is 0"),
         ({"level": 1}, "level is 1"),
-        ({"rules": ["linear"]}, "choose one of factored, sqrt, unscaled"),
+        ({"rules": ["linear"]}, "choose one of factored, completep, sqrt, unscaled"),
         ({"rules": []}, "rules is"),
         ({"rules": "factored"}, "give a list"),
         ({"layers": [0]}, "layers is"),

@@ -186,7 +186,7 @@ def test_a_folded_model_is_a_plain_one_that_computes_what_its_multipliers_comput
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
-    rule=st.sampled_from(["factored", "sqrt", "unscaled"]),
+    rule=st.sampled_from(["factored", "completep", "sqrt", "unscaled"]),
     layers=st.integers(1, 3),
     loops=st.integers(1, 5),
     prelude=st.integers(0, 1),

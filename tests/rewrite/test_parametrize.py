@@ -30,7 +30,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 # -- right numbers
 
 
-@pytest.mark.parametrize("rule", ["factored", "sqrt"])
+@pytest.mark.parametrize("rule", ["factored", "completep", "sqrt"])
 @pytest.mark.parametrize(("prelude", "coda"), [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("loops", [1, 2, 7])
 @pytest.mark.parametrize("layers", [1, 3])
@@ -357,7 +357,7 @@ def test_base_layers_out_of_range_are_refused(base_layers: Any) -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(lt.InputError, match="rule is 'mup'; choose one of factored, sqrt, unscaled"):
+    with pytest.raises(lt.InputError, match="rule is 'mup'; choose one of factored, completep, sqrt, unscaled"):
         lt.parametrize(small_decoder(), tokens(), rule="mup")  # type: ignore[arg-type]
 
 

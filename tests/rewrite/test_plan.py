@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import looptransfer as lt
 from looptransfer.rewrite.plan import Branch, check_one_parameterization
+from looptransfer.rules import Rule
 from looptransfer.trials.pairing import check_start
 from looptransfer.trials.run import Trial
 from tests import models
@@ -85,6 +86,26 @@ def test_the_printed_plan_shows_layers_visits_multipliers_lines_and_the_lr_facto
         assert (layer, module, visits, multiplier) == (branch.layer, branch.module, "2", "0.25")
         assert branch.source.endswith(source)
         assert Path(source.rsplit(":", 1)[0]).name == "model.py"
+
+
+def test_the_printed_plan_says_what_the_optimizer_gets_under_completep() -> None:
+    plan = lt.parametrize(small_decoder(layers=4, loops=2), tokens(), "completep")
+    _, factors, *_ = str(plan).splitlines()
+    assert factors == "AdamW: LR of the branches' parameters × 1, their eps × 0.25, everything else × 1"
+
+
+@pytest.mark.parametrize(
+    ("rule", "base_layers", "told"),
+    [("factored", 2, True), ("sqrt", 2, True), ("completep", 2, False), ("unscaled", 2, False), ("factored", 4, False),
+     ("factored", 1, False)],
+)  # fmt: skip
+def test_the_printed_plan_tells_of_completep_where_an_lr_is_taken_to_another_depth(
+    rule: Rule, base_layers: int, told: bool
+) -> None:
+    text = str(lt.parametrize(small_decoder(layers=4), tokens(), rule, base_layers=base_layers))
+    assert (
+        "depth       a base LR of 2 layers is taken to 4: in our sweeps the best base LR rises with L" in text
+    ) == told
 
 
 def test_the_printed_plan_lists_visit_counts_that_differ_and_says_whose_rule_that_is() -> None:

@@ -535,7 +535,7 @@ def test_after_remove_there_is_nothing_to_verify() -> None:
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
-    rule=st.sampled_from(["factored", "sqrt", "unscaled"]),
+    rule=st.sampled_from(["factored", "completep", "sqrt", "unscaled"]),
     before=st.integers(1, 5),
     after=st.integers(1, 9),
     prelude=st.integers(0, 1),

@@ -329,6 +329,17 @@ def test_the_transferred_lr_does_not_depend_on_the_order_of_the_loop_counts() ->
 # -- rules and their differences
 
 
+@pytest.mark.parametrize(
+    ("drift", "rule", "told"), [(0.6, "factored", True), (-0.6, "factored", False), (0.6, "completep", False)]
+)
+def test_a_best_lr_that_rises_over_layers_is_answered_with_completep(drift: float, rule: str, told: bool) -> None:
+    verdict = check(runs_of(drift, rule).rename(columns={"loops": "layers"}), axis="layers")
+    assert verdict.answer == "DRIFTS"
+    assert any("stays under completep" in note for note in verdict.notes) == told
+    over_loops = check(runs_of(drift, rule))
+    assert not any("completep" in note for note in over_loops.notes)
+
+
 def shared_shift(shift: float, draw: int = 0) -> pd.DataFrame:
     """Two rules that drift by 0.0 and 0.3, to whose drift every seed adds the same random amount."""
     rng = np.random.default_rng(draw)

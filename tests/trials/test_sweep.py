@@ -73,6 +73,21 @@ def test_a_control_that_is_swept_later_takes_what_it_shares_from_the_ledger(tmp_
     assert set(made(tmp_path)) - set(before) == {run for run in runs_of(controls) if run.loops == 2}
 
 
+def test_runs_of_rules_whose_multipliers_agree_and_whose_lrs_do_not_are_made_apart(tmp_path: Path) -> None:
+    experiment = tiny_experiment(**SHORT, base_layers=2)  # at L = 1 and N = 2 both have ε = 1, and LRs × √2 and × 1
+    options: dict[str, Any] = {"around": LR, "seeds": 1, "octaves": (0.0,), "workers": 1}
+    results = sweep(experiment, [2], rules=("sqrt", "completep"), ledger=tmp_path / "ledger.db", **options)
+    assert made(tmp_path) == sorted(runs_of(results))
+    assert results["loss"].nunique() == 2
+
+
+def test_completep_shares_the_runs_of_factored_at_the_base_depth(tmp_path: Path) -> None:
+    results = swept(tmp_path, rules=("factored", "completep"), octaves=(0.0,))
+    assert {run.rule for run in made(tmp_path)} == {"factored"}
+    losses = results.pivot(index=["loops", "seed"], columns="rule", values="loss")
+    assert losses["completep"].equals(losses["factored"].rename("completep"))
+
+
 def test_the_ledger_the_table_and_the_frame_give_one_answer(tmp_path: Path) -> None:
     options: dict[str, Any] = {"octaves": (-3.0, -1.5, 0.0, 1.5, 3.0), "lrs": None}
     frame = pd.concat(
