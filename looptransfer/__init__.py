@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from looptransfer.reference.experiment import reference_experiment as reference_experiment
     from looptransfer.reference.model import LoopedDecoder as LoopedDecoder
     from looptransfer.report.page import write_html as write_html
+    from looptransfer.rewrite.fold import fold as fold
+    from looptransfer.rewrite.fold import remove as remove
     from looptransfer.rewrite.marker import residual as residual
     from looptransfer.rewrite.parametrize import apply_plan as apply_plan
-    from looptransfer.rewrite.parametrize import fold as fold
     from looptransfer.rewrite.parametrize import parametrize as parametrize
-    from looptransfer.rewrite.parametrize import remove as remove
     from looptransfer.rewrite.plan import ScalingPlan as ScalingPlan
     from looptransfer.rules import residual_multiplier as residual_multiplier
     from looptransfer.transfer.baseline import Baseline as Baseline
@@ -62,14 +62,14 @@ _HOMES = {
     "check": "transfer.check",
     "coord_check": "coordcheck.run",
     "explain": "explanation",
-    "fold": "rewrite.parametrize",
+    "fold": "rewrite.fold",
     "gate": "trials.gate",
     "param_groups": "optim",
     "set_lr": "optim",
     "parametrize": "rewrite.parametrize",
     "read_results": "transfer.sources",
     "reference_experiment": "reference.experiment",
-    "remove": "rewrite.parametrize",
+    "remove": "rewrite.fold",
     "rescale": "audit",
     "residual": "rewrite.marker",
     "residual_multiplier": "rules",

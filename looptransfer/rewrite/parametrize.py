@@ -1,4 +1,4 @@
-"""A plan put into a model, changed, moved into the weights, and taken out again."""
+"""A plan put into a model, and changed."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +12,14 @@ from torch import nn
 from looptransfer.errors import InputError, ScalingWarning, explained_in
 from looptransfer.rewrite.analysis import Analysis, analyse, fullest
 from looptransfer.rewrite.caveats import VARIES, other_in_training, renewed
+from looptransfer.rewrite.fold import check_foldable, keep_makeup, scale_last_maps
 from looptransfer.rewrite.forward import ExampleInputs
 from looptransfer.rewrite.graph import Handle
-from looptransfer.rewrite.insert import OUTPUTS, clear_multipliers, set_input_multiplier, set_multiplier
+from looptransfer.rewrite.insert import OUTPUTS, set_input_multiplier, set_multiplier
 from looptransfer.rewrite.names import compiled_modules, named_parameters, plain_names, sharded_modules
 from looptransfer.rewrite.plan import PLAN, ScalingPlan, check_dimensions, holds_saved_plan, planned
 from looptransfer.rewrite.planner import counts, make_plan
-from looptransfer.rewrite.pretrained import carry, drop, forget_saved_plan, saved_plan
+from looptransfer.rewrite.pretrained import carry, forget_saved_plan, saved_plan
 from looptransfer.rewrite.proof import SEED, prove
 from looptransfer.rewrite.record import record
 from looptransfer.rewrite.roles import roles_of
@@ -94,14 +95,14 @@ def parametrize(
         preserve=preserve,
     )
     if preserve:
-        _check_foldable(plan, "preserve=True")
+        check_foldable(plan, "preserve=True")
     plan = _in_training(model, example_inputs, declared, plan)
     if small is not None:
         plan = _with_widths(model, small, example_inputs, fullest(draws), plan)
     for caveat in plan.caveats:
         warnings.warn(caveat, ScalingWarning, stacklevel=3)
     if preserve:
-        _scale_last_maps(model, plan, inverse=True)
+        scale_last_maps(model, plan, inverse=True)
     if small is not None:
         rescale_weights(model, small, plan.base_shapes)
     _attach(model, plan)
@@ -285,44 +286,6 @@ def _members(plan: ScalingPlan, analysis: Analysis) -> dict[Handle, frozenset[st
     return before | {group.handle: group.parameters for group in analysis.groups}
 
 
-@explained_in("models.md#keep-it-load-it-export-it")
-def fold(model: nn.Module) -> None:
-    """Make a plain model of a rewritten one, in place, for export and serving; its function stays the same.
-
-    The multipliers go into the weights of the branches' last maps, every module has its own class again, and the plan
-    is forgotten. A checkpoint of it belongs into a plain model: in a rewritten one ε would count twice.
-
-    Raises:
-        InputError: not rewritten, a random loop count, or a branch whose last map cannot take a factor.
-    """
-    inner, plan = planned(model)
-    if plan.random_loops:
-        raise InputError("the loop count is random, and weights cannot follow it; keep the multipliers")
-    _check_foldable(plan, "fold")
-    _last_maps(inner, plan)
-    _check_read_outs(inner, plan)
-    remove(model)
-    _scale_last_maps(inner, plan)
-    with torch.no_grad():
-        for name, factor in plan.read_outs.items():
-            named_parameters(inner)[f"{name}.weight"].mul_(factor)
-
-
-@explained_in("models.md#keep-it-load-it-export-it")
-def remove(model: nn.Module) -> None:
-    """Take the multipliers out again, in place: every branch is added with factor 1, every module has its own class.
-
-    Weights are as they were trained. With `preserve=True` they keep the factor that made up for ε.
-
-    Raises:
-        InputError: the model was not rewritten.
-    """
-    inner, _ = planned(model)
-    clear_multipliers(inner)
-    drop(inner)
-    delattr(inner, PLAN)
-
-
 # -- checks
 
 
@@ -372,28 +335,13 @@ def _check_settings(rule: Rule, lam: float, base_layers: int, branches: Any, lay
         raise InputError(f"branches is {branches!r}; give a list of module names or globs, such as ['layers.*.mlp']")
 
 
-def _check_foldable(plan: ScalingPlan, option: str) -> None:
-    stuck = next((branch for branch in plan.branches if not branch.last_map), None)
-    if stuck is not None:
-        raise InputError(
-            f"{option}: the branch {stuck.handle} cannot take ε into its weights: {stuck.unfoldable}. "
-            "Keep the multipliers, which need no such weight"
-        )
-
-
-def _check_read_outs(model: nn.Module, plan: ScalingPlan) -> None:
-    parameters = named_parameters(model)
-    for name in plan.read_outs:
-        if f"{name}.weight" not in parameters:
-            raise InputError(f"fold: {name} shares its weight or holds several, which cannot take its factor alone")
-
-
 # -- putting it in
 
 
 def _attach(model: nn.Module, plan: ScalingPlan) -> None:
     _insert(model, plan)
     carry(model, plan)
+    keep_makeup(model, plan)
     setattr(model, PLAN, plan)
 
 
@@ -402,21 +350,3 @@ def _insert(model: nn.Module, plan: ScalingPlan) -> None:
         set_multiplier(model, branch.handle, branch.multiplier)
     for name, factor in plan.read_outs.items():
         set_input_multiplier(model, name, factor)
-
-
-def _scale_last_maps(model: nn.Module, plan: ScalingPlan, inverse: bool = False) -> None:
-    with torch.no_grad():
-        for parameter, multiplier in _last_maps(model, plan):
-            parameter.mul_(1 / multiplier if inverse else multiplier)
-
-
-def _last_maps(model: nn.Module, plan: ScalingPlan) -> list[tuple[nn.Parameter, float]]:
-    """The parameters that take ε, and the ε of each."""
-    live = named_parameters(model)
-    missing = [name for branch in plan.branches for name in branch.last_map if name not in live]
-    if missing:
-        raise InputError(
-            f"the plan names {missing[0]}, which the model no longer has (was a layer replaced or wrapped, as LoRA "
-            "does?), so ε cannot go into it; fold before that, or merge it first"
-        )
-    return [(live[name], branch.multiplier) for branch in plan.branches for name in branch.last_map]

@@ -20,7 +20,8 @@ from looptransfer.errors import InputError, UserCodeError
 from looptransfer.files import write_file
 from looptransfer.optim import param_groups
 from looptransfer.rewrite.caveats import VARIES
-from looptransfer.rewrite.parametrize import apply_plan, parametrize, remove
+from looptransfer.rewrite.fold import remove
+from looptransfer.rewrite.parametrize import apply_plan, parametrize
 from looptransfer.rewrite.plan import ScalingPlan, planned
 from looptransfer.rules import Rule
 from looptransfer.trials.batches import digest

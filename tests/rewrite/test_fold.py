@@ -424,3 +424,82 @@ def test_checkpoints_keep_the_keys_of_a_plain_model(scaled: tuple[bool, bool]) -
     target.load_state_dict(torch.load(file, weights_only=True))
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
     assert torch.equal(target(tokens()), source(tokens())) == (scaled[0] == scaled[1])
+
+
+# -- changed after the rewrite
+
+
+def tied_elsewhere(model: nn.Module, name: str) -> None:
+    weight = model.get_parameter(f"layers.0.mlp.{name}.weight")
+    model.extra = nn.Linear(*weight.shape[::-1])
+    model.extra.weight = weight
+
+
+def tie(model: nn.Module) -> None:
+    tied_elsewhere(model, "down")
+
+
+def replace(model: nn.Module) -> None:
+    model.layers[0].mlp = copy.deepcopy(small_decoder().layers[0].mlp)  # type: ignore[union-attr,index]
+
+
+def replace_part(model: nn.Module) -> None:
+    down = model.layers[0].mlp.down  # type: ignore[union-attr,index]
+    model.layers[0].mlp.down = Shifted(down.in_features, down.out_features, bias=False)  # type: ignore[union-attr,index]
+
+
+class Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def hook(model: nn.Module) -> None:
+    model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + 1)  # type: ignore[union-attr,index]
+
+
+def grow(model: nn.Module) -> None:
+    model.layers[0].mlp.down.scale = nn.Linear(2, 2)  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (tie, r"layers.0.mlp.down.weight \(in 1 modules then, in 2 modules now\)"),
+        (replace, r"the branch layers.0.mlp no longer has its ε"),
+        (replace_part, r"layers.0.mlp.down \(Linear, 0 hooks then, Shifted, 0 hooks now\)"),
+        (hook, r"layers.0.mlp \(.*, 0 hooks then, .*, 1 hooks now\)"),
+        (grow, r"layers.0.mlp.down.scale \(absent then, Linear, 0 hooks now\)"),
+    ],
+)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_branch_that_was_changed_after_the_rewrite_is_not_folded(
+    change: Callable[[nn.Module], None], message: str, copied: bool
+) -> None:
+    model: nn.Module = small_decoder()
+    lt.parametrize(model, tokens())
+    model = copy.deepcopy(model) if copied else model
+    change(model)
+    result = model(tokens())
+    with pytest.raises(lt.InputError, match=f"{message}.*parametrize a fresh model as it is now"):
+        lt.fold(model)
+    assert torch.equal(model(tokens()), result)
+
+
+def test_changes_that_do_not_reach_a_last_map_do_not_keep_a_model_from_being_folded() -> None:
+    model = small_decoder()
+    lt.parametrize(model, tokens())
+    tied_elsewhere(model, "up")
+    model.register_forward_hook(lambda module, args, output: None)
+    result = model(tokens())
+    lt.fold(model)
+    torch.testing.assert_close(model(tokens()), result)
+
+
+def test_a_model_that_was_rescaled_is_folded_as_it_is_then() -> None:
+    model, x = small_decoder(loops=2), tokens()
+    lt.parametrize(model, x)
+    model.loops = 4
+    lt.rescale(model, x)
+    result = model(x)
+    lt.fold(model)
+    torch.testing.assert_close(model(x), result)

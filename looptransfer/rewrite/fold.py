@@ -1,0 +1,134 @@
+"""A plan moved into the weights, and taken out of a model again."""
+
+import torch
+from torch import nn
+
+from looptransfer.errors import InputError, explained_in
+from looptransfer.rewrite.insert import clear_multipliers, has_multiplier
+from looptransfer.rewrite.names import homes, named_parameters, plain_names
+from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
+from looptransfer.rewrite.pretrained import drop
+from looptransfer.text import few
+
+MAKEUP = "_looptransfer_makeup"  # on a rewritten model: what ε acts through, as `makeup` has it
+
+
+@explained_in("models.md#keep-it-load-it-export-it")
+def fold(model: nn.Module) -> None:
+    """Make a plain model of a rewritten one, in place, for export and serving; its function stays the same.
+
+    The multipliers go into the weights of the branches' last maps, every module has its own class again, and the plan
+    is forgotten. A checkpoint of it belongs into a plain model: in a rewritten one ε would count twice.
+
+    Raises:
+        InputError: not rewritten, a random loop count, a branch whose last map cannot take a factor, or one that was
+            changed after the rewrite: replaced, tied to another weight, or given hooks.
+    """
+    inner, plan = planned(model)
+    if plan.random_loops:
+        raise InputError("the loop count is random, and weights cannot follow it; keep the multipliers")
+    check_foldable(plan, "fold")
+    _last_maps(inner, plan)
+    _check_read_outs(inner, plan)
+    _check_unchanged(inner, plan)
+    remove(model)
+    scale_last_maps(inner, plan)
+    with torch.no_grad():
+        for name, factor in plan.read_outs.items():
+            named_parameters(inner)[f"{name}.weight"].mul_(factor)
+
+
+@explained_in("models.md#keep-it-load-it-export-it")
+def remove(model: nn.Module) -> None:
+    """Take the multipliers out again, in place: every branch is added with factor 1, every module has its own class.
+
+    Weights are as they were trained. With `preserve=True` they keep the factor that made up for ε.
+
+    Raises:
+        InputError: the model was not rewritten.
+    """
+    inner, _ = planned(model)
+    clear_multipliers(inner)
+    drop(inner)
+    delattr(inner, PLAN)
+    delattr(inner, MAKEUP)
+
+
+def scale_last_maps(model: nn.Module, plan: ScalingPlan, inverse: bool = False) -> None:
+    """Multiply the weights of every branch's last map by its ε, or divide them."""
+    with torch.no_grad():
+        for parameter, multiplier in _last_maps(model, plan):
+            parameter.mul_(1 / multiplier if inverse else multiplier)
+
+
+def _last_maps(model: nn.Module, plan: ScalingPlan) -> list[tuple[nn.Parameter, float]]:
+    """The parameters that take ε, and the ε of each."""
+    live = named_parameters(model)
+    missing = [name for branch in plan.branches for name in branch.last_map if name not in live]
+    if missing:
+        raise InputError(
+            f"the plan names {missing[0]}, which the model no longer has (was a layer replaced or wrapped, as LoRA "
+            "does?), so ε cannot go into it; fold before that, or merge it first"
+        )
+    return [(live[name], branch.multiplier) for branch in plan.branches for name in branch.last_map]
+
+
+# -- checks
+
+
+def check_foldable(plan: ScalingPlan, option: str) -> None:
+    """Refuse a plan with a branch whose last map cannot take ε; `option` is the user's word for what is to be done."""
+    stuck = next((branch for branch in plan.branches if not branch.last_map), None)
+    if stuck is not None:
+        raise InputError(
+            f"{option}: the branch {stuck.handle} cannot take ε into its weights: {stuck.unfoldable}. "
+            "Keep the multipliers, which need no such weight"
+        )
+
+
+def _check_read_outs(model: nn.Module, plan: ScalingPlan) -> None:
+    parameters = named_parameters(model)
+    for name in plan.read_outs:
+        if f"{name}.weight" not in parameters:
+            raise InputError(f"fold: {name} shares its weight or holds several, which cannot take its factor alone")
+
+
+def keep_makeup(model: nn.Module, plan: ScalingPlan) -> None:
+    """Note what ε acts through, so that `fold` can tell whether that was changed since; what is noted already stays."""
+    setattr(model, MAKEUP, {**makeup(model, plan), **model.__dict__.get(MAKEUP, {})})
+
+
+def makeup(model: nn.Module, plan: ScalingPlan) -> dict[str, str]:
+    """What decides whether ε in the weights is ε on the branch: class and hooks of the modules of every branch, and how
+    many modules hold each weight that takes it; by name."""
+    holders = {name.rpartition(".")[0] for branch in plan.branches for name in branch.last_map}
+    holders |= {branch.module for branch in plan.branches}
+    described = {
+        name: f"{type(module).__qualname__}, {len(module._forward_hooks) + len(module._forward_pre_hooks)} hooks"
+        for name, module in plain_names(model).items()
+        if any(f"{name}.".startswith(f"{holder}." if holder else "") for holder in holders)
+    }
+    held = list(homes(model).values())
+    return described | {n: f"in {held.count(n)} modules" for branch in plan.branches for n in branch.last_map}
+
+
+def _check_unchanged(model: nn.Module, plan: ScalingPlan) -> None:
+    lost = [
+        str(branch.handle) for branch in plan.branches if not has_multiplier(model, branch.handle, branch.multiplier)
+    ]
+    if lost:
+        raise InputError(
+            f"fold: the branch {few(lost)} no longer has its ε (was its module replaced?), so that its weights cannot "
+            f"take it over; {ANEW}"
+        )
+    before, now = model.__dict__[MAKEUP], makeup(model, plan)
+    changed = [
+        f"{name} ({before.get(name, 'absent')} then, {now.get(name, 'absent')} now)"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise InputError(f"fold: changed since the rewrite: {few(changed)}; undo that first, or {ANEW}")
+
+
+ANEW = "parametrize a fresh model as it is now, load the weights into it, and fold that"
