@@ -26,8 +26,10 @@ def notes(
         rule: the one asked for.
         maximize: its losses are those of a metric, negated.
     """
-    if "fingerprint" in runs and runs["fingerprint"].nunique() > 1:
-        yield f"the rows come from {runs['fingerprint'].nunique()} different experiments (column fingerprint)"
+    experiments = runs["fingerprint"] if "fingerprint" in runs else pd.Series(dtype=str)
+    other_sizes = terms.axis != "loops" and experiments.groupby(runs[terms.axis]).nunique().max() == 1
+    if experiments.nunique() > 1 and not other_sizes:  # which are experiments of their own, while N is a loop count
+        yield f"the rows come from {experiments.nunique()} different experiments (column fingerprint)"
     yield from _confounds(runs[~runs["diverged"]], terms)
     yield from _copies(runs, terms)
     yield from _partial_lrs(runs, terms)

@@ -79,8 +79,8 @@ def tidy(frame: pd.DataFrame, axis: str = "loops") -> pd.DataFrame:
 
 
 def axis_label(axis: str) -> str:
-    """An axis in words: N for loop counts."""
-    return "N" if axis == "loops" else axis
+    """An axis in words: N for loop counts, L for layers."""
+    return {"loops": "N", "layers": "L"}.get(axis, axis)
 
 
 def at_horizon(runs: pd.DataFrame, axis: str = "loops", share: float = 1.0) -> pd.DataFrame:

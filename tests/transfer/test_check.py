@@ -451,6 +451,19 @@ def test_what_differs_between_the_rows_beside_n_is_noted(column: str, values: li
     assert column in note
 
 
+def test_models_of_other_sizes_are_experiments_of_their_own_and_different_ones_of_a_size_are_noted() -> None:
+    runs = runs_of().rename(columns={"loops": "layers"})
+    assert check(runs.assign(fingerprint=runs["layers"].map("L{}".format)), axis="layers").notes == ()
+    mixed = runs.assign(fingerprint=(runs["lr"] > runs["lr"].median()).map(str))
+    assert "2 different experiments" in check(mixed, axis="layers").notes[0]
+
+
+def test_over_layers_the_label_is_l() -> None:
+    text = str(check(runs_of(0.59, wander=0.0).rename(columns={"loops": "layers"}), axis="layers"))
+    assert "The optimum moves up by 0.59 octave per doubling of L." in text
+    assert "at L = 1" in text
+
+
 def test_the_text_names_answer_reason_and_every_loop_count() -> None:
     lines = str(check(runs_of(0.59, loops=(1, 2, 4), noise=0.0, wander=0.0))).splitlines()
     start = lines.index("factored: DRIFTS. The optimum moves up by 0.59 octave per doubling of N.")
