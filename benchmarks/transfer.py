@@ -10,9 +10,9 @@ Two starts: every matrix at 0.02, as the paper has it at width 768, and the matr
 which gives branches as large beside the embedding as at that width. Over layers, ε is 1/(N·m_L^a) and the branches' LR
 falls as m_L^(−b), with m_L = L / 2; the paper has a = b = 1/2 (Table 1), CompleteP a = 1.
 
-Beside the sweeps stands what a few steps say: how the movement of the output grows with L where ε is the paper's and
-no LR falls (a = 1/2, b = 0). Its exponent c is the b that would keep the movement the same at every L, so that under
-another b the best base LR should move by b − c octaves per doubling.
+Beside the sweeps stands what a few steps say: how the movement of the output grows with L where no LR falls (b = 0),
+under either a. Its exponent c is the b that would keep the movement the same at every L, so that under another b the
+best base LR should move by b − c octaves per doubling.
 
 That holds where one base LR serves all parameters. In the arm “of the branches alone” the LR of embedding, final norm
 and head stays at twice the centre of the grid, and only that of the branches is searched. Further arms have another λ,
@@ -118,6 +118,7 @@ class Arm:
 
 
 PAPER, NO_LR_FACTOR, COMPLETEP = Arm(), Arm(lr=0.0), Arm(multiplier=1.0, lr=0.0)
+MOVED_ARMS = (NO_LR_FACTOR, COMPLETEP)
 ARMS = (
     PAPER,
     COMPLETEP,
@@ -213,7 +214,7 @@ class OverLoops:
 STUDIES = (
     OverLoops(),
     OverLayers(LARGER, 250, ARMS, (2, 4, 8, 16), seeds=4, candidates=(PAPER, COMPLETEP)),
-    OverLayers(LARGER, 250, (PAPER, COMPLETEP), (2, 4, 8, 16), loops=2, seeds=4),
+    OverLayers(LARGER, 250, (PAPER, COMPLETEP), (2, 4, 8, 16), loops=2, seeds=4, candidates=(PAPER, COMPLETEP)),
     OverLayers(LARGER, 1000, (PAPER, NO_LR_FACTOR, COMPLETEP), (2, 4, 8)),
     OverLayers(SMALL, 250, (PAPER, NO_LR_FACTOR, Arm(lr=1.0), COMPLETEP), (2, 4, 8)),
 )
@@ -222,10 +223,10 @@ CELLS = [cell for study in STUDIES for cell in study.cells()]
 
 
 def movements(start: str) -> pd.DataFrame:
-    """How far steps of all parameters, or of the branches' alone, move the output of a probe batch, by L and seed."""
+    """How far steps of all parameters, or of the branches alone, move the output of a probe batch, by a, L and seed."""
     rows = []
-    for layers, seed, moved in product(MOVED_DEPTHS, range(SEEDS), ("branches", "all")):
-        trained = experiment(start, layers, 250, NO_LR_FACTOR)
+    for arm, layers, seed, moved in product(MOVED_ARMS, MOVED_DEPTHS, range(SEEDS), ("branches", "all")):
+        trained = experiment(start, layers, 250, arm)
         torch.manual_seed(seed)
         model, batches = trained.make_model(1), trained.batches(seed)
         probe, _ = next(batches)
@@ -244,18 +245,19 @@ def movements(start: str) -> pd.DataFrame:
             if step in MOVED_STEPS:
                 with torch.no_grad():
                     change = float((model(probe) - before).square().mean().sqrt())
-                rows.append({"moved": moved, "steps": step, "layers": layers, "seed": seed, "change": change})
+                row = {"a": arm.multiplier, "moved": moved, "steps": step, "layers": layers, "seed": seed}
+                rows.append({**row, "change": change})
     return pd.DataFrame(rows)
 
 
 def movement_exponents(frame: pd.DataFrame) -> pd.DataFrame:
     """The exponent in L of every movement, with its interval over seeds."""
     rows = []
-    for (moved, steps), group in frame.groupby(["moved", "steps"]):
+    for (a, moved, steps), group in frame.groupby(["a", "moved", "steps"]):
         logs = np.log2(group.pivot(index="layers", columns="seed", values="change"))
         slopes = np.polyfit(np.log2(logs.index.to_numpy(float)), logs.to_numpy(), 1)[0]
         exponent = t_interval(pd.Series(slopes, logs.columns), 0.90)
-        rows.append({"moved by": moved, "steps": steps, "c": exponent.text(2)})
+        rows.append({"a": f"{a:g}", "moved by": moved, "steps": steps, "c": exponent.text(2)})
     return pd.DataFrame(rows)
 
 

@@ -16,7 +16,7 @@ from looptransfer.text import plain_lines
 if TYPE_CHECKING:
     from looptransfer.trials.run import Trainable
 
-LEDGER, OPTIMA = "looptransfer.db", "lr-optima.json"
+LEDGER, OPTIMA, RULE = "looptransfer.db", "lr-optima.json", "factored"
 MOST_SEEDS = 1000
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ def _shared() -> dict[str, argparse.ArgumentParser]:
     parents["training"].add_argument("experiment", nargs="?", metavar="EXPERIMENT", help=target)
     _training(parents["training"])
     rules = "factored, sqrt or unscaled; completep where the LR is to serve other L too (default: factored)"
-    parents["rule"].add_argument("--rule", default="factored", help=rules)
+    parents["rule"].add_argument("--rule", default=RULE, help=rules)
     parents["kept"].add_argument("--seeds", default="4", help="how many, or which: 4, 0-3 or 0,2,5 (default: 4)")
     ledger = f"finished runs: SQLite, journal:///FILE or a database's URL with #STUDY (default: {LEDGER})"
     parents["kept"].add_argument("--ledger", default=LEDGER, metavar="FILE", help=ledger)
@@ -270,7 +270,7 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     octaves = "LRs as log2 distances from the centre (default: -3,-2.25,-1.5,-0.75,0,0.75,1.5); write --octaves=-1,0,1"
     parser.add_argument("--octaves", metavar="X,X,…", help=octaves)
     rules = "factored, completep, sqrt, unscaled; all but the one judged are controls (default: factored)"
-    parser.add_argument("--rules", default="factored", metavar="RULE,…", help=rules)
+    parser.add_argument("--rules", default=RULE, metavar="RULE,…", help=rules)
     table = parser.add_mutually_exclusive_group(required=True)
     table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table as CSV into a new file")
     table.add_argument("--append", type=Path, metavar="FILE", help="make what this table lacks and add it there")
@@ -467,8 +467,9 @@ def learning_rates(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"around": arguments.around, "octaves": octaves}
 
 
-def centre_of(text: str, identity: Mapping[str, Any], home: Path) -> float:
-    """The LR of --around. A file of another experiment earns a warning: tuning on one and sweeping another is a use."""
+def centre_of(text: str, identity: Mapping[str, Any], rules: Sequence[str], home: Path) -> float:
+    """The LR of --around. A file of another experiment or rule earns a warning: tuning on one and sweeping another is a
+    use."""
     from looptransfer.trials.sweep import read_tuned  # noqa: PLC0415
 
     try:
@@ -477,9 +478,10 @@ def centre_of(text: str, identity: Mapping[str, Any], home: Path) -> float:
         tuned = read_tuned(home / text)
     tuned_on, trained = tuned["experiment"], json.loads(json.dumps(identity))
     keys = sorted(key for key in tuned_on.keys() | trained.keys() if tuned_on.get(key) != trained.get(key))
-    if keys:
-        changes = ", ".join(f"{key}: {tuned_on.get(key)!r} there, {trained.get(key)!r} here" for key in keys)
-        print(
-            plain_lines(f"looptransfer: warning: {text} was tuned on another experiment ({changes})"), file=sys.stderr
-        )
+    changes = ", ".join(f"{key}: {tuned_on.get(key)!r} there, {trained.get(key)!r} here" for key in keys)
+    warnings = [f"on another experiment ({changes})"] if keys else []
+    rule = tuned.get("rule", rules[0])
+    warnings += [f"under the rule {rule}, which is none of --rules {','.join(rules)}"] if rule not in rules else []
+    for warning in warnings:
+        print(plain_lines(f"looptransfer: warning: {text} was tuned {warning}"), file=sys.stderr)
     return float(tuned["lr"])

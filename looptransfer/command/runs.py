@@ -15,6 +15,7 @@ import looptransfer as lt
 from looptransfer.command.options import (
     LEDGER,
     OPTIMA,
+    RULE,
     centre_of,
     columns_of,
     learning_rates,
@@ -125,6 +126,7 @@ def _tune(arguments: argparse.Namespace) -> Answer:
         write_file(home / arguments.output, json.dumps(best.to_dict(), indent=2) + "\n")
     around = arguments.output or f"{best.lr:.6g}"
     follow = ["sweep", *training_words(arguments), "--loops", "1,2,4,8,16", "--around", around, "-o", "results.csv"]
+    follow += ["--rules", arguments.rule] if arguments.rule != RULE else []
     follow += ["--ledger", arguments.ledger] if arguments.ledger != LEDGER else []
     return f"{best}\n{_next(*follow)}", 0
 
@@ -142,15 +144,15 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
     from looptransfer.trials.run import Run
 
     home, ledger = Path.cwd(), _absolute(arguments.ledger)  # the user's file may change the working directory
-    train = trainable_of(arguments)
+    train, rules = trainable_of(arguments), [rule.strip() for rule in arguments.rules.split(",")]
     if "around" in lrs:
-        lrs["around"] = centre_of(lrs["around"], train.identity(), home)
+        lrs["around"] = centre_of(lrs["around"], train.identity(), rules, home)
     failure: FailedRunError | None = None
     try:
         results = lt.sweep(
             train,
             loops,
-            rules=[rule.strip() for rule in arguments.rules.split(",")],
+            rules=rules,
             seeds=seeds,
             ledger=ledger,
             known=[Run(*run) for run in present],
@@ -173,8 +175,9 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
             f"all {len(results)} runs, now in {path}, diverged, so there is nothing to judge; lower the LRs"
         )
     table = plain_lines(f"{loss_table(text)}\nruns written to {path}: {len(results)}")
+    judged = ["--rule", rules[0]] if rules[0] != RULE else []
     carried = ["--lr", f"{lrs['around']:.6g}"] if "around" in lrs else []
-    return f"{table}\n{_next('check', path, *carried)}", 0
+    return f"{table}\n{_next('check', path, *judged, *carried)}", 0
 
 
 def _places(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -320,8 +320,25 @@ def test_an_lr_that_was_tuned_on_another_experiment_is_used_with_a_warning(
 def test_tune_without_a_file_gives_the_lr_to_the_next_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tune", "--loops 1 --seeds 0,3 --workers 1 --rule sqrt --ledger own.db") == 0
     said = capsys.readouterr().out
-    assert re.search(r"next: looptransfer sweep .* --around 0\.\d+ -o results.csv --ledger own.db", said)
+    assert re.search(r"next: looptransfer sweep .* --around 0\.\d+ -o results.csv --rules sqrt --ledger own.db", said)
     assert not list(folder.glob("*.json"))
+
+
+def test_the_rule_that_was_tuned_and_swept_is_the_one_that_the_next_command_judges(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("tune", "--loops 1 --seeds 0,3 --workers 1 --rule completep -o best.json") == 0
+    grid = "--loops 1,2 --around best.json --octaves=0 --seeds 1 --workers 1"
+    capsys.readouterr()
+    assert run("sweep", f"{grid} --rules completep,factored -o both.csv") == 0
+    said = capsys.readouterr()
+    assert "warning" not in said.err
+    assert "next: looptransfer check both.csv --rule completep --lr 0." in said.out
+    assert run("sweep", f"{grid} -o factored.csv") == 0
+    said = capsys.readouterr()
+    warning = "warning: best.json was tuned under the rule completep, which is none of --rules factored"
+    assert warning in said.err
+    assert "next: looptransfer check factored.csv --lr 0." in said.out
 
 
 SWEEP = "sweep --loops 1 --lrs 0.01 --workers 1 -o new.csv"
