@@ -8,7 +8,8 @@ finished. `--minutes` begins no further cell after that time.
 
 Two starts: every matrix at 0.02, as the paper has it at width 768, and the matrices of the layers √(768/width) larger,
 which gives branches as large beside the embedding as at that width. Over layers, ε is 1/(N·m_L^a) and the branches' LR
-falls as m_L^(−b), with m_L = L / 2; the paper has a = b = 1/2 (Table 1), CompleteP a = 1.
+falls as m_L^(−b), with m_L = L / 2; the paper has a = b = 1/2 (Table 1), CompleteP a = 1 and b = 0, which is the rule
+`completep` but for Adam's eps: the branches' goes as m_L^(−1/2) in all sweeps here.
 
 Beside the sweeps stands what a few steps say: how the movement of the output grows with L where no LR falls (b = 0),
 under either a. Its exponent c is the b that would keep the movement the same at every L, so that under another b the
@@ -86,6 +87,7 @@ class Arm:
         words = {0.0: "0", 0.5: "1/2", 1.0: "1"}
         further = {
             " (the paper)": self == PAPER,
+            " (completep)": self == COMPLETEP,
             f", λ = {words.get(self.lam, f'{self.lam:g}')}": self.lam != 1,
             ", of the branches alone": self.held,
             ", LR × decay constant": self.decay_policy == "product",
@@ -167,7 +169,7 @@ class OverLayers:
     @property
     def title(self) -> str:
         """The sweeps in words."""
-        return f"over layers at N = {self.loops}, matrices start at {self.start}, {self.steps} steps"
+        return f"over layers, N = {self.loops}, {self.steps} steps, start {self.start}"
 
     def cell(self, arm: Arm, layers: int) -> Cell:
         """The sweep of an arm at a depth."""
@@ -198,7 +200,7 @@ class OverLayers:
 class OverLoops:
     """A sweep over N from the larger start, with the 1/√N arm beside the rule."""
 
-    title = f"over loops, matrices start at {LARGER}, 250 steps"
+    title = f"over loops, 250 steps, start {LARGER}"
 
     def cells(self) -> Iterable[Cell]:
         """The sweep."""
@@ -215,7 +217,7 @@ STUDIES = (
     OverLoops(),
     OverLayers(LARGER, 250, ARMS, (2, 4, 8, 16), seeds=4, candidates=(PAPER, COMPLETEP)),
     OverLayers(LARGER, 250, (PAPER, COMPLETEP), (2, 4, 8, 16), loops=2, seeds=4, candidates=(PAPER, COMPLETEP)),
-    OverLayers(LARGER, 1000, (PAPER, NO_LR_FACTOR, COMPLETEP), (2, 4, 8)),
+    OverLayers(LARGER, 1000, (PAPER, NO_LR_FACTOR, COMPLETEP), (2, 4, 8), candidates=(PAPER, COMPLETEP)),
     OverLayers(SMALL, 250, (PAPER, NO_LR_FACTOR, Arm(lr=1.0), COMPLETEP), (2, 4, 8)),
 )
 
@@ -285,7 +287,7 @@ def over_loops_from_small() -> lt.Verdict:
 def report(out: Path, finished: Sequence[Cell]) -> str:
     """The README of what is finished."""
     made = {study.title: verdict for study in STUDIES if (verdict := study.verdict(out))}
-    verdicts = {f"over loops, matrices start at {SMALL}, 250 steps": over_loops_from_small(), **made}
+    verdicts = {f"over loops, 250 steps, start {SMALL}": over_loops_from_small(), **made}
     draw_drifts(verdicts).savefig(out / "drifts.png", dpi=150)
     lines = [
         "# How far one learning rate carries",
@@ -298,12 +300,12 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
         "![drifts](drifts.png)",
     ]
     for title, verdict in verdicts.items():
-        lines += ["", f"## {title.capitalize()}", "", table(rows_of(verdict))]
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(rows_of(verdict))]
         if verdict.axis == "layers":
             lines += ["", flattest(verdict)]
     for start in STARTS:
         exponents = movement_exponents(pd.read_csv(out / f"movements-{name_of_start(start)}.csv"))
-        lines += ["", f"## How the output moves as L grows, matrices start at {start}", "", table(exponents)]
+        lines += ["", f"## How the output moves as L grows, start {start}", "", table(exponents)]
     lines += [
         "",
         f"{len(finished)} of {len(CELLS)} sweeps are finished. The small start over loops is reports/sweep/.",

@@ -236,8 +236,8 @@ def _lr_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
         fault = f"the factors were applied twice, as by a scheduler that multiplies by a group's scale: {told}"
     elif _is_floored(lrs, factors):
         fault = (
-            f"the LRs have a floor that is the same for all groups (as CosineAnnealingLR's eta_min): {told}; "
-            "schedule the base LR by looptransfer.set_lr"
+            f"the LRs have a floor that is the same for all groups (as CosineAnnealingLR's eta_min), or were edited by "
+            f"hand: {told}; schedule the base LR by looptransfer.set_lr"
         )
     else:
         usual = Counter(f"{base:.6g}" for base in bases).most_common(1)[0][0]
@@ -249,6 +249,8 @@ def _lr_problems(model: nn.Module, groups: Sequence[Group]) -> list[str]:
 def _is_floored(lrs: Sequence[float], factors: Sequence[float]) -> bool:
     """lr = floor + rest × factor, with both above zero, for all groups."""
     low, high = factors.index(min(factors)), factors.index(max(factors))
+    if _near(factors[low], factors[high]):
+        return False
     rest = (lrs[high] - lrs[low]) / (factors[high] - factors[low])
     floor = lrs[low] - rest * factors[low]
     planned = [floor + rest * factor for factor in factors]

@@ -33,6 +33,7 @@ RULES: dict[Rule, Exponents] = {
     "unscaled": Exponents(visits=0.0, layers=0.0),
 }
 
+PAPER_LAYERS = RULES["factored"].layers
 # What our sweeps over layers found (reports/transfer/); it is told where a base LR is taken over layers.
 OVER_LAYERS = "in our sweeps the best base LR rises with L under this rule, and stays under completep"
 
@@ -55,7 +56,8 @@ def residual_multiplier(rule: Rule, *, visits: float, layers: int, lam: float = 
     `param_groups`.
 
     `visits` may be a mean, where the loop count is random (our extension).
-    `base_layers=1` writes the rule absolutely, λ/(N√L); `base_layers=12` relative to a model tuned with 12 layers.
+    `base_layers=1` writes the rule absolutely, λ/(N√L) for "factored"; `base_layers=12` relative to a model tuned with
+    12 layers.
 
     Raises:
         InputError: an unknown rule, a count below 1, or a λ that is not a positive finite number.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import looptransfer as lt
+from looptransfer.rules import Rule
 from tests.models import WIDTH, inputs, mlp, small_decoder, tokens
 from tests.rewrite.test_survival import in_two_processes, start
 from tests.test_optim import MultipliedByScale, wide
@@ -247,6 +248,17 @@ def test_edits_by_hand_are_named_by_group_and_setting() -> None:
     assert f"groups edited by hand ({names[1]!r}" in text
     assert f"group {names[2]!r}: weight_decay is 0.2, planned 0.1" in text
     assert f"group {names[3]!r}: eps is 1, planned 1e-08" in text
+
+
+@pytest.mark.parametrize("rule", ["factored", "completep"])
+def test_an_edit_by_hand_is_named_where_all_factors_are_equal(rule: Rule) -> None:
+    model = small_decoder(layers=4)
+    lt.parametrize(model, tokens(), rule, base_layers=4 if rule == "factored" else 2)
+    optimizer = torch.optim.AdamW(lt.param_groups(model, "adamw", lr=0.01, weight_decay=0.1))
+    lt.verify(model, tokens(), optimizer=optimizer)
+    optimizer.param_groups[1]["lr"] *= 0.8
+    with pytest.raises(lt.VerificationError, match=f"groups edited by hand .'{optimizer.param_groups[1]['name']}'"):
+        lt.verify(model, tokens(), optimizer=optimizer)
 
 
 def test_what_is_no_optimizer_is_refused() -> None:

@@ -41,7 +41,7 @@ COMMANDS = [
 
 def test_the_pages_have_examples_and_commands() -> None:
     assert len(EXAMPLES) == 16
-    assert len(COMMANDS) == 24
+    assert len(COMMANDS) == 26
 
 
 @pytest.mark.slow

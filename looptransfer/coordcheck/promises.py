@@ -31,17 +31,17 @@ class Promise:
     high: float
 
 
-def promises(rule: str, adam: bool, width_scaled: bool = False) -> list[Promise]:
+def promises(rule: Rule, adam: bool, width_scaled: bool = False) -> list[Promise]:
     """All that `rule` promises.
 
     What has no theory under a rule is left out: gradients under the controls, whose stream grows, for one.
 
     Args:
-        rule: a scaling rule, or "as made".
+        rule: a scaling rule.
         adam: the optimizer is Adam or AdamW, whose step does not depend on the gradient's size.
         width_scaled: `mup.set_base_shapes` was called; without μP nothing is promised over width.
     """
-    alpha = RULES[held_to(rule)].visits
+    alpha = RULES[rule].visits
     low, high = 0.5 - alpha, 1.0 - alpha
     promised = [
         Promise("loops", "branch_rms", "looped", "init", "first", -alpha, -alpha),
@@ -71,21 +71,16 @@ def promises(rule: str, adam: bool, width_scaled: bool = False) -> list[Promise]
             Promise("width", "stream_rms", "final", "init", "last", -0.5, 0),
             Promise("width", "change_since_step", "final", "one", "last", -0.5, 0),
         ]
-    return promised + _over_layers(held_to(rule), adam)
-
-
-def held_to(rule: str) -> Rule:
-    """The scaling rule whose promises count: "as made" is held to "factored"."""
-    return rule if rule in RULES else "factored"
+    return promised + _over_layers(rule, adam)
 
 
 def _over_layers(rule: Rule, adam: bool) -> list[Promise]:
-    fall, lr = -RULES[rule].layers, depth_exponents(rule, "adamw").lr
+    fall, lr = 0.0 - RULES[rule].layers, depth_exponents(rule, "adamw").lr
     promised = [Promise("layers", "multiplier", "looped", "init", "all", fall, fall)]
     if rule == "unscaled":
         return promised
     promised += [
-        Promise("layers", "stream_rms", "final", "init", "last", -0.5, 0),
+        Promise("layers", "stream_rms", "final", "init", "last", fall, 0),
         Promise("layers", "change_since_step", "final", "one", "last", -0.5, 0),
         Promise("layers", "update_rms", "outside", "one", "all", 0, 0),
     ]

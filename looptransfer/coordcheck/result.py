@@ -12,6 +12,7 @@ from looptransfer.coordcheck.exponents import Array, exponent_table, fit_exponen
 from looptransfer.coordcheck.promises import Axis, Moment, Promise, Which
 from looptransfer.coordcheck.recommend import CONFIDENCE, Recommendation, recommended
 from looptransfer.errors import InputError
+from looptransfer.rules import RULES, Rule
 from looptransfer.text import text_table
 from looptransfer.transfer.optimum import Interval, t_interval
 
@@ -41,6 +42,11 @@ class Context:
     base_layers: int = 1
     adam: bool = True
     width_scaled: bool = False  # μP sets LRs by width, so steps of different parameters differ
+    rule_as_made: Rule = "factored"  # of the plan that a model had when it was made
+
+    def held_to(self, rule: str) -> Rule:
+        """The scaling rule whose promises count: a model as made is held to that of its plan."""
+        return rule if rule in RULES else self.rule_as_made
 
     @property
     def looped(self) -> list[str]:

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import stdtr
 
 from looptransfer.coordcheck.exponents import Array, exponent_table, fit_exponents, holm, on_axis
-from looptransfer.coordcheck.promises import Promise, held_to, promises
+from looptransfer.coordcheck.promises import Promise, promises
 from looptransfer.coordcheck.readings import reading
 from looptransfer.coordcheck.recommend import CONFIDENCE
 from looptransfer.coordcheck.result import OUTSIDE, Answer, Context, CoordCheck, Finding
@@ -44,7 +44,7 @@ def judge_frame(
         rows = frame[frame["rule"] == rule]
         measured = [*_exponents(rows, rule, context, tolerance), *_levels(rows, rule, context)]
         adjusted = holm([value.p_value for value in measured])
-        findings += [_finding(value, p, level) for value, p in zip(measured, adjusted, strict=True)]
+        findings += [_finding(value, p, level, context) for value, p in zip(measured, adjusted, strict=True)]
     return CoordCheck(rules[0], tuple(rules), tuple(findings), frame, cosines or {}, context, tolerance, level)
 
 
@@ -85,7 +85,7 @@ class _Measured:
 
 
 def _exponents(rows: pd.DataFrame, rule: str, context: Context, tolerance: float) -> Iterator[_Measured]:
-    for promise in promises(rule, context.adam, context.width_scaled):
+    for promise in promises(context.held_to(rule), context.adam, context.width_scaled):
         along = on_axis(rows, promise.axis)
         width = tolerance * _share(promise)
         if along[promise.axis].nunique() < 2:
@@ -124,7 +124,7 @@ def _levels(rows: pd.DataFrame, rule: str, context: Context) -> Iterator[_Measur
     sizes = _by_module(first, "update_rms", log=True)
     if OUTSIDE not in sizes or context.width_scaled:
         return
-    factors = depth_factors(held_to(rule), "adamw", int(along["layers"].iloc[0]), context.base_layers)
+    factors = depth_factors(context.held_to(rule), "adamw", int(along["layers"].iloc[0]), context.base_layers)
     octaves = math.log2(factors.lr)
     promise = Promise("loops", "step_ratio", "branches", "one", "all", octaves, octaves)
     for branch in context.branches:
@@ -143,7 +143,7 @@ def _by_module(rows: pd.DataFrame, statistic: str, log: bool = False) -> dict[st
     return by_module
 
 
-def _finding(measured: _Measured, p: float, level: float) -> Finding:
+def _finding(measured: _Measured, p: float, level: float, context: Context) -> Finding:
     promise, module = measured.promise, measured.module
     interval = None if measured.values is None else t_interval(measured.values, CONFIDENCE)
     answer: Answer = "inconclusive"
@@ -153,7 +153,7 @@ def _finding(measured: _Measured, p: float, level: float) -> Finding:
         answer = "passes"
     text = f"{module}: {promise.statistic} {measured.trouble}"
     if interval is not None:
-        text = reading(promise, module, interval.estimate, RULES[held_to(measured.rule)].visits, answer)
+        text = reading(promise, module, interval.estimate, RULES[context.held_to(measured.rule)].visits, answer)
     axis = "level" if promise.statistic in LEVELS else promise.axis
     return Finding(
         measured.rule, axis, promise.statistic, module, promise.moment, promise.which, interval, promise.low,

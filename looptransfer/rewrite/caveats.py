@@ -166,8 +166,8 @@ def _post_norm(forward: Trace) -> str | None:
         return _loop_norm(normed)
     return (
         f"post-norm: the sum at {normed[0].site.source} is normalised before it goes on, and the rule was derived for "
-        "pre-norm. The 1/N for branch matrices was seen to hold there; the √L was not checked, and the gains of norms "
-        "on the stream grow in effect with N (see on_stream)"
+        "pre-norm. The 1/N for branch matrices was seen to hold there; what it has for L was not checked, and the "
+        "gains of norms on the stream grow in effect with N (see on_stream)"
     )
 
 

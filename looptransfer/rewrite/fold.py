@@ -1,13 +1,16 @@
 """A plan moved into the weights, and taken out of a model again."""
 
+from collections import Counter
+
 import torch
 from torch import nn
 
 from looptransfer.errors import InputError, explained_in
-from looptransfer.rewrite.insert import clear_multipliers, has_multiplier
-from looptransfer.rewrite.names import homes, named_parameters, plain_names
+from looptransfer.rewrite.insert import check_clearable, clear_multipliers, has_multiplier
+from looptransfer.rewrite.names import named_parameters, plain_names
 from looptransfer.rewrite.plan import PLAN, ScalingPlan, planned
 from looptransfer.rewrite.pretrained import drop
+from looptransfer.rewrite.twin import check_ties
 from looptransfer.text import few
 
 MAKEUP = "_looptransfer_makeup"  # on a rewritten model: what ε acts through, as `makeup` has it
@@ -28,7 +31,8 @@ def fold(model: nn.Module) -> None:
     if plan.random_loops:
         raise InputError("the loop count is random, and weights cannot follow it; keep the multipliers")
     check_foldable(plan, "fold")
-    _last_maps(inner, plan)
+    check_clearable(inner)
+    _check_writable([parameter for parameter, _ in _last_maps(inner, plan)])
     _check_read_outs(inner, plan)
     _check_unchanged(inner, plan)
     remove(model)
@@ -93,42 +97,82 @@ def _check_read_outs(model: nn.Module, plan: ScalingPlan) -> None:
             raise InputError(f"fold: {name} shares its weight or holds several, which cannot take its factor alone")
 
 
+def _check_writable(weights: list[nn.Parameter]) -> None:
+    for weight in weights:
+        if weight.is_meta or weight.is_inference():
+            raise InputError(
+                f"fold: a weight {tuple(weight.shape)} that takes ε is "
+                f"{'on the meta device' if weight.is_meta else 'an inference tensor'}, and cannot be written; load the "
+                "weights where they can be, outside torch.inference_mode and without offloading"
+            )
+
+
 def keep_makeup(model: nn.Module, plan: ScalingPlan) -> None:
-    """Note what ε acts through, so that `fold` can tell whether that was changed since; what is noted already stays."""
-    setattr(model, MAKEUP, {**makeup(model, plan), **model.__dict__.get(MAKEUP, {})})
+    """Note what ε acts through, so that `fold` can tell whether that was changed since.
+
+    What is noted already stays as it is noted, but for modules that a smaller loop count no longer has.
+    """
+    now, before = makeup(model, plan), model.__dict__.get(MAKEUP, {})
+    setattr(model, MAKEUP, {**now, **{name: noted for name, noted in before.items() if name in now}})
 
 
 def makeup(model: nn.Module, plan: ScalingPlan) -> dict[str, str]:
-    """What decides whether ε in the weights is ε on the branch: class and hooks of the modules of every branch, and how
-    many modules hold each weight that takes it; by name."""
-    holders = {name.rpartition(".")[0] for branch in plan.branches for name in branch.last_map}
-    holders |= {branch.module for branch in plan.branches}
+    """What decides whether ε in the weights is ε on the branch, by name: how the modules in the layers are made up, and
+    how many places hold each weight that takes it."""
+    inside = {branch.layer for branch in plan.branches}
+    around = {name.rpartition(".")[0] for branch in plan.branches for name in branch.last_map}
+    around |= {branch.module for branch in plan.branches}
     described = {
-        name: f"{type(module).__qualname__}, {len(module._forward_hooks) + len(module._forward_pre_hooks)} hooks"
+        name: _described(module)
         for name, module in plain_names(model).items()
-        if any(f"{name}.".startswith(f"{holder}." if holder else "") for holder in holders)
+        if any(_within(name, layer) and name != layer for layer in inside) or any(_within(name, m) for m in around)
     }
-    held = list(homes(model).values())
-    return described | {n: f"in {held.count(n)} modules" for branch in plan.branches for n in branch.last_map}
+    held = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    live = named_parameters(model)
+    return described | {n: f"in {held[id(live[n])]} places" for branch in plan.branches for n in branch.last_map}
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or f"{name}.".startswith(f"{module}.")
+
+
+def _described(module: nn.Module) -> str:
+    """The class of a module, its own parameters, and what was put on the instance: functions and hooks."""
+    cls = type(module)
+    shapes = sorted(f"{name} {tuple(p.shape)}" for name, p in module._parameters.items() if p is not None)
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hung = [f"hook {_called(hook)}" for hook in hooks]
+    hung += [
+        f"{name} = {_called(value)}"
+        for name, value in vars(module).items()
+        if callable(value) and not isinstance(value, nn.Module) and not name.startswith("_")
+    ]
+    return ", ".join([f"{cls.__module__}.{cls.__qualname__}", *shapes, *hung])
+
+
+def _called(function: object) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _check_unchanged(model: nn.Module, plan: ScalingPlan) -> None:
-    lost = [
-        str(branch.handle) for branch in plan.branches if not has_multiplier(model, branch.handle, branch.multiplier)
-    ]
+    lost = [str(b.handle) for b in plan.branches if not has_multiplier(model, b.handle, b.multiplier)]
     if lost:
         raise InputError(
             f"fold: the branch {few(lost)} no longer has its ε (was its module replaced?), so that its weights cannot "
             f"take it over; {ANEW}"
         )
+    check_ties(model)
     before, now = model.__dict__[MAKEUP], makeup(model, plan)
     changed = [
-        f"{name} ({before.get(name, 'absent')} then, {now.get(name, 'absent')} now)"
+        f"{name} ({before.get(name, 'absent')} then; {now.get(name, 'absent')} now)"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
     if changed:
-        raise InputError(f"fold: changed since the rewrite: {few(changed)}; undo that first, or {ANEW}")
+        raise InputError(
+            f"fold: changed since the rewrite: {few(changed)}; take that back first (merge adapters, remove hooks), or "
+            f"{ANEW}"
+        )
 
 
 ANEW = "parametrize a fresh model as it is now, load the weights into it, and fold that"

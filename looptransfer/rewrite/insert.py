@@ -88,20 +88,37 @@ def _write(multipliers: dict[Any, Tensor], key: Any, multiplier: float) -> None:
 
 
 def clear_multipliers(model: nn.Module) -> None:
-    """Give every module its own class back."""
-    scaled = [module for module in model.modules() if OUTPUTS in module.__dict__]
-    for module in scaled:
-        if type(module) not in _plain_classes:
-            raise InputError(
-                f"a {type(module).__name__} was made of a rewritten module (FSDP does that); take the multipliers out "
-                "before the model is wrapped"
-            )
-    for module in scaled:
+    """Give every module its own class back; raises as `check_clearable`."""
+    check_clearable(model)
+    for module in _multiplied(model):
         del module.__dict__[OUTPUTS], module.__dict__[INPUTS], module.__dict__[MARKS]
         module.__class__ = _plain_classes[type(module)]
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and FUSED in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop(FUSED)
+
+
+def check_clearable(model: nn.Module) -> None:
+    """Refuse modules that cannot have their own class back.
+
+    Raises:
+        InputError: a module was wrapped by a class of its own, or compiled, since.
+    """
+    for module in _multiplied(model):
+        if type(module) not in _plain_classes:
+            raise InputError(
+                f"a {type(module).__name__} was made of a rewritten module (FSDP does that); take the multipliers out "
+                "before the model is wrapped"
+            )
+        if module._compiled_call_impl is not None:
+            raise InputError(
+                f"a {type(module).__name__} was compiled by its own compile(), and that call multiplies; take the "
+                "multipliers out of a model before its modules are compiled"
+            )
+
+
+def _multiplied(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if OUTPUTS in module.__dict__]
 
 
 FUSED = "_looptransfer_fused_activation"

@@ -13,6 +13,7 @@ from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.names import around, named_parameters, plain_names
 from looptransfer.rules import (
     OVER_LAYERS,
+    PAPER_LAYERS,
     RULES,
     Rule,
     check_rule,
@@ -212,7 +213,7 @@ class ScalingPlan:
         if self.base_shapes:
             factors = ", ".join(f"the input of {name} × {factor:.4g}" for name, factor in self.read_outs.items())
             notes.append(f"width       {len(self.base_shapes)} parameters grow{factors and '; '}{factors}")
-        if RULES[self.rule].layers == RULES["factored"].layers and self.base_layers not in {1, self.layers}:
+        if RULES[self.rule].layers == PAPER_LAYERS and self.base_layers not in {1, self.layers}:
             notes.append(f"depth       a base LR of {self.base_layers} layers is taken to {self.layers}: {OVER_LAYERS}")
         if not self.proved:
             notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")
@@ -375,11 +376,14 @@ def _from_fields(cls: type[ScalingPlan], data: dict[str, Any]) -> ScalingPlan:
     plan: ScalingPlan = _strict(cls, data)
     check_rule(plan.rule)
     for branch in plan.branches:
-        residual_multiplier(
+        multiplier = residual_multiplier(
             plan.rule, visits=branch.visits, layers=plan.layers, lam=plan.lam, base_layers=plan.base_layers
         )
-        if not is_number(branch.multiplier, 0):
-            raise InputError(f"the multiplier of {branch.handle} is {branch.multiplier!r}; it must be above 0")
+        if not is_number(branch.multiplier, 0) or not math.isclose(branch.multiplier, multiplier, rel_tol=1e-9):
+            raise InputError(
+                f"the multiplier of {branch.handle} is {branch.multiplier!r}, and its rule, {plan.rule}, gives "
+                f"{multiplier:.6g}; give the text that plan.to_json() wrote"
+            )
     return plan
 
 

@@ -127,7 +127,9 @@ class Baseline:
         """
         if rule not in self.optima:
             rules = ", ".join(self.optima)
-            raise InputError(f"{self.path} has no optima of rule {rule!r}, only of {rules}; choose one, or {REMAKE}")
+            raise InputError(
+                f"{self.path} has no optima of rule {rule!r}, only of {rules}; choose one (--rule), or {REMAKE}"
+            )
         return {stored.n: stored for stored in self.optima[rule]}
 
     def fitted(self, rule: str) -> dict[int, StoredOptimum]:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from looptransfer.rules import OVER_LAYERS
+from looptransfer.rules import OVER_LAYERS, PAPER_LAYERS, RULES
 from looptransfer.transfer.optimum import paired_interval
 from looptransfer.transfer.results import OF_A_RUN, axis_label
 from looptransfer.transfer.rows import is_state
@@ -33,15 +33,17 @@ def notes(
     yield from _confounds(runs[~runs["diverged"]], terms)
     yield from _copies(runs, terms)
     yield from _partial_lrs(runs, terms)
-    if terms.axis == "layers" and rule == "factored" and verdicts[rule].answer == "DRIFTS" and _rises(verdicts[rule]):
+    if terms.axis == "layers" and _rises(verdicts[rule]) and "completep" not in verdicts:
         yield f"{OVER_LAYERS}: train these L under it as well"
     yield from _directions(verdicts[rule], runs, maximize, terms.axis_label)
     yield from _late_moves(verdicts.values(), terms)
 
 
 def _rises(judged: RuleVerdict) -> bool:
-    """The best LR goes up with the axis."""
-    return judged.drift is not None and judged.drift.estimate > 0
+    """The best LR goes up with L, as it may under a rule with the paper's factors for L."""
+    scaling = RULES.get(judged.rule)  # type: ignore[call-overload]  # a stranger's table has rules of its own
+    up = judged.answer == "DRIFTS" and judged.drift is not None and judged.drift.estimate > 0
+    return up and scaling is not None and scaling.layers == PAPER_LAYERS
 
 
 def _confounds(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 
 from looptransfer.errors import InputError, PairingWarning, UserCodeError
 from looptransfer.files import write_file
-from looptransfer.rules import Rule
+from looptransfer.rules import RULES, Rule
 from looptransfer.transfer.provenance import fingerprint
 from looptransfer.trials.bound import code_of, module_of, values_of
 from looptransfer.trials.identity import BOUND
@@ -83,6 +83,8 @@ class Reporting(ABC):
 
         What was found is printed, and kept in the folder of the runs, so that it is found out once.
 
+        Rules that differ over L alone are not compared: at the base depth, which is not seen here, they are the same.
+
         Raises:
             InputError: the training fails, or the seed, N or the rule changes nothing.
 
@@ -118,7 +120,10 @@ def _compared(
         "loop count": [replace(first, loops=n) for n in sorted(loops) if n != first.loops],
     }
     compared = {name: starts.differing(name, first, trials) for name, trials in others.items()}
-    for rule in [rule for rule in rules if rule != first.rule and several > 1]:
+    comparable = [
+        rule for rule in rules if RULES[rule].visits != RULES[first.rule].visits
+    ]  # at any depth, from N = 2 up
+    for rule in comparable if several > 1 else ():
         starts.differing("rule", replace(first, loops=several), [replace(first, loops=several, rule=rule)])
     same = starts.distance(first, replace(first, directory=first.directory / "again"))
     apart = 0.0 if compared["seed"] is None else starts.distance(first, compared["seed"])

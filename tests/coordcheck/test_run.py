@@ -82,6 +82,24 @@ def test_the_square_root_is_named() -> None:
     assert result.reasons[0].startswith("the multiplier of block is 1/√N where 1/N is needed")
 
 
+@pytest.mark.parametrize("rule", ["completep", "sqrt"])
+def test_a_model_that_was_rewritten_is_held_to_its_own_rule(rule: Rule) -> None:
+    def make(loops: int, layers: int) -> nn.Module:
+        model = lt.LoopedDecoder(width=8, heads=2, layers=layers, loops=loops, tied_head=False, vocab=16)
+        lt.parametrize(model, torch.zeros(2, 4, dtype=torch.long), rule)
+        return model
+
+    batch = (torch.arange(8).reshape(2, 4), torch.ones(2, 4, dtype=torch.long))
+    experiment = tokens(make, lambda seed: [batch] * 2)
+    result = lt.coord_check(experiment, [1, 2, 4], steps=1, seeds=2, layers=[1, 4])
+    assert result.rules == ("as made",)
+    multipliers = [
+        f for f in result.judged if f.statistic in {"multiplier", "branch_rms"} and f.which in {"all", "first"}
+    ]
+    assert {f.answer for f in multipliers if f.statistic == "multiplier"} == {"passes"}
+    assert "fails" not in {f.answer for f in multipliers}
+
+
 class HandScaled(LoopedMLP):
     """h + f(h)/N, written out by the user."""
 

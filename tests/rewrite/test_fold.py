@@ -461,14 +461,46 @@ def grow(model: nn.Module) -> None:
     model.layers[0].mlp.down.scale = nn.Linear(2, 2)  # type: ignore[union-attr,index]
 
 
+def bias(model: nn.Module) -> None:
+    model.layers[0].mlp.down.bias = nn.Parameter(torch.ones(8))  # type: ignore[union-attr,index]
+
+
+def patch(model: nn.Module) -> None:
+    down = model.layers[0].mlp.down  # type: ignore[union-attr,index]
+    down.forward = lambda x: F.linear(x, down.weight) + 1
+
+
+def exchange_hooks(model: nn.Module) -> None:
+    mlp = model.layers[1].mlp  # type: ignore[union-attr,index]
+    mlp._forward_hooks.clear()
+    mlp.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def share(model: nn.Module) -> None:
+    model.extra = model.layers[0].mlp.down  # type: ignore[union-attr,index]
+
+
+def tie_memory(model: nn.Module) -> None:
+    model.layers[1].mlp.down.weight.data = model.layers[0].mlp.down.weight.data  # type: ignore[union-attr,index]
+
+
+def activate(model: nn.Module) -> None:
+    model.layers[0].drop = nn.Tanh()  # type: ignore[union-attr,index]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (tie, r"layers.0.mlp.down.weight \(in 1 modules then, in 2 modules now\)"),
+        (tie, r"layers.0.mlp.down.weight \(in 1 places then; in 2 places now\)"),
+        (share, r"layers.0.mlp.down.weight \(in 1 places then; in 2 places now\)"),
         (replace, r"the branch layers.0.mlp no longer has its ε"),
-        (replace_part, r"layers.0.mlp.down \(Linear, 0 hooks then, Shifted, 0 hooks now\)"),
-        (hook, r"layers.0.mlp \(.*, 0 hooks then, .*, 1 hooks now\)"),
-        (grow, r"layers.0.mlp.down.scale \(absent then, Linear, 0 hooks now\)"),
+        (replace_part, r"layers.0.mlp.down \(torch.*Linear, weight \(8, 24\) then; .*Shifted, weight \(8, 24\) now\)"),
+        (bias, r"layers.0.mlp.down \(.*weight \(8, 24\) then; .*, bias \(8,\), weight \(8, 24\) now\)"),
+        (patch, r"layers.0.mlp.down \(.* then; .*, forward = patch.<locals>.<lambda> now\)"),
+        (hook, r"layers.0.mlp \(.* then; .*, hook hook.<locals>.<lambda> now\)"),
+        (exchange_hooks, r"layers.1.mlp \(.*, hook observe then; .*, hook exchange_hooks.<locals>.<lambda> now\)"),
+        (grow, r"layers.0.mlp.down.scale \(absent then; .*Linear.* now\)"),
+        (activate, r"layers.0.drop \(absent then; .*Tanh now\)"),
     ],
 )
 @pytest.mark.parametrize("copied", [False, True])
@@ -476,6 +508,7 @@ def test_a_branch_that_was_changed_after_the_rewrite_is_not_folded(
     change: Callable[[nn.Module], None], message: str, copied: bool
 ) -> None:
     model: nn.Module = small_decoder()
+    model.layers[1].mlp.register_forward_hook(observe)  # type: ignore[union-attr,index]
     lt.parametrize(model, tokens())
     model = copy.deepcopy(model) if copied else model
     change(model)
@@ -483,6 +516,45 @@ def test_a_branch_that_was_changed_after_the_rewrite_is_not_folded(
     with pytest.raises(lt.InputError, match=f"{message}.*parametrize a fresh model as it is now"):
         lt.fold(model)
     assert torch.equal(model(tokens()), result)
+
+
+def observe(module: nn.Module, args: Any, output: Tensor) -> None:
+    """What a user hung on a module before the rewrite."""
+
+
+def test_weights_that_came_to_share_their_memory_are_not_folded() -> None:
+    model = small_decoder()
+    lt.parametrize(model, tokens())
+    tie_memory(model)
+    with pytest.raises(lt.InputError, match="two parameters in one memory"):
+        lt.fold(model)
+
+
+@pytest.mark.parametrize(("place", "told"), [("meta", "on the meta device"), ("inference", "an inference tensor")])
+def test_weights_that_cannot_be_written_are_refused_before_anything_is_changed(place: str, told: str) -> None:
+    model = small_decoder()
+    lt.parametrize(model, tokens())
+    with torch.inference_mode(place == "inference"):
+        for parameter in list(model.layers[0].parameters()):
+            parameter.data = parameter.data.clone()
+        model.layers[0].mlp.down.weight = nn.Parameter(  # type: ignore[union-attr]
+            torch.ones(8, 24, device="meta" if place == "meta" else "cpu")
+        )
+    with pytest.raises(lt.InputError, match=rf"fold: a weight \(8, (8|24)\) that takes ε is {told}"):
+        lt.fold(model)
+    with pytest.raises(lt.InputError, match="rewritten already"):
+        lt.parametrize(model, tokens())
+
+
+@pytest.mark.parametrize("change", [lt.fold, lt.remove])
+def test_a_branch_that_was_compiled_by_itself_keeps_its_multipliers(change: Callable[[nn.Module], Any]) -> None:
+    model = small_decoder()
+    lt.parametrize(model, tokens())
+    model.layers[0].mlp.compile(backend="eager")
+    result = model(tokens())
+    with pytest.raises(lt.InputError, match=r"was compiled by its own compile\(\)"):
+        change(model)
+    torch.testing.assert_close(model(tokens()), result)
 
 
 def test_changes_that_do_not_reach_a_last_map_do_not_keep_a_model_from_being_folded() -> None:

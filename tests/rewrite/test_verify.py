@@ -819,6 +819,13 @@ def test_a_field_that_is_unknown_or_missing_is_refused_by_its_name(part: str) ->
             lt.ScalingPlan.from_json(json.dumps(data))
 
 
+@pytest.mark.parametrize(("field", "value"), [("rule", "completep"), ("lam", 2.0), ("base_layers", 4), ("layers", 9)])
+def test_multipliers_that_are_not_those_of_the_rule_are_refused(field: str, value: Any) -> None:
+    data = plan_data() | {field: value}
+    with pytest.raises(lt.InputError, match=r"the multiplier of .* is 0.\d+, and its rule, \w+, gives \d"):
+        lt.ScalingPlan.from_json(json.dumps(data))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

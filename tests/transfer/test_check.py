@@ -336,8 +336,10 @@ def test_a_best_lr_that_rises_over_layers_is_answered_with_completep(drift: floa
     verdict = check(runs_of(drift, rule).rename(columns={"loops": "layers"}), axis="layers")
     assert verdict.answer == "DRIFTS"
     assert any("stays under completep" in note for note in verdict.notes) == told
-    over_loops = check(runs_of(drift, rule))
-    assert not any("completep" in note for note in over_loops.notes)
+    both = pd.concat([runs_of(drift, rule), runs_of(rule="completep", draw=1)]).rename(columns={"loops": "layers"})
+    others = [check(runs_of(drift, rule)), *([check(both, rule, axis="layers")] if rule != "completep" else [])]
+    for verdict in others:
+        assert not any("stays under completep" in note for note in verdict.notes)
 
 
 def shared_shift(shift: float, draw: int = 0) -> pd.DataFrame:

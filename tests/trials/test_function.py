@@ -173,6 +173,14 @@ def test_coordinates_that_change_nothing_are_refused(tmp_path: Path, function: A
         checked(function, tmp_path, ("factored", "unscaled"))
 
 
+def test_rules_that_are_one_at_the_base_depth_are_not_held_apart(tmp_path: Path) -> None:
+    checked(trainings.ignoring_rule, tmp_path, ("factored", "completep"))
+    with pytest.raises(InputError, match="for rule completep as for sqrt, so the rule does not reach the training"):
+        Function(trainings.ignoring_rule).check(
+            trial(tmp_path, rule="completep", loops=1), [1, 2], [0, 1], ["completep", "sqrt"]
+        )
+
+
 def test_a_start_that_diverges_shows_nothing(tmp_path: Path) -> None:
     assert "whether seeds pair the runs was not seen" in checked(lambda run: math.nan, tmp_path)
 
