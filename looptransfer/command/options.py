@@ -479,9 +479,9 @@ def centre_of(text: str, identity: Mapping[str, Any], rules: Sequence[str], home
     tuned_on, trained = tuned["experiment"], json.loads(json.dumps(identity))
     keys = sorted(key for key in tuned_on.keys() | trained.keys() if tuned_on.get(key) != trained.get(key))
     changes = ", ".join(f"{key}: {tuned_on.get(key)!r} there, {trained.get(key)!r} here" for key in keys)
-    warnings = [f"on another experiment ({changes})"] if keys else []
+    remarks = [f"on another experiment ({changes})"] if keys else []
     rule = tuned.get("rule", rules[0])
-    warnings += [f"under the rule {rule}, which is none of --rules {','.join(rules)}"] if rule not in rules else []
-    for warning in warnings:
-        print(plain_lines(f"looptransfer: warning: {text} was tuned {warning}"), file=sys.stderr)
+    remarks += [f"under the rule {rule}, which is none of --rules {','.join(rules)}"] if rule not in rules else []
+    for remark in remarks:
+        print(plain_lines(f"looptransfer: warning: {text} was tuned {remark}"), file=sys.stderr)
     return float(tuned["lr"])

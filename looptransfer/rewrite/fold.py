@@ -32,7 +32,8 @@ def fold(model: nn.Module) -> None:
         raise InputError("the loop count is random, and weights cannot follow it; keep the multipliers")
     check_foldable(plan, "fold")
     check_clearable(inner)
-    _check_writable([parameter for parameter, _ in _last_maps(inner, plan)])
+    _last_maps(inner, plan)
+    _check_writable(inner, plan)
     _check_read_outs(inner, plan)
     _check_unchanged(inner, plan)
     remove(model)
@@ -49,7 +50,7 @@ def remove(model: nn.Module) -> None:
     Weights are as they were trained. With `preserve=True` they keep the factor that made up for ε.
 
     Raises:
-        InputError: the model was not rewritten.
+        InputError: the model was not rewritten, or its modules were compiled or wrapped since.
     """
     inner, _ = planned(model)
     clear_multipliers(inner)
@@ -97,13 +98,14 @@ def _check_read_outs(model: nn.Module, plan: ScalingPlan) -> None:
             raise InputError(f"fold: {name} shares its weight or holds several, which cannot take its factor alone")
 
 
-def _check_writable(weights: list[nn.Parameter]) -> None:
-    for weight in weights:
-        if weight.is_meta or weight.is_inference():
+def _check_writable(model: nn.Module, plan: ScalingPlan) -> None:
+    live = named_parameters(model)
+    for name in [name for branch in plan.branches for name in branch.last_map]:
+        if live[name].is_meta or live[name].is_inference():
+            kind = "on the meta device" if live[name].is_meta else "an inference tensor"
             raise InputError(
-                f"fold: a weight {tuple(weight.shape)} that takes ε is "
-                f"{'on the meta device' if weight.is_meta else 'an inference tensor'}, and cannot be written; load the "
-                "weights where they can be, outside torch.inference_mode and without offloading"
+                f"fold: {name} takes ε and is {kind}, which cannot be written; load the weights into memory, outside "
+                "torch.inference_mode and without offloading"
             )
 
 
@@ -117,8 +119,10 @@ def keep_makeup(model: nn.Module, plan: ScalingPlan) -> None:
 
 
 def makeup(model: nn.Module, plan: ScalingPlan) -> dict[str, str]:
-    """What decides whether ε in the weights is ε on the branch, by name: how the modules in the layers are made up, and
-    how many places hold each weight that takes it."""
+    """The makeup of the modules in the layers, and the number of places that hold each weight that takes ε, by name.
+
+    While these stay, ε in the weights is ε on the branch.
+    """
     inside = {branch.layer for branch in plan.branches}
     around = {name.rpartition(".")[0] for branch in plan.branches for name in branch.last_map}
     around |= {branch.module for branch in plan.branches}
@@ -129,7 +133,7 @@ def makeup(model: nn.Module, plan: ScalingPlan) -> dict[str, str]:
     }
     held = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     live = named_parameters(model)
-    return described | {n: f"in {held[id(live[n])]} places" for branch in plan.branches for n in branch.last_map}
+    return described | {n: f"held {held[id(live[n])]}×" for branch in plan.branches for n in branch.last_map}
 
 
 def _within(name: str, module: str) -> bool:
