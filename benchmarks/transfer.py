@@ -21,7 +21,7 @@ or keep LR × decay as it is over L, not the decay.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -39,6 +39,7 @@ from benchmarks.paper import enlarge_matrices, paper_gain
 from benchmarks.verdict_simulations import table
 from looptransfer.optim import DecayPolicy
 from looptransfer.reference.experiment import ReferenceSize
+from looptransfer.report.figures import plot_curves
 from looptransfer.rewrite.plan import Role
 from looptransfer.transfer.optimum import t_interval
 
@@ -120,6 +121,7 @@ class Arm:
 
 
 PAPER, NO_LR_FACTOR, COMPLETEP = Arm(), Arm(lr=0.0), Arm(multiplier=1.0, lr=0.0)
+NAMED_RULES = {PAPER: "factored", COMPLETEP: "completep"}
 MOVED_ARMS = (NO_LR_FACTOR, COMPLETEP)
 ARMS = (
     PAPER,
@@ -186,15 +188,27 @@ class OverLayers:
 
     def verdict(self, out: Path) -> lt.Verdict | None:
         """The verdict over L of every arm that is made at three depths or more, the paper's first."""
+        return self._judged(out, {arm: arm.title for arm in self.arms})
+
+    def picture(self, out: Path) -> str:
+        """The file of a picture of the candidates' curves; empty where there are none."""
+        verdict = self._judged(out, {arm: NAMED_RULES[arm] for arm in self.candidates})
+        name = f"curves-N{self.loops}-{self.steps}.png"
+        if verdict is None:
+            return ""
+        plot_curves(verdict).savefig(out / name, dpi=150)
+        return name
+
+    def _judged(self, out: Path, names: Mapping[Arm, str]) -> lt.Verdict | None:
         tables = []
-        for arm in self.arms:
+        for arm, name in names.items():
             files = [self.cell(arm, layers).table(out) for layers in self.depths]
             made = [file for file in files if file.exists()]
             if len(made) >= FEWEST_DEPTHS:
-                tables += [pd.read_csv(file).assign(rule=arm.title) for file in made]
-        if not any(frame["rule"].iloc[0] == PAPER.title for frame in tables):
+                tables += [pd.read_csv(file).assign(rule=name) for file in made]
+        if not any(frame["rule"].iloc[0] == names[PAPER] for frame in tables):
             return None
-        return lt.check(pd.concat(tables, ignore_index=True), PAPER.title, axis="layers")
+        return lt.check(pd.concat(tables, ignore_index=True), names[PAPER], axis="layers")
 
 
 class OverLoops:
@@ -288,6 +302,7 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
     """The README of what is finished."""
     made = {study.title: verdict for study in STUDIES if (verdict := study.verdict(out))}
     verdicts = {f"over loops, 250 steps, start {SMALL}": over_loops_from_small(), **made}
+    pictures = {study.title: study.picture(out) for study in STUDIES if isinstance(study, OverLayers)}
     draw_drifts(verdicts).savefig(out / "drifts.png", dpi=150)
     lines = [
         "# How far one learning rate carries",
@@ -303,6 +318,8 @@ def report(out: Path, finished: Sequence[Cell]) -> str:
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(rows_of(verdict))]
         if verdict.axis == "layers":
             lines += ["", flattest(verdict)]
+        if pictures.get(title):
+            lines += ["", f"![loss over LR at every L]({pictures[title]})"]
     for start in STARTS:
         exponents = movement_exponents(pd.read_csv(out / f"movements-{name_of_start(start)}.csv"))
         lines += ["", f"## How the output moves as L grows, start {start}", "", table(exponents)]
