@@ -140,7 +140,8 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
     monkeypatch.setattr(transfer, "MOVED_STEPS", (1, 2))
     monkeypatch.setattr(transfer, "experiment", lambda start, layers, _, *arm: made(start, layers, 4, *arm))
     arms = (transfer.PAPER, transfer.COMPLETEP, transfer.Arm(held=True), transfer.Arm(lam=0.5))
-    study = transfer.OverLayers(transfer.SMALL, 250, arms, (2, 4), seeds=2)
+    monkeypatch.setattr(transfer, "MORE_SEEDS", 2)
+    study = transfer.OverLayers(transfer.SMALL, 250, arms, (2, 4), seeds=2, candidates=arms[:2])
     monkeypatch.setattr(transfer, "STUDIES", (study,))
     cells = [replace(cell, extensions=0) for cell in study.cells()]
     assert len(cells) == 7  # the exponents are one at the base depth
@@ -150,10 +151,12 @@ def test_cells_of_the_transfer_study_are_made_and_reported(tmp_path: Path, monke
         transfer.movements(start).to_csv(tmp_path / f"movements-{transfer.name_of_start(start)}.csv", index=False)
     text = transfer.report(tmp_path, cells)
     assert "| ε: 1/2, LR: 1/2 (the paper) | 2 | INCONCLUSIVE |" in text
-    assert "| ε: 1, LR: 0 | 2 | INCONCLUSIVE |" in text
+    assert "| ε: 1, LR: 0 (completep) | 2 | INCONCLUSIVE |" in text
     assert "| ε: 1/2, LR: 1/2, of the branches alone | 2 | INCONCLUSIVE |" in text
     assert "| ε: 1/2, LR: 1/2, λ = 1/2 | 2 | INCONCLUSIVE |" in text
-    assert "| branches | 2 | " in text
+    assert "| 1 | branches | 2 | " in text
+    assert "![loss over LR at every L](curves-N1-250.png)" in text
+    assert (tmp_path / "curves-N1-250.png").exists()
     assert (tmp_path / "drifts.png").exists()
 
 
