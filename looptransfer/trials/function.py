@@ -83,7 +83,7 @@ class Reporting(ABC):
 
         What was found is printed, and kept in the folder of the runs, so that it is found out once.
 
-        Rules that differ over L alone are not compared: at the base depth, which is not seen here, they are the same.
+        Rules that differ over L alone may report the same, which is told: at the base depth, not seen here, they do.
 
         Raises:
             InputError: the training fails, or the seed, N or the rule changes nothing.
@@ -120,13 +120,21 @@ def _compared(
         "loop count": [replace(first, loops=n) for n in sorted(loops) if n != first.loops],
     }
     compared = {name: starts.differing(name, first, trials) for name, trials in others.items()}
-    comparable = [
-        rule for rule in rules if RULES[rule].visits != RULES[first.rule].visits
-    ]  # at any depth, from N = 2 up
+    comparable = [rule for rule in rules if RULES[rule].visits != RULES[first.rule].visits]  # they differ from N = 2 up
     for rule in comparable if several > 1 else ():
         starts.differing("rule", replace(first, loops=several), [replace(first, loops=several, rule=rule)])
+    paired, told = _noise_of(starts, first, compared["seed"], moment)
+    others_over_layers = [replace(first, rule=rule) for rule in rules if rule not in {first.rule, *comparable}]
+    alike = [trial.rule for trial in others_over_layers if starts.alike(first, trial)]
+    if alike:
+        told += f"; {first.rule} and {alike[0]} report the same losses, which is right at the base depth alone"
+    return paired, told
+
+
+def _noise_of(starts: "_Starts", first: Trial, other_seed: Trial | None, moment: str) -> tuple[bool, str]:
+    """True where seeds pair the runs, as far as was seen; and how well, in a sentence."""
     same = starts.distance(first, replace(first, directory=first.directory / "again"))
-    apart = 0.0 if compared["seed"] is None else starts.distance(first, compared["seed"])
+    apart = 0.0 if other_seed is None else starts.distance(first, other_seed)
     if same == 0:
         return True, f"two equal runs ({moment}) report equal losses: seeds pair the runs"
     told = f"two equal runs ({moment}) report losses that differ by up to {same:.2g} nats"
@@ -170,13 +178,17 @@ class _Starts:
 
     def must_differ(self, name: str, first: Trial, other: Trial) -> None:
         """Refuse two trainings that report the same to the end."""
-        lengths = [FEW] if len(self.of(first)) < FEW else [FEW, None]
-        if all(_listed(self.of(first, most)) == _listed(self.of(other, most)) for most in lengths):
+        if self.alike(first, other):
             values = [getattr(trial, {"loop count": "loops"}.get(name, name)) for trial in (first, other)]
             raise InputError(
                 f"{self.training} reports the same losses for {name} {values[0]} as for {values[1]}, so the {name} "
                 "does not reach the training; see that it is used"
             )
+
+    def alike(self, first: Trial, other: Trial) -> bool:
+        """Two trainings report the same to the end."""
+        lengths = [FEW] if len(self.of(first)) < FEW else [FEW, None]
+        return all(_listed(self.of(first, most)) == _listed(self.of(other, most)) for most in lengths)
 
     def distance(self, first: Trial, other: Trial) -> float:
         """The largest difference of two losses of one place."""

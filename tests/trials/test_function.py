@@ -174,7 +174,8 @@ def test_coordinates_that_change_nothing_are_refused(tmp_path: Path, function: A
 
 
 def test_rules_that_are_one_at_the_base_depth_are_not_held_apart(tmp_path: Path) -> None:
-    checked(trainings.ignoring_rule, tmp_path, ("factored", "completep"))
+    told = checked(trainings.ignoring_rule, tmp_path, ("factored", "completep"))
+    assert told.endswith("; factored and completep report the same losses, which is right at the base depth alone")
     with pytest.raises(InputError, match="for rule completep as for sqrt, so the rule does not reach the training"):
         Function(trainings.ignoring_rule).check(
             trial(tmp_path, rule="completep", loops=1), [1, 2], [0, 1], ["completep", "sqrt"]
