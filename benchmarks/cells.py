@@ -25,6 +25,7 @@ from looptransfer.trials.run import Run
 
 CENTRE = 0.014  # absolute; near the optimum of reports/sweep at N = 2
 SEEDS = 3
+MORE_SEEDS = 10  # where fewer had left it open
 STEP = 0.75  # octaves between LRs
 ANSWER_STYLES = {"FLAT": ("#0072B2", "o"), "DRIFTS": ("#D55E00", "s"), "INCONCLUSIVE": ("#7F7F7F", "D")}
 

@@ -250,8 +250,7 @@ def report(scale: Scale, out: Path, finished: dict[Point, Cell], lr: float) -> s
         f"{', '.join(map(str, TUNING_SEEDS))}. {SEEDS} paired seeds from 0 up, {FAR_SEEDS} at the far corner, "
         f"{tokens:,} tokens a training ({scale.steps} steps of {scale.batch} × {scale.sequence} bytes), {scale.longer} "
         f"times as many where it says {scale.longer * scale.steps} steps. 90 % intervals over seeds; regret in nats, "
-        "by the fitted optimum, or by "
-        "the best LR of the grid where there is none.",
+        "by the fitted optimum, or by the best LR of the grid where there is none.",
         "",
         "![loss over LR at every point](corner.png)",
         "",

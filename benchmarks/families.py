@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import looptransfer as lt
 from benchmarks.cells import (
     CENTRE,
+    MORE_SEEDS,
     Cell,
     draw_drifts,
     draw_losses,
@@ -262,7 +263,7 @@ class Family:
 
 FAMILIES = {
     "pre-norm": Family("pre-norm (the paper)"),
-    "injected": Family("prelude, loop, coda; input injected, random N", Injected, seeds=10),
+    "injected": Family("prelude, loop, coda; input injected, random N", Injected, seeds=MORE_SEEDS),
     "stream-norm": Family("a norm on the stream", StreamNorm),
     "sandwich": Family("sandwich norms", Sandwich),
     "post-norm": Family("post-norm", PostNorm),
@@ -340,8 +341,8 @@ def report(out: Path, finished: list[Cell]) -> str:
         "",
         *(__doc__ or "").splitlines()[4:],
         "",
-        f"N = {' and '.join(map(str, LOOPS))}, {SEEDS} paired seeds, or 10 where these left the drift open, LRs 0.75 "
-        f"octave apart, the grid two or four LRs longer where the best was its last; {SIZE.steps} steps of "
+        f"N = {' and '.join(map(str, LOOPS))}, {SEEDS} paired seeds, or {MORE_SEEDS} where these left the drift open, "
+        f"LRs 0.75 octave apart, the grid two or four LRs longer where the best was its last; {SIZE.steps} steps of "
         f"{SIZE.batch} × {SIZE.sequence} bytes. Drift in octaves of the best base LR per doubling of N, regret in nats "
         "at the largest N, 90 % intervals over seeds. "
         "“Loops gain” is the loss at the best LR of the smallest N less that at the best LR of the largest, by the "

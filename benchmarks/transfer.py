@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 import looptransfer as lt
-from benchmarks.cells import CENTRE, SEEDS, Cell, draw_drifts, footer, options, publish, rows_of, run_cells
+from benchmarks.cells import CENTRE, MORE_SEEDS, SEEDS, Cell, draw_drifts, footer, options, publish, rows_of, run_cells
 from benchmarks.paper import enlarge_matrices, paper_gain
 from benchmarks.verdict_simulations import table
 from looptransfer.optim import DecayPolicy
@@ -49,7 +49,6 @@ BASE_LAYERS = 2
 OCTAVES = (-3.0, -2.25, -1.5, -0.75, 0.0, 0.75, 1.5)
 SMALL, LARGER = "0.02", "0.02·√(768/width)"
 STARTS = {SMALL: 1.0, LARGER: paper_gain(ReferenceSize().width)}
-MORE_SEEDS = 10
 FEWEST_DEPTHS = 3
 HELD = 2 * CENTRE  # LR of embedding, final norm and head where the search is for the branches' alone
 MOVED_DEPTHS, MOVED_STEPS, MOVED_LR = (2, 4, 8, 16), (1, 10, 30), CENTRE / 8  # of the movement of the output

@@ -33,8 +33,7 @@ RULES: dict[Rule, Exponents] = {
     "unscaled": Exponents(visits=0.0, layers=0.0),
 }
 
-PAPER_LAYERS = RULES["factored"].layers
-# What our sweeps over layers found (reports/transfer/); it is told where a base LR is taken over layers.
+# The finding of our sweeps over layers (reports/transfer/), for where a base LR is taken over layers.
 OVER_LAYERS = "in our sweeps the best base LR rises with L under this rule, and stays under completep"
 
 
@@ -68,6 +67,11 @@ def residual_multiplier(rule: Rule, *, visits: float, layers: int, lam: float = 
         raise InputError(f"visits is {visits!r}; it must be a number from 1 up")
     exponents, depth = RULES[rule], depth_multiplier(layers, base_layers)
     return 1.0 if rule == "unscaled" else float(lam) / (visits**exponents.visits * depth**exponents.layers)
+
+
+def drifts_over_layers(rule: str) -> bool:
+    """Whether `OVER_LAYERS` is about a rule: it has the paper's exponent for L. Tables may hold other rules."""
+    return any(name == rule and exponents.layers == RULES["factored"].layers for name, exponents in RULES.items())
 
 
 def check_rule(rule: str) -> None:

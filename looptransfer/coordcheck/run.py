@@ -243,8 +243,8 @@ class _Runs:
         }
         plan = self.plans[rules[0], largest]
         base_layers = plan.base_layers if plan else self.setting.experiment.base_layers
-        made = self.plans.get((AS_MADE, largest))
-        rule_as_made = made.rule if made else "factored"
+        plan_as_made = self.plans.get((AS_MADE, largest))
+        rule_as_made = plan_as_made.rule if plan_as_made else "factored"
         context = Context(tuple(branches), base_layers, self.adam, self.width_scaled, rule_as_made)
         return judge_frame(frame, rules, context, tolerance, level, means)
 

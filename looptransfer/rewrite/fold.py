@@ -114,8 +114,8 @@ def keep_makeup(model: nn.Module, plan: ScalingPlan) -> None:
 
     What is noted already stays as it is noted, but for modules that a smaller loop count no longer has.
     """
-    now, before = makeup(model, plan), model.__dict__.get(MAKEUP, {})
-    setattr(model, MAKEUP, {**now, **{name: noted for name, noted in before.items() if name in now}})
+    current, noted = makeup(model, plan), model.__dict__.get(MAKEUP, {})
+    setattr(model, MAKEUP, {**current, **{name: description for name, description in noted.items() if name in current}})
 
 
 def makeup(model: nn.Module, plan: ScalingPlan) -> dict[str, str]:
@@ -166,11 +166,11 @@ def _check_unchanged(model: nn.Module, plan: ScalingPlan) -> None:
             f"take it over; {ANEW}"
         )
     check_ties(model)
-    before, now = model.__dict__[MAKEUP], makeup(model, plan)
+    noted, current = model.__dict__[MAKEUP], makeup(model, plan)
     changed = [
-        f"{name} ({before.get(name, 'absent')} then; {now.get(name, 'absent')} now)"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        f"{name} ({noted.get(name, 'absent')} then; {current.get(name, 'absent')} now)"
+        for name in sorted(noted.keys() | current.keys())
+        if noted.get(name) != current.get(name)
     ]
     if changed:
         raise InputError(

@@ -13,12 +13,11 @@ from looptransfer.rewrite.graph import Handle
 from looptransfer.rewrite.names import around, named_parameters, plain_names
 from looptransfer.rules import (
     OVER_LAYERS,
-    PAPER_LAYERS,
-    RULES,
     Rule,
     check_rule,
     depth_factors,
     depth_multiplier,
+    drifts_over_layers,
     residual_multiplier,
 )
 
@@ -213,7 +212,7 @@ class ScalingPlan:
         if self.base_shapes:
             factors = ", ".join(f"the input of {name} × {factor:.4g}" for name, factor in self.read_outs.items())
             notes.append(f"width       {len(self.base_shapes)} parameters grow{factors and '; '}{factors}")
-        if RULES[self.rule].layers == PAPER_LAYERS and self.base_layers not in {1, self.layers}:
+        if drifts_over_layers(self.rule) and self.base_layers not in {1, self.layers}:
             notes.append(f"depth       a base LR of {self.base_layers} layers is taken to {self.layers}: {OVER_LAYERS}")
         if not self.proved:
             notes.append("unproved    made without weights; looptransfer.verify proves it once there are some")

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from looptransfer.rules import OVER_LAYERS, PAPER_LAYERS, RULES
+from looptransfer.rules import OVER_LAYERS, drifts_over_layers
 from looptransfer.transfer.optimum import paired_interval
 from looptransfer.transfer.results import OF_A_RUN, axis_label
 from looptransfer.transfer.rows import is_state
@@ -41,9 +41,8 @@ def notes(
 
 def _rises(judged: RuleVerdict) -> bool:
     """The best LR goes up with L, as it may under a rule with the paper's factors for L."""
-    scaling = RULES.get(judged.rule)  # type: ignore[call-overload]  # a stranger's table has rules of its own
     up = judged.answer == "DRIFTS" and judged.drift is not None and judged.drift.estimate > 0
-    return up and scaling is not None and scaling.layers == PAPER_LAYERS
+    return up and drifts_over_layers(judged.rule)
 
 
 def _confounds(runs: pd.DataFrame, terms: Terms) -> Iterator[str]:
